@@ -1,0 +1,33 @@
+"""The specification: every operation in plain PyTorch, any float dtype up to fp64, any device.
+
+Other backends offer functions of the same names and signatures and are judged against these. Here
+`threshold` is always the *effective* one (the collapse guard already applied), except in
+`effective_threshold` itself. Nothing in this folder knows about autograd, modules or dispatch.
+"""
+
+from .conv import masked_conv, masked_conv_grad_input, masked_conv_grad_weight
+from .linear import masked_linear, masked_linear_grad_input, masked_linear_grad_weight
+from .regularization import sparse_regularization
+from .surrogate import SURROGATES, surrogate_derivative
+from .weight import (
+    effective_threshold,
+    masked_weight,
+    masked_weight_backward,
+    threshold_mask,
+)
+
+__all__ = [
+    "SURROGATES",
+    "effective_threshold",
+    "masked_conv",
+    "masked_conv_grad_input",
+    "masked_conv_grad_weight",
+    "masked_linear",
+    "masked_linear_grad_input",
+    "masked_linear_grad_weight",
+    "masked_weight",
+    "masked_weight_backward",
+    "sparse_regularization",
+    "surrogate_derivative",
+    "threshold_mask",
+]

@@ -1,0 +1,118 @@
+"""Masked convolution over 1, 2 or 3 spatial dimensions and its gradients.
+
+Inputs are batched, padding is numeric: the functional layer resolves everything else. The product
+runs in the input's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .weight import masked_weight, masked_weight_backward
+
+__all__ = [
+    "conv_memory_format",
+    "conv_output_shape",
+    "masked_conv",
+    "masked_conv_grad_input",
+    "masked_conv_grad_weight",
+]
+
+_CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def conv_memory_format(activation: Tensor, weight: Tensor) -> torch.memory_format:
+    """Channels last where the activation or the weight is, so that real and fake results agree."""
+    channels_last = _CHANNELS_LAST.get(activation.dim())
+    if channels_last is not None:
+        for tensor in (activation, weight):
+            if tensor.is_contiguous(memory_format=channels_last) and not tensor.is_contiguous():
+                return channels_last
+    return torch.contiguous_format
+
+
+def conv_output_shape(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """[N, out, *spatial'] of the convolution."""
+    spatial = [
+        (size + 2 * padding[i] - dilation[i] * (weight_shape[i + 2] - 1) - 1) // stride[i] + 1
+        for i, size in enumerate(input_shape[2:])
+    ]
+    return [input_shape[0], weight_shape[0], *spatial]
+
+
+def masked_conv(
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """input [N, C, *spatial], weight [out, C/groups, *kernel] -> [N, out, *spatial']."""
+    bias = None if bias is None else bias.to(input.dtype)
+    kernel = masked_weight(weight, threshold, input.dtype)
+    output = _CONV[input.dim()](input, kernel, bias, stride, padding, dilation, groups)
+    return output.contiguous(memory_format=conv_memory_format(input, weight))
+
+
+def masked_conv_grad_input(
+    grad: Tensor,
+    input_shape: Sequence[int],
+    weight: Tensor,
+    threshold: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """dX of shape `input_shape`, in the gradient's dtype."""
+    kernel = masked_weight(weight, threshold, grad.dtype)
+    memory_format = conv_memory_format(grad, weight)
+    shaped_like_input = grad.new_empty(input_shape).contiguous(memory_format=memory_format)
+    dense = _convolution_backward(
+        grad, shaped_like_input, kernel, stride, padding, dilation, groups, 0
+    )
+    return dense.contiguous(memory_format=memory_format)
+
+
+def masked_conv_grad_weight(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    surrogate: str,
+    structure_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dW, dt) with G the dense weight gradient."""
+    shaped_like_weight = torch.empty_like(weight, dtype=grad.dtype)
+    dense = _convolution_backward(
+        grad, input, shaped_like_weight, stride, padding, dilation, groups, 1
+    )
+    return masked_weight_backward(dense, weight, threshold, surrogate, structure_gradient)
+
+
+def _convolution_backward(grad, input, kernel, stride, padding, dilation, groups, which):
+    """The gradient of the input (which=0) or of the kernel (which=1)."""
+    wanted = [which == 0, which == 1, False]
+    transposed, output_padding = False, [0] * len(stride)
+    return torch.ops.aten.convolution_backward(
+        grad, input, kernel, None, stride, padding, dilation,
+        transposed, output_padding, groups, wanted,
+    )[which]  # fmt: skip

@@ -1,0 +1,35 @@
+"""y = x (W * M)^T + b and its gradients. The product runs in the input's dtype."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from .weight import masked_weight, masked_weight_backward
+
+__all__ = ["masked_linear", "masked_linear_grad_input", "masked_linear_grad_weight"]
+
+
+def masked_linear(input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None) -> Tensor:
+    """input [..., in], weight [out, in], bias [out] -> [..., out] in the input's dtype."""
+    bias = None if bias is None else bias.to(input.dtype)
+    return F.linear(input, masked_weight(weight, threshold, input.dtype), bias)
+
+
+def masked_linear_grad_input(grad: Tensor, weight: Tensor, threshold: Tensor) -> Tensor:
+    """dX = dY (W * M): grad [..., out] -> [..., in]."""
+    return grad @ masked_weight(weight, threshold, grad.dtype)
+
+
+def masked_linear_grad_weight(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    surrogate: str,
+    structure_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dW, dt) with G = dY^T X."""
+    out_features, in_features = weight.shape
+    dense = grad.reshape(-1, out_features).t() @ input.reshape(-1, in_features)
+    return masked_weight_backward(dense, weight, threshold, surrogate, structure_gradient)

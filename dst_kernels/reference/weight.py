@@ -1,0 +1,101 @@
+"""Mask, masked weight and the gradients of both, without any matmul.
+
+Definitions (method of Liu et al., ICLR 2020): margin Q = |W| - t, mask M = 1 where Q > 0, and with
+G = dL/d(W * M), H the surrogate derivative:
+
+    dW = G * M + G * |W| * H(Q)          (second term: structure gradient, a switch)
+    dt = -sum(G * W * H(Q))              summed over whatever one threshold governs
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .surrogate import surrogate_derivative
+
+__all__ = [
+    "broadcast_threshold",
+    "effective_threshold",
+    "largest_collapsed_count",
+    "masked_weight",
+    "masked_weight_backward",
+    "threshold_mask",
+]
+
+
+def broadcast_threshold(threshold: Tensor, weight: Tensor) -> Tensor:
+    """View `threshold` so that it broadcasts against `weight`.
+
+    The result always has the weight's rank: a 0-dim tensor would not take part in dtype promotion,
+    and a bf16 weight would be compared with a bf16-rounded threshold.
+    """
+    if threshold.shape == weight.shape:
+        return threshold
+    return threshold.reshape(-1, *[1] * (weight.dim() - 1))
+
+
+def threshold_mask(weight: Tensor, threshold: Tensor) -> Tensor:
+    """Boolean mask of kept weights. NaN counts as kept: only Q <= 0 prunes."""
+    return ~(weight.abs() <= broadcast_threshold(threshold, weight))
+
+
+def largest_collapsed_count(numel: int, reset_ratio: float) -> int:
+    """The largest kept count with `count / numel <= reset_ratio`.
+
+    An integer, so that the guard is one exact comparison on the device whatever the size.
+    """
+    count = int(reset_ratio * numel)
+    while count / numel > reset_ratio:
+        count -= 1
+    while count < numel and (count + 1) / numel <= reset_ratio:
+        count += 1
+    return count
+
+
+def effective_threshold(weight: Tensor, threshold: Tensor, reset_ratio: float | None) -> Tensor:
+    """`threshold`, or zeros where at most `reset_ratio` of the weights would remain.
+
+    Decided on the device. Always a new tensor, so that nothing which is done to `threshold`
+    later (a committed reset, an optimizer step) reaches what was computed from it.
+    """
+    if reset_ratio is None or weight.numel() == 0:
+        return threshold.clone()
+    kept = threshold_mask(weight, threshold).sum()
+    collapsed = kept <= largest_collapsed_count(weight.numel(), reset_ratio)
+    return threshold.masked_fill(collapsed, 0)
+
+
+def masked_weight(weight: Tensor, threshold: Tensor, dtype: torch.dtype) -> Tensor:
+    """W * M in `dtype`, in the weight's memory format. A NaN in W or t comes out as NaN."""
+    threshold = broadcast_threshold(threshold, weight)
+    mask = weight.abs().gt_(threshold)
+    # W * 0 keeps a NaN weight visible. A NaN threshold prunes its whole row, and the summand,
+    # zero for every other threshold, turns that row into NaN.
+    nan_or_zero = threshold.clamp(0, 0).to(weight.dtype)
+    masked = torch.addcmul(nan_or_zero, weight, mask, out=mask)
+    return masked.to(dtype)
+
+
+def masked_weight_backward(
+    grad: Tensor, weight: Tensor, threshold: Tensor, surrogate: str, structure_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """(dW, dt) from G = `grad`; computed in at least fp32, returned in the parameters' dtypes."""
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, threshold.dtype), torch.float32)
+    grad = grad.to(dtype)
+    w = weight.to(dtype)
+    magnitude = w.abs()
+    margin = magnitude - broadcast_threshold(threshold, weight)
+    pruned = margin <= 0
+
+    through_mask = surrogate_derivative(margin, surrogate).mul_(grad)
+    grad_threshold = (through_mask * w).neg_()
+    if threshold.shape != weight.shape:
+        summed = range(weight.dim()) if threshold.numel() == 1 else range(1, weight.dim())
+        grad_threshold = grad_threshold.sum(tuple(summed)).reshape(threshold.shape)
+
+    grad_weight = torch.empty_like(weight, dtype=dtype)
+    torch.where(pruned, grad.new_zeros(()), grad, out=grad_weight)
+    if structure_gradient:
+        grad_weight.addcmul_(through_mask, magnitude)
+    return grad_weight.to(weight.dtype), grad_threshold.to(threshold.dtype)
