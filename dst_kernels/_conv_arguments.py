@@ -1,0 +1,49 @@
+"""From what torch's convolutions accept to what the ops take: batched input, numeric tuples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["per_dimension", "resolve_padding"]
+
+
+def per_dimension(name: str, value: int | Sequence[int], spatial: int) -> tuple[int, ...]:
+    """One integer per spatial dimension, from one for all or a sequence of `spatial`."""
+    values = (value,) * spatial if not isinstance(value, (tuple, list)) else tuple(value)
+    if len(values) == 1:
+        values *= spatial
+    if len(values) != spatial:
+        raise ValueError(f"{name} must be an integer or {spatial} integers, but is {value!r}")
+    return values
+
+
+def resolve_padding(
+    input: Tensor,
+    padding: str | int | Sequence[int],
+    kernel_size: Sequence[int],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> tuple[Tensor, tuple[int, ...]]:
+    """(input, numeric padding) with `"same"` and `"valid"` worked out.
+
+    Where "same" needs one more element on one side than on the other, that one is put on the
+    input, at the end, as torch does.
+    """
+    spatial = len(stride)
+    if not isinstance(padding, str):
+        return input, per_dimension("padding", padding, spatial)
+    if padding == "valid":
+        return input, (0,) * spatial
+    if padding != "same":
+        raise ValueError(f"padding must be 'same', 'valid' or integers, but is {padding!r}")
+    if any(step != 1 for step in stride):
+        raise ValueError(f"padding='same' needs a stride of 1, but stride is {stride}")
+    total = [step * (size - 1) for step, size in zip(dilation, kernel_size, strict=True)]
+    odd = [amount % 2 for amount in total]
+    if any(odd):
+        last_dimension_first = [side for extra in reversed(odd) for side in (0, extra)]
+        input = F.pad(input, last_dimension_first)
+    return input, tuple(amount // 2 for amount in total)

@@ -1,0 +1,167 @@
+"""The op boundary: every schema, its fake and its way to a backend. Imports torch only.
+
+The ops are opaque to torch.compile and know nothing of autograd (`autograd.py` wraps them).
+`threshold` is the effective one everywhere but in `effective_threshold`. Arguments are checked
+here, with the same messages whether the tensors are real or fake. Outputs have the strides their
+fake says: weight gradients those of the weight, activations contiguous or channels last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from . import _checks as checks
+from ._backends import implementation
+from .reference.conv import conv_memory_format, conv_output_shape
+
+__all__ = [
+    "NAMESPACE",
+    "effective_threshold",
+    "masked_conv",
+    "masked_conv_grad_input",
+    "masked_conv_grad_weight",
+    "masked_linear",
+    "masked_linear_grad_input",
+    "masked_linear_grad_weight",
+    "masked_weight",
+    "masked_weight_backward",
+]
+
+NAMESPACE = "dst_kernels"
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def _define(schema: str, check: Callable) -> Callable[[Callable], torch._ops.OpOverload]:
+    """Decorate a fake; returns the op's overload, bound once to spare calls the look-up.
+
+    Every schema gets a last argument `backend`; the function of the op's name in that backend
+    takes all the others, as do `check` and the fake.
+    """
+    name, _, arguments = schema.partition("(")
+    schema = f"{name}({arguments.replace(') ->', ', str backend) ->', 1)}"
+
+    def bind(fake: Callable) -> torch._ops.OpOverload:
+        def run(*args):
+            *args, backend = args
+            check(*args)
+            kernel = getattr(implementation(backend), name)
+            device_type = args[0].device.type
+            if torch.is_autocast_enabled(device_type):  # dtypes were settled outside the op
+                with torch.autocast(device_type, enabled=False):
+                    return kernel(*args)
+            return kernel(*args)
+
+        def run_fake(*args):
+            *args, backend = args
+            check(*args)
+            implementation(backend)
+            return fake(*args)
+
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", run_fake, lib=_library)
+        return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    return bind
+
+
+@_define(
+    "effective_threshold(Tensor weight, Tensor threshold, float? reset_ratio) -> Tensor",
+    checks.check_effective_threshold,
+)
+def effective_threshold(weight, threshold, reset_ratio):
+    return torch.empty_like(threshold)
+
+
+@_define(
+    "masked_weight(Tensor weight, Tensor threshold, ScalarType dtype) -> Tensor",
+    checks.check_masked_weight,
+)
+def masked_weight(weight, threshold, dtype):
+    return torch.empty_like(weight, dtype=dtype)
+
+
+@_define(
+    "masked_weight_backward(Tensor grad, Tensor weight, Tensor threshold, str surrogate, "
+    "bool structure_gradient) -> (Tensor, Tensor)",
+    checks.check_masked_weight_backward,
+)
+def masked_weight_backward(grad, weight, threshold, surrogate, structure_gradient):
+    return torch.empty_like(weight), torch.empty_like(threshold)
+
+
+@_define(
+    "masked_linear(Tensor input, Tensor weight, Tensor threshold, Tensor? bias) -> Tensor",
+    checks.check_linear,
+)
+def masked_linear(input, weight, threshold, bias):
+    return input.new_empty([*input.shape[:-1], weight.shape[0]])
+
+
+@_define(
+    "masked_linear_grad_input(Tensor grad, Tensor weight, Tensor threshold) -> Tensor",
+    checks.check_linear_grad_input,
+)
+def masked_linear_grad_input(grad, weight, threshold):
+    return grad.new_empty([*grad.shape[:-1], weight.shape[1]])
+
+
+@_define(
+    "masked_linear_grad_weight(Tensor grad, Tensor input, Tensor weight, Tensor threshold, "
+    "str surrogate, bool structure_gradient) -> (Tensor, Tensor)",
+    checks.check_linear_grad_weight,
+)
+def masked_linear_grad_weight(grad, input, weight, threshold, surrogate, structure_gradient):
+    return torch.empty_like(weight), torch.empty_like(threshold)
+
+
+@_define(
+    "masked_conv(Tensor input, Tensor weight, Tensor threshold, Tensor? bias, SymInt[] stride, "
+    "SymInt[] padding, SymInt[] dilation, SymInt groups) -> Tensor",
+    checks.check_conv,
+)
+def masked_conv(input, weight, threshold, bias, stride, padding, dilation, groups):
+    shape = conv_output_shape(input.shape, weight.shape, stride, padding, dilation)
+    return torch.empty(
+        shape,
+        dtype=input.dtype,
+        device=input.device,
+        memory_format=conv_memory_format(input, weight),
+    )
+
+
+@_define(
+    "masked_conv_grad_input(Tensor grad, SymInt[] input_shape, Tensor weight, Tensor threshold, "
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> Tensor",
+    checks.check_conv_grad_input,
+)
+def masked_conv_grad_input(grad, input_shape, weight, threshold, stride, padding, dilation, groups):
+    return torch.empty(
+        input_shape,
+        dtype=grad.dtype,
+        device=grad.device,
+        memory_format=conv_memory_format(grad, weight),
+    )
+
+
+@_define(
+    "masked_conv_grad_weight(Tensor grad, Tensor input, Tensor weight, Tensor threshold, "
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str surrogate, "
+    "bool structure_gradient) -> (Tensor, Tensor)",
+    checks.check_conv_grad_weight,
+)
+def masked_conv_grad_weight(
+    grad,
+    input,
+    weight,
+    threshold,
+    stride,
+    padding,
+    dilation,
+    groups,
+    surrogate,
+    structure_gradient,
+):
+    return torch.empty_like(weight), torch.empty_like(threshold)

@@ -1,0 +1,258 @@
+"""Autograd functions around the ops: what is saved, which gradients are computed, autocast.
+
+They save the input, the weight and the effective threshold, never a mask, and can be
+differentiated once: the surrogate is not a derivative, so there is no second one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import _ops
+from ._checks import check_same_dtype, check_surrogate
+from ._conv_arguments import per_dimension, resolve_padding
+
+__all__ = ["masked_conv", "masked_linear", "masked_weight"]
+
+
+class _RefuseSecondDerivative(Function):
+    """Hands gradients through; its own backward is the second derivative, which does not exist."""
+
+    @staticmethod
+    def forward(grad_output, *grads):
+        return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "dst_kernels operations can be differentiated once only: the gradient of a threshold "
+            "mask is a surrogate, not a derivative, so a second derivative (create_graph=True, "
+            "gradient penalties, Hessians) has no meaning"
+        )
+
+
+def _once_differentiable(backward):
+    """As torch's decorator of that name, with an error that says why."""
+
+    @functools.wraps(backward)
+    def wrapper(ctx, grad):
+        with torch.no_grad():
+            grads = backward(ctx, grad)
+        if torch.is_grad_enabled() and grad.requires_grad:
+            return _RefuseSecondDerivative.apply(grad, *grads)
+        return grads
+
+    return wrapper
+
+
+class _MaskedWeight(Function):
+    @staticmethod
+    def forward(weight, threshold, effective, dtype, surrogate, structure_gradient, backend):
+        return _ops.masked_weight(weight, effective, dtype, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        weight, _, effective, _, *options = inputs
+        ctx.options = options
+        ctx.save_for_backward(weight, effective)
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx, grad):
+        weight, effective = ctx.saved_tensors
+        grads = _ops.masked_weight_backward(grad, weight, effective, *ctx.options)
+        return *_wanted(ctx, 0, grads), None, None, None, None, None
+
+
+class _MaskedLinear(Function):
+    @staticmethod
+    def forward(input, weight, threshold, bias, effective, surrogate, structure_gradient, backend):
+        return _ops.masked_linear(input, weight, effective, bias, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, weight, _, bias, effective, *options = inputs
+        ctx.options = options
+        _save(ctx, input, weight, effective, bias)
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx, grad):
+        input, weight, effective = ctx.saved_tensors
+        grad_input = grad_bias = None
+        grads = (None, None)
+        if ctx.needs_input_grad[0]:
+            grad_input = _ops.masked_linear_grad_input(grad, weight, effective, ctx.options[-1])
+        if any(ctx.needs_input_grad[1:3]):
+            grads = _ops.masked_linear_grad_weight(grad, input, weight, effective, *ctx.options)
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
+        return grad_input, *_wanted(ctx, 1, grads), grad_bias, None, None, None, None
+
+
+class _MaskedConv(Function):
+    @staticmethod
+    def forward(
+        input,
+        weight,
+        threshold,
+        bias,
+        effective,
+        stride,
+        padding,
+        dilation,
+        groups,
+        surrogate,
+        structure_gradient,
+        backend,
+    ):
+        return _ops.masked_conv(
+            input, weight, effective, bias, stride, padding, dilation, groups, backend
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, weight, _, bias, effective, *options = inputs
+        ctx.geometry, ctx.options = options[:4], options[4:]
+        ctx.input_shape = input.shape
+        _save(ctx, input, weight, effective, bias)
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx, grad):
+        input, weight, effective = ctx.saved_tensors
+        grad_input = grad_bias = None
+        grads = (None, None)
+        if ctx.needs_input_grad[0]:
+            grad_input = _ops.masked_conv_grad_input(
+                grad, ctx.input_shape, weight, effective, *ctx.geometry, ctx.options[-1]
+            )
+        if any(ctx.needs_input_grad[1:3]):
+            grads = _ops.masked_conv_grad_weight(
+                grad, input, weight, effective, *ctx.geometry, *ctx.options
+            )
+        if ctx.needs_input_grad[3]:
+            summed = (0, *range(2, grad.dim()))
+            grad_bias = grad.sum(summed, dtype=ctx.bias_dtype)
+        return grad_input, *_wanted(ctx, 1, grads), grad_bias, *[None] * 8
+
+
+def _save(ctx, input, weight, effective, bias) -> None:
+    """Save what the wanted gradients need and no more."""
+    of_input, of_weight, of_threshold = ctx.needs_input_grad[:3]
+    of_mask = of_weight or of_threshold
+    ctx.save_for_backward(
+        input if of_mask else None,
+        weight if of_input or of_mask else None,
+        effective if of_input or of_mask else None,
+    )
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _wanted(ctx, first: int, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """`grads` of the inputs from position `first` on, None where none is needed."""
+    needed = ctx.needs_input_grad[first : first + len(grads)]
+    return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+
+
+def _cast_for_autocast(input: Tensor, weight: Tensor) -> Tensor:
+    """The input in the dtype of the product; the weight keeps its own for the comparison."""
+    device_type = weight.device.type
+    if torch.is_autocast_enabled(device_type):
+        if input.dtype in (torch.float16, torch.bfloat16, torch.float32):
+            return input.to(torch.get_autocast_dtype(device_type))
+    else:
+        check_same_dtype(input, weight)
+    return input
+
+
+def masked_weight(
+    weight: Tensor,
+    threshold: Tensor,
+    effective: Tensor,
+    *,
+    dtype: torch.dtype | None,
+    surrogate: str,
+    structure_gradient: bool,
+    backend: str,
+) -> Tensor:
+    """`effective` decides the mask; gradients go to `weight` and `threshold`."""
+    check_surrogate(surrogate)
+    return _MaskedWeight.apply(
+        weight,
+        threshold,
+        effective,
+        weight.dtype if dtype is None else dtype,
+        surrogate,
+        structure_gradient,
+        backend,
+    )
+
+
+def masked_linear(
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None,
+    effective: Tensor,
+    *,
+    surrogate: str,
+    structure_gradient: bool,
+    backend: str,
+) -> Tensor:
+    """`effective` decides the mask; gradients go to input, `weight`, `threshold` and bias."""
+    check_surrogate(surrogate)
+    input = _cast_for_autocast(input, weight)
+    return _MaskedLinear.apply(
+        input, weight, threshold, bias, effective, surrogate, structure_gradient, backend
+    )
+
+
+def masked_conv(
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None,
+    effective: Tensor,
+    stride: int | Sequence[int],
+    padding: str | int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+    *,
+    surrogate: str,
+    structure_gradient: bool,
+    backend: str,
+) -> Tensor:
+    """As `masked_linear`; the geometry and an absent batch dimension as in torch's convolutions."""
+    check_surrogate(surrogate)
+    spatial = weight.dim() - 2
+    stride = per_dimension("stride", stride, spatial)
+    dilation = per_dimension("dilation", dilation, spatial)
+    batched = input.dim() != spatial + 1
+    if not batched:
+        input = input.unsqueeze(0)
+    input, padding = resolve_padding(input, padding, weight.shape[2:], stride, dilation)
+    output = _MaskedConv.apply(
+        _cast_for_autocast(input, weight),
+        weight,
+        threshold,
+        bias,
+        effective,
+        stride,
+        padding,
+        dilation,
+        groups,
+        surrogate,
+        structure_gradient,
+        backend,
+    )
+    return output if batched else output.squeeze(0)

@@ -1,0 +1,217 @@
+"""Stateless operations: masks, masked weights, masked linear and convolution, the regulariser.
+
+All take a `weight` of at least two dimensions (a layer's, or any scores) and a `threshold` whose
+shape says what one value governs: `[out]` a row, `[]` or `[1]` everything, the weight's own shape
+each weight by itself. A weight is kept where |weight| > threshold (strictly).
+
+`reset_ratio` is the collapse guard: where at most that share of the weights would remain, the
+thresholds count as 0 for the whole call. `None` switches it off. Nothing here writes to its
+arguments; the layers of `dst_kernels.nn` also commit the reset while training.
+
+Tensors are float16, bfloat16, float32 or float64 on one device. Wrong dtypes raise TypeError, wrong
+shapes, devices and names ValueError, a backend that cannot serve RuntimeError.
+
+Method and formulas: Liu et al., "Dynamic Sparse Training", ICLR 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from . import _ops, autograd, reference
+from ._dtensor import is_dtensor, sum_over_shards
+
+__all__ = [
+    "effective_threshold",
+    "masked_conv1d",
+    "masked_conv2d",
+    "masked_conv3d",
+    "masked_linear",
+    "masked_weight",
+    "remaining_ratio",
+    "sparse_regularization",
+    "threshold_mask",
+]
+
+
+def effective_threshold(
+    weight: Tensor,
+    threshold: Tensor,
+    *,
+    reset_ratio: float | None = 0.01,
+    backend: str = "auto",
+) -> Tensor:
+    """The threshold after the collapse guard: a new tensor of its shape and dtype, no gradient.
+
+    Zeros where remaining / total <= `reset_ratio` under `threshold`, else its values. Decided on
+    the device, without a synchronisation.
+    """
+    return _ops.effective_threshold(weight.detach(), threshold.detach(), reset_ratio, backend)
+
+
+def threshold_mask(
+    weight: Tensor, threshold: Tensor, *, reset_ratio: float | None = 0.01
+) -> Tensor:
+    """Boolean mask of the weight's shape: True where |weight| > effective threshold.
+
+    NaN (in either) counts as kept, so that a diverged weight is never hidden.
+    """
+    effective = effective_threshold(weight, threshold, reset_ratio=reset_ratio)
+    return reference.threshold_mask(weight.detach(), effective)
+
+
+def remaining_ratio(
+    weight: Tensor, threshold: Tensor, *, reset_ratio: float | None = 0.01
+) -> Tensor:
+    """Kept weights / all weights as a 0-dim float32 tensor; NaN for a weight without elements."""
+    kept = threshold_mask(weight, threshold, reset_ratio=reset_ratio).sum()
+    return kept.to(torch.float32) / weight.numel()
+
+
+def masked_weight(
+    weight: Tensor,
+    threshold: Tensor,
+    *,
+    reset_ratio: float | None = 0.01,
+    surrogate: str = "long_tailed",
+    structure_gradient: bool = True,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """weight * mask, in `dtype` (default: the weight's), differentiable in weight and threshold.
+
+    With G the incoming gradient, H the surrogate derivative and Q = |weight| - threshold:
+    dW = G * mask + G * |W| * H(Q), the second term only with `structure_gradient`;
+    dt = -sum(G * W * H(Q)) over what each threshold governs.
+
+    `surrogate`: "long_tailed" (the paper's: 2 - 4|Q| up to 0.4, 0.4 up to 1, then 0),
+    "rectangular" (1 up to 1/2), "triangular" (1 - |Q| up to 1) or "straight_through" (1).
+    """
+    effective = effective_threshold(weight, threshold, reset_ratio=reset_ratio)
+    return autograd.masked_weight(
+        weight,
+        threshold,
+        effective,
+        dtype=dtype,
+        surrogate=surrogate,
+        structure_gradient=structure_gradient,
+        backend="auto",
+    )
+
+
+def masked_linear(
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    *,
+    reset_ratio: float | None = 0.01,
+    surrogate: str = "long_tailed",
+    structure_gradient: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """input [..., in] times (weight [out, in] * mask)^T plus bias [out] -> [..., out].
+
+    Gradients as in `masked_weight`. Under autocast weight and threshold are compared in their own
+    dtypes and the product runs in the autocast dtype; otherwise the input has the weight's dtype.
+
+    `backend`: "auto" or the name of one; `DST_KERNELS_BACKEND` in the environment overrides "auto".
+    """
+    effective = effective_threshold(weight, threshold, reset_ratio=reset_ratio, backend=backend)
+    return autograd.masked_linear(
+        input,
+        weight,
+        threshold,
+        bias,
+        effective,
+        surrogate=surrogate,
+        structure_gradient=structure_gradient,
+        backend=backend,
+    )
+
+
+def _conv(spatial: int):
+    def masked_conv(
+        input: Tensor,
+        weight: Tensor,
+        threshold: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: str | int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        *,
+        reset_ratio: float | None = 0.01,
+        surrogate: str = "long_tailed",
+        structure_gradient: bool = True,
+        backend: str = "auto",
+    ) -> Tensor:
+        if weight.dim() != spatial + 2:
+            raise ValueError(
+                f"weight must be [out, in/groups, *kernel] with {spatial} kernel dimension(s), "
+                f"but its shape is {list(weight.shape)}"
+            )
+        effective = effective_threshold(weight, threshold, reset_ratio=reset_ratio, backend=backend)
+        return autograd.masked_conv(
+            input,
+            weight,
+            threshold,
+            bias,
+            effective,
+            stride,
+            padding,
+            dilation,
+            groups,
+            surrogate=surrogate,
+            structure_gradient=structure_gradient,
+            backend=backend,
+        )
+
+    sizes = ", ".join({1: "L", 2: "HW", 3: "DHW"}[spatial])
+    masked_conv.__name__ = masked_conv.__qualname__ = f"masked_conv{spatial}d"
+    masked_conv.__doc__ = f"""Convolution with weight * mask over {spatial} dimension(s).
+
+    input [N, in, {sizes}] or [in, {sizes}], weight [out, in/groups, *kernel], bias [out] ->
+    [N, out, *]. `stride`, `padding` (numbers, "same", "valid"), `dilation` and `groups` as in
+    `torch.nn.functional.conv{spatial}d`; a row of the weight is one filter. Everything else as in
+    `masked_linear`.
+    """
+    return masked_conv
+
+
+masked_conv1d = _conv(1)
+masked_conv2d = _conv(2)
+masked_conv3d = _conv(3)
+
+
+def sparse_regularization(thresholds: Tensor | Iterable[Tensor]) -> Tensor:
+    """Sum of exp(-t) over all elements of all `thresholds`: a 0-dim tensor in at least float32.
+
+    Below t = -64, where sums of exp(-t) come near the end of float32, the function goes on along
+    its tangent: value and gradient stay finite and the gradient still raises t. Thresholds that
+    FSDP2 keeps sharded count with all their shards.
+
+    Raises ValueError where there are no thresholds.
+    """
+    thresholds = [thresholds] if isinstance(thresholds, Tensor) else list(thresholds)
+    if not thresholds:
+        raise ValueError("thresholds must hold at least one tensor, but is empty")
+    groups: dict[object, list[Tensor]] = {}
+    for threshold in thresholds:
+        if is_dtensor(threshold):
+            key = (threshold.device_mesh, threshold.placements)
+        else:
+            key = threshold.device
+        groups.setdefault(key, []).append(threshold)
+    sums = [
+        sum_over_shards(group, _sum_local) if is_dtensor(group[0]) else _sum_local(group)
+        for group in groups.values()
+    ]
+    return torch.stack([value.to(sums[0].device) for value in sums]).sum()
+
+
+def _sum_local(thresholds: list[Tensor]) -> Tensor:
+    """One concatenation, so that the number of kernels does not grow with the number of layers."""
+    return reference.sparse_regularization(torch.cat([t.reshape(-1) for t in thresholds]))
