@@ -1,0 +1,14 @@
+"""Masked layers: subclasses of their torch.nn parents with a trainable pruning threshold."""
+
+from ._masked import GRANULARITIES, MaskedLayer
+from .conv import MaskedConv1d, MaskedConv2d, MaskedConv3d
+from .linear import MaskedLinear
+
+__all__ = [
+    "GRANULARITIES",
+    "MaskedConv1d",
+    "MaskedConv2d",
+    "MaskedConv3d",
+    "MaskedLayer",
+    "MaskedLinear",
+]

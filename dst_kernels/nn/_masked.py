@@ -1,0 +1,263 @@
+"""What all masked layers share: the threshold, the committed guard, conversion, state dicts."""
+
+from __future__ import annotations
+
+import logging
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+from .._backends import implementation
+from .._checks import check_effective_threshold, check_surrogate
+from .._dtensor import full_tensor, is_dtensor, reset_shard
+
+__all__ = ["GRANULARITIES", "MaskedLayer"]
+
+GRANULARITIES = ("row", "layer", "element")
+
+logger = logging.getLogger(__name__)
+
+
+class MaskedLayer:
+    """Mixin that goes before a `torch.nn` layer with a `weight`; see `MaskedLinear`.
+
+    Attributes:
+        threshold: Parameter, float32 (float64 beside a float64 weight) whatever the weight's
+            dtype, of shape [rows], [1] or the weight's, by `granularity`.
+        granularity, reset_ratio, surrogate, structure_gradient, backend: as given.
+    """
+
+    dense_type: ClassVar[type[nn.Module]]
+    _sharded_threshold: Tensor | None = None
+
+    def _init_masking(
+        self,
+        granularity: str,
+        reset_ratio: float | None,
+        surrogate: str,
+        structure_gradient: bool,
+        backend: str,
+    ) -> None:
+        if granularity not in GRANULARITIES:
+            raise ValueError(
+                f"granularity must be one of {', '.join(GRANULARITIES)}, but is {granularity!r}"
+            )
+        check_surrogate(surrogate)
+        implementation(backend)
+        self.granularity = granularity
+        self.reset_ratio = reset_ratio
+        self.surrogate = surrogate
+        self.structure_gradient = structure_gradient
+        self.backend = backend
+        shape = {
+            "row": [self._rows(self.weight).shape[0]],
+            "layer": [1],  # not 0-dim: FSDP2 shards no scalars
+            "element": self.weight.shape,
+        }[granularity]
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        self.threshold = nn.Parameter(torch.zeros(shape, dtype=dtype, device=self.weight.device))
+        check_effective_threshold(*self._weight_and_threshold(), reset_ratio)
+
+    # -- the layer's own operations ------------------------------------------------------------
+
+    def reset_parameters(self) -> None:
+        """Weight and bias as the parent does, thresholds to 0."""
+        super().reset_parameters()
+        if "threshold" in self._parameters:  # the parent's __init__ calls this before it exists
+            self.reset_threshold()
+
+    @torch.no_grad()
+    def reset_threshold(self, value: float = 0.0) -> None:
+        """Set every threshold to `value`; at 0 all weights but exact zeros are kept."""
+        self.threshold.fill_(value)
+
+    @torch.no_grad()
+    def mask(self) -> Tensor:
+        """Boolean tensor of the weight's shape, True where a weight is kept; no synchronisation."""
+        weight, threshold = self.gathered()
+        return self._rows(F.threshold_mask(weight, threshold, reset_ratio=self.reset_ratio))
+
+    @torch.no_grad()
+    def remaining_ratio(self) -> Tensor:
+        """Kept weights / all weights, a 0-dim float32 tensor on the layer's device."""
+        weight, threshold = self.gathered()
+        return F.remaining_ratio(weight, threshold, reset_ratio=self.reset_ratio)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self._masking_repr()}"
+
+    def _masking_repr(self) -> str:
+        return (
+            f"granularity={self.granularity}, reset_ratio={self.reset_ratio}, "
+            f"surrogate={self.surrogate}, structure_gradient={self.structure_gradient}, "
+            f"backend={self.backend}"
+        )
+
+    # -- for forward ---------------------------------------------------------------------------
+
+    @staticmethod
+    def _rows(tensor: Tensor) -> Tensor:
+        """Weight-shaped tensors with output rows first; layers that store them otherwise override.
+
+        Must be its own inverse and leave tensors of one dimension alone.
+        """
+        return tensor
+
+    def gathered(self) -> tuple[Tensor, Tensor]:
+        """(weight, threshold), output rows first, whole where FSDP2 keeps them sharded."""
+        weight, threshold = self._weight_and_threshold()
+        return full_tensor(weight), full_tensor(threshold)
+
+    def _weight_and_threshold(self) -> tuple[Tensor, Tensor]:
+        return self._rows(self.weight), self._rows(self.threshold)
+
+    def _operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(weight, threshold, effective threshold); in training a reset is committed first.
+
+        What autograd saves is the effective threshold, a tensor of its own, so that a commit
+        between a forward and its backward (a layer used twice, a second forward) does no harm.
+        """
+        weight, threshold = self._weight_and_threshold()
+        effective = F.effective_threshold(
+            weight, threshold, reset_ratio=self.reset_ratio, backend=self.backend
+        )
+        if self.training and self.reset_ratio is not None:
+            with torch.no_grad():
+                if self._sharded_threshold is not None:
+                    reset_shard(self._sharded_threshold, threshold, effective)
+                threshold.copy_(effective)
+        return weight, threshold, effective
+
+    def _options(self) -> dict[str, object]:
+        return {
+            "surrogate": self.surrogate,
+            "structure_gradient": self.structure_gradient,
+            "backend": self.backend,
+        }
+
+    # -- torch.nn.Module machinery -------------------------------------------------------------
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # During forward FSDP2 puts a gathered copy in the parameter's place and drops it after;
+        # a committed reset must also reach the shard, which is seen when FSDP2 sets it here.
+        if name == "threshold" and isinstance(value, Tensor) and is_dtensor(value):
+            self.__dict__["_sharded_threshold"] = value
+        super().__setattr__(name, value)
+
+    def _apply(self, fn, recurse: bool = True):
+        """Conversions move the threshold, but never below float32: its updates would round away."""
+        threshold = self.threshold
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            converted = fn(tensor)
+            if tensor is threshold or tensor is threshold.grad:
+                dtype = torch.promote_types(converted.dtype, torch.float32)
+                if converted.dtype != dtype:
+                    converted = tensor.to(device=converted.device, dtype=dtype)
+            return converted
+
+        return super()._apply(keep_precision, recurse)
+
+    def _load_from_state_dict(
+        self,
+        state_dict,
+        prefix,
+        local_metadata,
+        strict,
+        missing_keys,
+        unexpected_keys,
+        error_msgs,
+    ) -> None:
+        """A dense checkpoint has no threshold: it starts at 0, which keeps every weight."""
+        key, weight = prefix + "threshold", state_dict.get(prefix + "weight")
+        threshold = state_dict.get(key)
+        if threshold is None and weight is not None:
+            if is_dtensor(self.threshold):
+                threshold = torch.zeros_like(self.threshold)
+            else:
+                threshold = torch.zeros_like(self.threshold, device=weight.device)
+            _log_missing_once(missing_keys)
+        elif threshold is not None:
+            threshold = threshold.to(torch.promote_types(threshold.dtype, torch.float32))
+        if threshold is not None:
+            state_dict = {**state_dict, key: threshold}
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+    # -- dense and back ------------------------------------------------------------------------
+
+    @classmethod
+    def from_dense(
+        cls,
+        dense: nn.Module,
+        *,
+        granularity: str = "row",
+        reset_ratio: float | None = 0.01,
+        surrogate: str = "long_tailed",
+        structure_gradient: bool = True,
+        backend: str = "auto",
+    ):
+        """A masked layer with the same Parameters, mode, hooks and attributes; thresholds at 0.
+
+        Raises TypeError where `dense` is not of the type this class replaces.
+        """
+        if not isinstance(dense, cls.dense_type) or isinstance(dense, MaskedLayer):
+            raise TypeError(
+                f"dense must be a {cls.dense_type.__name__}, but is a {type(dense).__name__}"
+            )
+        layer = _retyped(dense, cls)
+        layer._init_masking(granularity, reset_ratio, surrogate, structure_gradient, backend)
+        return layer
+
+    def to_dense(self) -> nn.Module:
+        """The plain `torch.nn` layer with weight * mask baked in; shares the bias.
+
+        Raises RuntimeError where the weight is sharded.
+        """
+        weight, threshold = self._weight_and_threshold()
+        if is_dtensor(weight):
+            raise RuntimeError(
+                "a sharded layer cannot be made dense: gather the state dict and load it into an "
+                "unsharded model first"
+            )
+        layer = _retyped(self, self.dense_type)
+        for name in ("granularity", "reset_ratio", "surrogate", "structure_gradient", "backend"):
+            del layer.__dict__[name]
+        del layer._parameters["threshold"]
+        with torch.no_grad():
+            baked = F.masked_weight(weight, threshold, reset_ratio=self.reset_ratio)
+        layer.weight = nn.Parameter(
+            self._rows(baked).clone(memory_format=torch.preserve_format),
+            requires_grad=self.weight.requires_grad,
+        )
+        return layer
+
+
+def _retyped(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """A copy of `module` as a `cls`: same tensors and attributes, containers of its own."""
+    new = cls.__new__(cls)
+    new.__dict__.update(
+        (name, value.copy() if isinstance(value, dict) else value)
+        for name, value in module.__dict__.items()
+    )
+    return new
+
+
+_last_missing_keys: list[str] | None = None
+
+
+def _log_missing_once(missing_keys: list[str]) -> None:
+    """One line per load_state_dict, however many layers: they all get the same list."""
+    global _last_missing_keys
+    if _last_missing_keys is not missing_keys:
+        _last_missing_keys = missing_keys
+        logger.warning("the state dict has no thresholds (a dense checkpoint?): they start at 0")

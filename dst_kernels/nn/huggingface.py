@@ -1,0 +1,60 @@
+"""Masked twin of transformers' own `Conv1D` (GPT-2 and kin): a linear layer stored transposed.
+
+Imports transformers, so nothing else imports this file before such a layer has been met.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .. import autograd
+from ._masked import MaskedLayer
+
+__all__ = ["MaskedTransformersConv1D"]
+
+
+class MaskedTransformersConv1D(MaskedLayer, Conv1D):
+    """`transformers.pytorch_utils.Conv1D` with masked weights; weight [in, out] as the parent.
+
+    A row is one output neuron here too, which is a column of the stored weight. Keyword-only
+    arguments and errors are those of `MaskedLinear`.
+    """
+
+    dense_type = Conv1D
+
+    def __init__(
+        self,
+        nf: int,
+        nx: int,
+        *,
+        granularity: str = "row",
+        reset_ratio: float | None = 0.01,
+        surrogate: str = "long_tailed",
+        structure_gradient: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(nf, nx)
+        self._init_masking(granularity, reset_ratio, surrogate, structure_gradient, backend)
+
+    @staticmethod
+    def _rows(tensor: Tensor) -> Tensor:
+        return tensor.t() if tensor.dim() == 2 else tensor
+
+    def reset_parameters(self) -> None:
+        """As the parent's constructor: weight from N(0, 0.02), bias and thresholds 0."""
+        nn.init.normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.bias)
+        self.reset_threshold()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+    def extra_repr(self) -> str:
+        return f"nf={self.nf}, nx={self.nx}, {self._masking_repr()}"
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, threshold, effective = self._operands()
+        return autograd.masked_linear(
+            input, weight, threshold, self.bias, effective, **self._options()
+        )

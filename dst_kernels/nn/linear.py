@@ -1,0 +1,57 @@
+"""Masked linear layer."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .. import autograd
+from ._masked import MaskedLayer
+
+__all__ = ["MaskedLinear"]
+
+
+class MaskedLinear(MaskedLayer, nn.Linear):
+    """`torch.nn.Linear` that computes with the weights whose magnitude exceeds their threshold.
+
+    Positional arguments, `device` and `dtype` as in the parent; input [..., in] -> [..., out].
+
+    Args:
+        granularity: what one threshold governs: "row" (an output neuron, the paper's choice),
+            "layer" or "element".
+        reset_ratio: collapse guard. Where at most this share of the weights would remain, all
+            thresholds count as 0; a training forward also writes that into `threshold`. None
+            switches it off.
+        surrogate: see `dst_kernels.functional.masked_weight`.
+        structure_gradient: whether the mask's surrogate gradient also reaches the weight.
+        backend: see `dst_kernels.functional.masked_linear`.
+
+    Raises:
+        ValueError: unknown granularity, surrogate or backend; reset_ratio outside [0, 1].
+        TypeError: a dtype other than float16, bfloat16, float32, float64.
+        RuntimeError: a backend asked for by name that cannot serve.
+    """
+
+    dense_type = nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        granularity: str = "row",
+        reset_ratio: float | None = 0.01,
+        surrogate: str = "long_tailed",
+        structure_gradient: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._init_masking(granularity, reset_ratio, surrogate, structure_gradient, backend)
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, threshold, effective = self._operands()
+        return autograd.masked_linear(
+            input, weight, threshold, self.bias, effective, **self._options()
+        )
