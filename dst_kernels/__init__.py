@@ -1,0 +1,40 @@
+"""Dynamic sparse training for PyTorch: trainable pruning thresholds in drop-in layers.
+
+`functional` has the stateless operations, `nn` the layers, and this module what acts on a whole
+model. Method: Liu et al., "Dynamic Sparse Training: Find Efficient Sparse Network From Scratch
+With Trainable Masked Layers", ICLR 2020.
+"""
+
+from importlib.metadata import version as _version
+
+from . import functional, nn
+from .model import (
+    ConversionPlan,
+    SparsifyConfig,
+    SparsityReport,
+    finalize_,
+    parameter_groups,
+    plan_sparsify,
+    remaining_ratio,
+    sparse_regularization,
+    sparsify_,
+    sparsity_report,
+)
+
+__version__ = _version("dst_kernels")
+
+__all__ = [
+    "ConversionPlan",
+    "SparsifyConfig",
+    "SparsityReport",
+    "__version__",
+    "finalize_",
+    "functional",
+    "nn",
+    "parameter_groups",
+    "plan_sparsify",
+    "remaining_ratio",
+    "sparse_regularization",
+    "sparsify_",
+    "sparsity_report",
+]

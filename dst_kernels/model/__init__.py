@@ -1,0 +1,20 @@
+"""Whole models: conversion, the regulariser, parameter groups, reports, and back to dense."""
+
+from .config import SparsifyConfig
+from .convert import ConversionPlan, plan_sparsify, sparsify_
+from .finalize import finalize_
+from .parameters import parameter_groups, sparse_regularization
+from .report import SparsityReport, remaining_ratio, sparsity_report
+
+__all__ = [
+    "ConversionPlan",
+    "SparsifyConfig",
+    "SparsityReport",
+    "finalize_",
+    "parameter_groups",
+    "plan_sparsify",
+    "remaining_ratio",
+    "sparse_regularization",
+    "sparsify_",
+    "sparsity_report",
+]

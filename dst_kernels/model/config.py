@@ -1,0 +1,84 @@
+"""How `sparsify_` converts a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from .._backends import check_backend
+from .._checks import check_surrogate
+from ..nn import GRANULARITIES
+
+__all__ = ["SparsifyConfig"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparsifyConfig:
+    """Options of the masked layers, and which layers stay dense.
+
+    granularity, reset_ratio, surrogate, structure_gradient, backend: see `nn.MaskedLinear`.
+    skip_first, skip_last: leave the first, the last convertible layer dense, in the order of
+        `model.named_modules()`.
+    skip_depthwise: leave convolutions dense in which every input channel is its own group.
+    min_numel: leave layers with fewer weights dense.
+
+    The defaults are the paper's: every linear and convolutional layer is masked.
+    """
+
+    granularity: str = "row"
+    reset_ratio: float | None = 0.01
+    surrogate: str = "long_tailed"
+    structure_gradient: bool = True
+    backend: str = "auto"
+    skip_first: bool = False
+    skip_last: bool = False
+    skip_depthwise: bool = False
+    min_numel: int = 0
+
+    def __post_init__(self) -> None:
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(
+                f"granularity must be one of {', '.join(GRANULARITIES)}, "
+                f"but is {self.granularity!r}"
+            )
+        check_surrogate(self.surrogate)
+        check_backend(self.backend)
+        if self.reset_ratio is not None and not 0 <= self.reset_ratio <= 1:
+            raise ValueError(
+                f"reset_ratio must be between 0 and 1, or None for no guard, "
+                f"but is {self.reset_ratio}"
+            )
+        if self.min_numel < 0:
+            raise ValueError(f"min_numel must be at least 0, but is {self.min_numel}")
+
+    @classmethod
+    def paper(cls, **changes: Any) -> SparsifyConfig:
+        """Everything masked, thresholds per neuron or filter: the defaults, by name."""
+        return cls(**changes)
+
+    @classmethod
+    def careful(cls, **changes: Any) -> SparsifyConfig:
+        """Dense where sparsity saves little and costs accuracy first.
+
+        That is the first and the last layer, depthwise convolutions and layers of under 1024
+        weights.
+        """
+        careful = {"skip_first": True, "skip_last": True, "skip_depthwise": True, "min_numel": 1024}
+        return cls(**{**careful, **changes})
+
+    def layer_options(self) -> dict[str, Any]:
+        """The keyword-only arguments of the masked layers."""
+        names = ("granularity", "reset_ratio", "surrogate", "structure_gradient", "backend")
+        return {name: getattr(self, name) for name in names}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SparsifyConfig:
+        """The inverse of `to_dict`; ValueError names keys it does not know."""
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"values has unknown keys: {', '.join(unknown)}")
+        return cls(**values)

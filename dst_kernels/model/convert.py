@@ -1,0 +1,272 @@
+"""One-call conversion of a user's own model, and the plan that says what it would do and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.parametrize import is_parametrized
+
+from .._dtensor import is_dtensor
+from ..nn import MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedLayer, MaskedLinear
+from ._encoder import avoid_fast_path
+from ._replace import replace_modules
+from .config import SparsifyConfig
+
+__all__ = ["ConversionPlan", "PlannedLayer", "plan_sparsify", "sparsify_"]
+
+logger = logging.getLogger(__name__)
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+_MASKED = {
+    nn.Linear: MaskedLinear,
+    nn.Conv1d: MaskedConv1d,
+    nn.Conv2d: MaskedConv2d,
+    nn.Conv3d: MaskedConv3d,
+}
+
+# Modules which read the weights of these children (None: of all) without calling them, so that a
+# masked layer in their place would be ignored.
+_READS_WEIGHTS_OF: dict[str, tuple[str, ...] | None] = {
+    "torch.nn.modules.activation.MultiheadAttention": None,
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
+    "timm.models.beit.Attention": ("qkv",),
+    "timm.models.eva.EvaAttention": ("qkv",),
+    "timm.models.swin_transformer_v2.WindowAttention": ("qkv",),
+}
+_TRANSFORMERS_CONV1D = "transformers.pytorch_utils.Conv1D"
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedLayer:
+    """A module with weights: what becomes of it ("convert", "masked" already, "skip") and why."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    action: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversionPlan:
+    """Every module that owns a weight of two dimensions or more; `print` shows a table."""
+
+    layers: list[PlannedLayer]
+
+    def named(self, action: str) -> list[str]:
+        """The names of the layers with this action."""
+        return [layer.name for layer in self.layers if layer.action == action]
+
+    def summary(self) -> str:
+        """One line."""
+        convert, masked, skip = (len(self.named(a)) for a in ("convert", "masked", "skip"))
+        return f"{convert} layers to convert, {masked} masked already, {skip} skipped"
+
+    def __str__(self) -> str:
+        rows = [
+            (layer.action, layer.name or "(root)", layer.type, "x".join(map(str, layer.shape)))
+            for layer in self.layers
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else []
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            + (f"  {layer.reason}" if layer.reason else "")
+            for row, layer in zip(rows, self.layers, strict=True)
+        ]
+        return "\n".join([*(line.rstrip() for line in lines), self.summary()])
+
+
+def plan_sparsify(
+    model: nn.Module, config: SparsifyConfig | None = None, filter_fn: FilterFn | None = None
+) -> ConversionPlan:
+    """What `sparsify_` with the same arguments would do; changes nothing."""
+    return _plan(model, config or SparsifyConfig(), filter_fn)[0]
+
+
+def sparsify_(
+    model: nn.Module, config: SparsifyConfig | None = None, filter_fn: FilterFn | None = None
+) -> nn.Module:
+    """Replace linear and convolutional layers by masked ones that share their Parameters.
+
+    In place; returns the model, or its replacement where the model itself is such a layer. With
+    thresholds at 0 the outputs stay the same. Modules used in several places are converted once,
+    weights shared between layers stay shared and share their threshold. A second call changes
+    nothing. Convert before building the optimizer, `torch.compile`, DDP or `fully_shard`.
+
+    `config` (default: `SparsifyConfig()`) chooses options and layers; `filter_fn(module, name)`
+    is asked about each layer the config would convert and keeps it dense by returning False.
+    What happens to each layer is logged; `plan_sparsify` returns the same as an object.
+    """
+    config = config or SparsifyConfig()
+    plan, chosen = _plan(model, config, filter_fn)
+    thresholds = {
+        id(module.weight): module.threshold
+        for module in model.modules()
+        if isinstance(module, MaskedLayer)
+    }
+    replacements: dict[nn.Module, nn.Module] = {}
+    for module in chosen:
+        masked = replacements[module] = _masked_type(module).from_dense(
+            module, **config.layer_options()
+        )
+        masked.threshold = thresholds.setdefault(id(masked.weight), masked.threshold)
+    model = replace_modules(model, replacements)
+    avoid_fast_path(model)
+    for layer in plan.layers:
+        logger.debug("%s %s (%s) %s", layer.action, layer.name, layer.type, layer.reason)
+    logger.info("sparsify_: %s", plan.summary())
+    return model
+
+
+def _plan(
+    model: nn.Module, config: SparsifyConfig, filter_fn: FilterFn | None
+) -> tuple[ConversionPlan, list[nn.Module]]:
+    named = [(name, module) for name, module in model.named_modules() if _has_weights(module)]
+    bypassed = _bypassed_children(model)
+    reasons: dict[nn.Module, str] = {}
+    for _, module in named:
+        reason = bypassed.get(module) or _cannot_convert(module)
+        if reason:
+            reasons[module] = reason
+    able = [module for _, module in named if module not in reasons]
+    for name, module in named:
+        if module not in reasons:
+            reason = _unwanted(module, name, config, able, filter_fn)
+            if reason:
+                reasons[module] = reason
+    owners = _owners_of_parameters(model)  # including those that were never candidates
+    for _, module in named:
+        if module not in reasons:
+            dense = [
+                owner_name
+                for owner_name, owner in owners[id(module.weight)]
+                if owner in reasons and not isinstance(owner, MaskedLayer)
+            ]
+            if dense:
+                reasons[module] = f"shares its weight with {dense[0]}, which stays dense"
+    layers = []
+    for name, module in named:
+        masked = isinstance(module, MaskedLayer)
+        action = "masked" if masked else "skip" if module in reasons else "convert"
+        layers.append(
+            PlannedLayer(
+                name=name,
+                type=type(module).__name__,
+                shape=_shape(module),
+                action=action,
+                reason="" if masked else reasons.get(module, ""),
+            )
+        )
+    chosen = [module for _, module in named if module not in reasons]
+    return ConversionPlan(layers), chosen
+
+
+def _has_weights(module: nn.Module) -> bool:
+    """Whether the module itself, not a child, owns something a mask could be put on."""
+    if isinstance(module, LazyModuleMixin) or is_parametrized(module):
+        return True
+    return any(p is not None and p.dim() >= 2 for p in module._parameters.values())
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    if isinstance(module, LazyModuleMixin):
+        return ()
+    weights = [p for p in module.parameters() if p.dim() >= 2]
+    return tuple(weights[0].shape) if weights else ()
+
+
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _base(module: nn.Module) -> type[nn.Module] | None:
+    """The torch.nn class that `module` behaves as, if we have a masked twin of it."""
+    for base in _MASKED:
+        if isinstance(module, base):
+            return base
+    return None
+
+
+def _masked_type(module: nn.Module) -> type[MaskedLayer]:
+    base = _base(module)
+    if base is not None:
+        return _MASKED[base]
+    from ..nn.huggingface import MaskedTransformersConv1D
+
+    return MaskedTransformersConv1D
+
+
+def _cannot_convert(module: nn.Module) -> str | None:
+    """Why there is no masked layer that would compute the same, or None."""
+    if isinstance(module, MaskedLayer):
+        return "masked already"
+    if isinstance(module, LazyModuleMixin):
+        return "has no weights yet: run a forward before converting"
+    if is_parametrized(module):
+        return "is parametrized: its weight is computed, not stored"
+    base = _base(module)
+    if base is None and _qualified(type(module)) != _TRANSFORMERS_CONV1D:
+        return f"there is no masked {type(module).__name__}"
+    if base is not None and type(module) is not base:
+        methods = ("forward", "_conv_forward")
+        if any(getattr(type(module), m, None) is not getattr(base, m, None) for m in methods):
+            return f"is a {base.__name__} with a forward of its own"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is not a parameter"
+    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"its weight is {weight.dtype}"
+    if is_dtensor(weight):
+        return "is sharded already: convert before fully_shard"
+    return None
+
+
+def _unwanted(
+    module: nn.Module,
+    name: str,
+    config: SparsifyConfig,
+    able: list[nn.Module],
+    filter_fn: FilterFn | None,
+) -> str | None:
+    """Why config or filter_fn keep a convertible layer dense, or None."""
+    if config.skip_first and module is able[0]:
+        return "skip_first"
+    if config.skip_last and module is able[-1]:
+        return "skip_last"
+    groups = getattr(module, "groups", 1)
+    if config.skip_depthwise and groups > 1 and groups == module.in_channels:
+        return "skip_depthwise"
+    if module.weight.numel() < config.min_numel:
+        return f"min_numel: {module.weight.numel()} < {config.min_numel} weights"
+    if filter_fn is not None and not filter_fn(module, name):
+        return "filter_fn"
+    return None
+
+
+def _bypassed_children(model: nn.Module) -> dict[nn.Module, str]:
+    """Layers whose parent reads their weight instead of calling them, with the reason to skip."""
+    bypassed = {}
+    for parent in model.modules():
+        for cls in type(parent).__mro__:
+            names = _READS_WEIGHTS_OF.get(_qualified(cls), ())
+            for name, child in parent._modules.items():
+                if child is not None and (names is None or name in names):
+                    bypassed[child] = f"{type(parent).__name__} reads its weight without calling it"
+    return bypassed
+
+
+def _owners_of_parameters(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((name, module))
+    return owners

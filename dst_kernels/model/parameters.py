@@ -1,0 +1,60 @@
+"""What goes into the loss and the optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import functional as F
+from ._layers import named_masked_layers
+
+__all__ = ["parameter_groups", "sparse_regularization"]
+
+
+def sparse_regularization(model: nn.Module) -> Tensor:
+    """Sum of exp(-t) over every threshold of the model: a 0-dim tensor, to be added times alpha.
+
+    A threshold that layers share counts once. See `functional.sparse_regularization` for very
+    negative thresholds. ValueError where the model has no masked layers.
+    """
+    thresholds = {id(layer.threshold): layer.threshold for _, layer in named_masked_layers(model)}
+    return F.sparse_regularization(thresholds.values())
+
+
+def parameter_groups(
+    model: nn.Module,
+    lr: float | None = None,
+    weight_decay: float | None = None,
+    threshold_lr: float | None = None,
+    threshold_weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Two groups for a torch optimizer: everything else, and the thresholds.
+
+    `lr` and `weight_decay` hold for the first (None: the optimizer's own); `threshold_lr`
+    (None: `lr`) and `threshold_weight_decay` for the second. Decay pulls thresholds towards 0 and
+    so caps them where alpha * exp(-t) = decay * t: hence none unless asked for (the authors' CIFAR
+    runs had it). Parameters that need no gradient are left out.
+    """
+    thresholds = {id(layer.threshold): layer.threshold for _, layer in named_masked_layers(model)}
+    groups = [
+        _group(
+            "weights",
+            [p for p in model.parameters() if p.requires_grad and id(p) not in thresholds],
+            lr,
+            weight_decay,
+        ),
+        _group(
+            "thresholds",
+            [p for p in thresholds.values() if p.requires_grad],
+            lr if threshold_lr is None else threshold_lr,
+            threshold_weight_decay,
+        ),
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _group(name: str, params: list, lr: float | None, weight_decay: float | None) -> dict[str, Any]:
+    options = {"lr": lr, "weight_decay": weight_decay}
+    given = {key: value for key, value in options.items() if value is not None}
+    return {"name": name, "params": params, **given}

@@ -1,0 +1,147 @@
+"""How sparse a model is, layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+from ..nn import MaskedLayer
+from ..reference import threshold_mask
+from ._layers import named_masked_layers
+
+__all__ = ["LayerSparsity", "SparsityReport", "remaining_ratio", "sparsity_report"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSparsity:
+    """One masked layer. Thresholds are the effective ones, after the collapse guard.
+
+    dead_rows: output neurons or filters with no weight left; dead_columns: input features or
+    channels that no weight reads any more.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    remaining_ratio: float
+    kept: int
+    total: int
+    dead_rows: int
+    dead_columns: int
+    threshold_min: float
+    threshold_mean: float
+    threshold_max: float
+
+
+@dataclasses.dataclass(frozen=True)
+class SparsityReport:
+    """All masked layers and their totals; `print` shows a table.
+
+    Totals count masked weights only (no biases, norms, dense layers), shared ones once.
+    """
+
+    layers: list[LayerSparsity]
+    remaining_ratio: float
+    kept: int
+    total: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        header = ("layer", "shape", "remaining", "kept", "total", "dead rows", "dead cols")
+        header += ("t min", "t mean", "t max")
+        rows = [
+            (
+                layer.name or "(root)",
+                "x".join(map(str, layer.shape)),
+                f"{layer.remaining_ratio:.2%}",
+                f"{layer.kept:,}",
+                f"{layer.total:,}",
+                str(layer.dead_rows),
+                str(layer.dead_columns),
+                f"{layer.threshold_min:.4f}",
+                f"{layer.threshold_mean:.4f}",
+                f"{layer.threshold_max:.4f}",
+            )
+            for layer in self.layers
+        ]
+        model = ("model", "", f"{self.remaining_ratio:.2%}", f"{self.kept:,}", f"{self.total:,}")
+        rows.append(model + ("",) * (len(header) - len(model)))
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        rule = tuple("-" * width for width in widths)
+        lines = []
+        for row in (header, rule, *rows[:-1], rule, rows[-1]):
+            left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
+            right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
+            lines.append("  ".join(left + right).rstrip())
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def sparsity_report(model: nn.Module) -> SparsityReport:
+    """Measure every masked layer with one device synchronisation for the whole model.
+
+    ValueError where the model has no masked layers. On FSDP2 models a collective call.
+    """
+    named = named_masked_layers(model)
+    device = named[0][1].weight.device
+    measured = [_measure(layer).to(device, non_blocking=True) for _, layer in named]
+    values = torch.stack(measured).tolist()
+    layers = []
+    for (name, layer), (kept, dead_rows, dead_columns, low, mean, high) in zip(
+        named, values, strict=True
+    ):
+        total = layer.weight.numel()
+        layers.append(
+            LayerSparsity(
+                name=name,
+                shape=tuple(layer.weight.shape),
+                remaining_ratio=kept / total if total else float("nan"),
+                kept=int(kept),
+                total=total,
+                dead_rows=int(dead_rows),
+                dead_columns=int(dead_columns),
+                threshold_min=low,
+                threshold_mean=mean,
+                threshold_max=high,
+            )
+        )
+    unique = {id(module.weight): entry for (_, module), entry in zip(named, layers, strict=True)}
+    kept = sum(entry.kept for entry in unique.values())
+    total = sum(entry.total for entry in unique.values())
+    ratio = kept / total if total else float("nan")
+    return SparsityReport(layers=layers, remaining_ratio=ratio, kept=kept, total=total)
+
+
+def _measure(layer: MaskedLayer) -> Tensor:
+    """[kept, dead rows, dead columns, threshold min, mean, max]; float64 counts exactly."""
+    weight, threshold = layer.gathered()
+    effective = F.effective_threshold(weight, threshold, reset_ratio=layer.reset_ratio)
+    rows = threshold_mask(weight, effective)
+    groups = getattr(layer, "groups", 1)
+    columns = rows.reshape(groups, rows.shape[0] // groups, *rows.shape[1:])
+    dead_rows = rows.shape[0] - rows.flatten(1).any(1).sum()
+    alive_columns = columns.transpose(1, 2).flatten(2).any(2)
+    dead_columns = alive_columns.numel() - alive_columns.sum()
+    counts = torch.stack([rows.sum(), dead_rows, dead_columns]).double()
+    if effective.numel() == 0:
+        return torch.cat([counts, counts.new_full((3,), float("nan"))])
+    spread = torch.stack([effective.amin(), effective.mean(), effective.amax()]).double()
+    return torch.cat([counts, spread])
+
+
+@torch.no_grad()
+def remaining_ratio(model: nn.Module) -> Tensor:
+    """Kept / all masked weights of the model, a 0-dim float32 tensor; no synchronisation.
+
+    Weights that layers share count once. ValueError where the model has no masked layers.
+    """
+    layers = {id(layer.weight): layer for _, layer in named_masked_layers(model)}.values()
+    device = next(iter(layers)).weight.device
+    kept = torch.stack([layer.mask().sum().to(device, non_blocking=True) for layer in layers]).sum()
+    return kept.to(torch.float32) / sum(layer.weight.numel() for layer in layers)
