@@ -1,0 +1,70 @@
+"""Files written whole or not at all, and the checkpoint a run continues from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from .errors import UsageError
+
+__all__ = ["CHECKPOINT", "load_checkpoint", "save_checkpoint", "write_atomically"]
+
+CHECKPOINT = "checkpoint.pt"
+_FORMAT = "dst_kernels.training/1"
+_CONTENTS = {"format", "config", "history", "seconds", "model", "optimizer"}
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Call `write` on a temporary file beside `path`, then rename it over `path`.
+
+    Whatever happens, `path` holds its old contents or its new ones in full.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be written: {error.strerror or error}. "
+            "Accepted: an --out folder on a disk with space, where you may write."
+        ) from error
+
+
+def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
+    """Write a checkpoint; `contents` are plain values and state dicts."""
+    whole = {"format": _FORMAT, **contents}
+    if set(whole) != _CONTENTS:
+        raise ValueError(f"a checkpoint holds {sorted(_CONTENTS)}, but got {sorted(whole)}")
+    write_atomically(path, lambda file: torch.save(whole, file))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU; UsageError where it is damaged or somebody else's.
+
+    Only tensors and plain values are unpickled, so a foreign file cannot run code.
+    """
+    accepted = "Accepted: a folder written by dst-kernels train."
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever the damage leads to
+        raise UsageError(
+            f"--resume: {path} is damaged or not a checkpoint ({type(error).__name__}). {accepted}"
+        ) from error
+    if not isinstance(contents, dict) or "format" not in contents:
+        raise UsageError(f"--resume: {path} is not a checkpoint of dst-kernels train. {accepted}")
+    if contents["format"] != _FORMAT or set(contents) != _CONTENTS:
+        raise UsageError(
+            f"--resume: {path} has the format {contents['format']!r}. "
+            f"Accepted: {_FORMAT!r}, which this version of dst_kernels writes."
+        )
+    return contents

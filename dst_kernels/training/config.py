@@ -1,0 +1,198 @@
+"""What a run is: every choice that shapes its result, the rules they obey, and the presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .errors import UsageError, require_one_of
+
+__all__ = ["DATASET_PRESETS", "PRESETS", "Preset", "RunConfig", "option"]
+
+# Each data set with the preset that comes with it where none is named: an alpha that suits 23
+# steps an epoch would strip a model that takes 938.
+DATASET_PRESETS = {
+    "digits": "digits",
+    "mnist": "mnist",
+    "fashion-mnist": "mnist",
+    "cifar10": "cifar10",
+    "cifar100": "cifar10",
+    "image-folder": "cifar10",
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run. The defaults are the `digits` preset; invalid values raise UsageError."""
+
+    preset: str = "digits"
+    model: str = "lenet-300-100"
+    dataset: str = "digits"
+    data_dir: str = "data"
+    image_size: int = 224
+    dense: bool = False
+    alpha: float = 4e-3
+    epochs: int = 100
+    batch_size: int = 64
+    optimizer: str = "sgd"
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    threshold_lr: float | None = None
+    threshold_weight_decay: float = 0.0
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+    granularity: str = "row"
+    surrogate: str = "long_tailed"
+    reset_ratio: float | None = 0.01
+    skip_first: bool = False
+    skip_last: bool = False
+    seed: int = 0
+    device: str = "auto"
+    amp: str = "none"
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        from dst_kernels.nn import GRANULARITIES
+        from dst_kernels.reference import SURROGATES
+
+        require_one_of("--preset", self.preset, PRESETS)
+        require_one_of("--dataset", self.dataset, DATASET_PRESETS)
+        require_one_of("--optimizer", self.optimizer, ("sgd", "adam"))
+        require_one_of("--granularity", self.granularity, GRANULARITIES)
+        require_one_of("--surrogate", self.surrogate, SURROGATES)
+        require_one_of("--amp", self.amp, ("none", "bf16"))
+        for name, rule in _RULES.items():
+            value = getattr(self, name)
+            if not rule.holds(value):
+                raise UsageError(f"{option(name)} is {value!r}. Accepted: {rule.accepted}.")
+
+    @classmethod
+    def from_preset(cls, preset: str, **given: Any) -> RunConfig:
+        """The preset's configuration with the given fields replaced."""
+        require_one_of("--preset", preset, PRESETS)
+        return cls(**{"preset": preset, **PRESETS[preset].values, **given})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, ready for JSON."""
+        return {**dataclasses.asdict(self), "milestones": list(self.milestones)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """The inverse of `to_dict`; raises UsageError for anything else."""
+        expected = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(values, Mapping) or set(values) != expected:
+            odd = sorted(expected.symmetric_difference(values), key=str)
+            raise UsageError(f"not the configuration of a training run: see {', '.join(odd)}")
+        values = dict(values)
+        if isinstance(values["milestones"], list):
+            values["milestones"] = tuple(values["milestones"])
+        return cls(**values)
+
+
+def option(field: str) -> str:
+    """The command line's name of a field."""
+    return "--" + field.replace("_", "-")
+
+
+class _Rule(NamedTuple):
+    accepted: str
+    holds: Callable[[Any], bool]
+
+
+def _integer(least: int) -> _Rule:
+    return _Rule(
+        f"an integer of at least {least}",
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least,
+    )
+
+
+def _number(accepted: str, inside: Callable[[float], bool]) -> _Rule:
+    return _Rule(
+        accepted,
+        lambda value: (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+            and inside(value)
+        ),
+    )
+
+
+def _or_none(rule: _Rule, accepted: str) -> _Rule:
+    return _Rule(accepted, lambda value: value is None or rule.holds(value))
+
+
+def _ascending(milestones: Any) -> bool:
+    return (
+        isinstance(milestones, tuple)
+        and all(_integer(1).holds(epoch) for epoch in milestones)
+        and list(milestones) == sorted(set(milestones))
+    )
+
+
+_AT_LEAST_0 = _number("a number of at least 0", lambda value: value >= 0)
+_ABOVE_0 = _number("a number above 0", lambda value: value > 0)
+_SHARE = _number("a number from 0 to 1", lambda value: 0 <= value <= 1)
+_TEXT = _Rule("a name", lambda value: isinstance(value, str) and value != "")
+_FLAG = _Rule("true or false", lambda value: isinstance(value, bool))
+
+_RULES = {
+    "model": _TEXT,
+    "data_dir": _TEXT,
+    "device": _TEXT,
+    "dense": _FLAG,
+    "skip_first": _FLAG,
+    "skip_last": _FLAG,
+    "image_size": _integer(8),
+    "alpha": _AT_LEAST_0,
+    "epochs": _integer(1),
+    "batch_size": _integer(2),
+    "lr": _ABOVE_0,
+    "momentum": _number("a number from 0 up to, but below, 1", lambda value: 0 <= value < 1),
+    "weight_decay": _AT_LEAST_0,
+    "threshold_lr": _or_none(_AT_LEAST_0, "a number of at least 0"),
+    "threshold_weight_decay": _AT_LEAST_0,
+    "milestones": _Rule("ascending epochs with commas between, such as 80,120", _ascending),
+    "gamma": _ABOVE_0,
+    "reset_ratio": _or_none(_SHARE, "a number from 0 to 1, or none"),
+    "seed": _number("an integer from 0 to 2**63 - 1", lambda v: v == int(v) and 0 <= v < 2**63),
+    "workers": _integer(0),
+}
+
+
+class Preset(NamedTuple):
+    """A named recipe: what it is, and the fields in which it differs from the defaults."""
+
+    description: str
+    values: Mapping[str, Any]
+
+
+PRESETS: dict[str, Preset] = {
+    "digits": Preset("LeNet-300-100 on scikit-learn's digits; no download, seconds on a CPU", {}),
+    "mnist": Preset(
+        "the paper's LeNet-300-100 on MNIST, 20 epochs",
+        {"dataset": "mnist", "alpha": 5e-4, "epochs": 20},
+    ),
+    "mnist-lenet-5": Preset(
+        "the paper's LeNet-5-Caffe on MNIST, 20 epochs",
+        {"dataset": "mnist", "model": "lenet-5", "alpha": 5e-4, "epochs": 20},
+    ),
+    # The paper trains VGG-16 and wide ResNets, which torchvision lacks in these forms.
+    "cifar10": Preset(
+        "torchvision's ResNet-18 on CIFAR-10, on the paper's schedule (not its nets)",
+        {
+            "dataset": "cifar10",
+            "model": "resnet18",
+            "alpha": 5e-6,
+            "epochs": 160,
+            "lr": 0.1,
+            "milestones": (80, 120),
+            "weight_decay": 1e-4,
+            "threshold_weight_decay": 1e-4,
+        },
+    ),
+}

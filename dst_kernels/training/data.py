@@ -1,0 +1,254 @@
+"""Data sets: what is small is held whole and batched by index, image folders are streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .config import RunConfig
+from .errors import UsageError
+
+__all__ = ["Batches", "Data", "FolderBatches", "TensorBatches", "load_data"]
+
+_CIFAR_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+_IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_TEST_BATCH = 1000
+
+
+class Batches(Protocol):
+    """One split of a data set."""
+
+    def __len__(self) -> int:
+        """Batches in an epoch of training."""
+
+    def epoch(self, seed: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels on the device: shuffled by the seed, or in order without one."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Both splits, and what a model must fit."""
+
+    train: Batches
+    test: Batches
+    shape: tuple[int, int, int]
+    classes: int
+
+
+class TensorBatches:
+    """A split held on the device, as bytes where it came as bytes.
+
+    `padding` > 0 augments: zero-pad, crop at random to the old size, flip half of the images.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+        padding: int = 0,
+    ) -> None:
+        self.images, self.labels = images, labels
+        self.batch_size, self.padding = batch_size, padding
+        self.statistics = None
+        if statistics is not None:
+            self.statistics = tuple(
+                torch.tensor(values, device=images.device).view(-1, 1, 1) for values in statistics
+            )
+
+    def __len__(self) -> int:
+        return _batch_count(len(self.labels), self.batch_size)
+
+    def epoch(self, seed: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        # All of an epoch's choices are drawn at once: one transfer to the device, not one a step.
+        count, device = len(self.labels), self.images.device
+        if seed is None:
+            order = torch.arange(count)
+        else:
+            generator = torch.Generator().manual_seed(seed)
+            order = torch.randperm(count, generator=generator)
+            if self.padding:
+                corners = torch.randint(2 * self.padding + 1, (count, 2), generator=generator)
+                flips = torch.rand(count, generator=generator) < 0.5
+                corners, flips = corners.to(device), flips.to(device)
+        order = order.to(device)
+        for index in order.split(self.batch_size)[: None if seed is None else len(self)]:
+            images = self.images[index]
+            if seed is not None and self.padding:
+                images = _crop_and_flip(images, self.padding, corners[index], flips[index])
+            if not images.is_floating_point():
+                images = images.float().div_(255)
+            if self.statistics is not None:
+                mean, deviation = self.statistics
+                images = (images - mean) / deviation
+            yield images, self.labels[index]
+
+
+def _batch_count(samples: int, batch_size: int) -> int:
+    # In training a last batch of one image is left out: batch normalisation cannot use it.
+    return -(-samples // batch_size) - (samples > 1 and samples % batch_size == 1)
+
+
+def _crop_and_flip(images: Tensor, padding: int, corners: Tensor, flips: Tensor) -> Tensor:
+    _, channels, height, width = images.shape
+    device = images.device
+    rows = corners[:, :1] + torch.arange(height, device=device)
+    columns = corners[:, 1:] + torch.arange(width, device=device)
+    columns = torch.where(flips[:, None], columns.flip(1), columns)
+    return F.pad(images, (padding,) * 4)[
+        torch.arange(len(images), device=device)[:, None, None, None],
+        torch.arange(channels, device=device)[None, :, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None, :],
+    ]
+
+
+class FolderBatches:
+    """A split streamed from image files through a DataLoader."""
+
+    def __init__(self, images: Any, batch_size: int, workers: int, device: torch.device) -> None:
+        self.images, self.batch_size, self.workers = images, batch_size, workers
+        self.device = device
+
+    def __len__(self) -> int:
+        return _batch_count(len(self.images), self.batch_size)
+
+    def epoch(self, seed: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        # A loader an epoch: workers draw their seeds from the generator when they start.
+        loader = torch.utils.data.DataLoader(
+            self.images,
+            batch_size=self.batch_size,
+            shuffle=seed is not None,
+            generator=torch.Generator().manual_seed(seed or 0),
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            drop_last=seed is not None and len(self) * self.batch_size < len(self.images),
+        )
+        for images, labels in loader:
+            yield (
+                images.to(self.device, non_blocking=True),
+                labels.to(self.device, non_blocking=True),
+            )
+
+
+def load_data(
+    config: RunConfig, device: torch.device, channels: int | None = None, download: bool = False
+) -> Data:
+    """Read the configured data set; gray images are repeated to `channels` where it is given."""
+    if config.dataset == "image-folder":
+        return _image_folder(config, device)
+    if config.dataset == "digits":
+        splits, statistics, padding = _digits(), None, 0
+    elif config.dataset in ("mnist", "fashion-mnist"):
+        splits, statistics, padding = _torchvision(config, download), None, 0
+    else:
+        splits, statistics, padding = _torchvision(config, download), _CIFAR_STATISTICS, 4
+
+    (images, labels), (test_images, test_labels) = splits
+    if channels is not None and images.shape[1] == 1:
+        images, test_images = (part.expand(-1, channels, -1, -1) for part in (images, test_images))
+    train = TensorBatches(
+        images.to(device), labels.to(device), config.batch_size, statistics, padding
+    )
+    test = TensorBatches(test_images.to(device), test_labels.to(device), _TEST_BATCH, statistics)
+    return Data(train, test, tuple(images.shape[1:]), 100 if config.dataset == "cifar100" else 10)
+
+
+_Splits = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def _digits() -> _Splits:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    small = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
+    images = F.interpolate(small, size=(28, 28), mode="bilinear")
+    labels = torch.from_numpy(digits.target).long()
+    # The split is part of the data set: it does not follow --seed.
+    train, test = train_test_split(
+        torch.arange(len(labels)).numpy(), test_size=0.2, stratify=digits.target, random_state=0
+    )
+    return (images[train], labels[train]), (images[test], labels[test])
+
+
+def _torchvision(config: RunConfig, download: bool) -> _Splits:
+    import torchvision.datasets as available
+
+    kind = {
+        "mnist": available.MNIST,
+        "fashion-mnist": available.FashionMNIST,
+        "cifar10": available.CIFAR10,
+        "cifar100": available.CIFAR100,
+    }[config.dataset]
+    root = Path(config.data_dir)
+    if not root.is_dir() and not download:
+        raise UsageError(
+            f"--data-dir {config.data_dir!r} is not a folder. "
+            f"Accepted: a folder that holds {config.dataset} as torchvision stores it; "
+            "add --download to fetch it there."
+        )
+    splits = []
+    for train in (True, False):
+        try:
+            split = kind(root, train=train, download=download)
+        except Exception as error:  # a missing, truncated or foreign file raises all sorts
+            reason = str(error).split(". You can use")[0].strip().rstrip(".")
+            raise UsageError(
+                f"--data-dir {config.data_dir!r} does not yield {config.dataset}: {reason}. "
+                f"Accepted: a folder that holds {config.dataset} as torchvision stores it; "
+                "add --download to fetch it there."
+            ) from error
+        images = torch.as_tensor(split.data)
+        images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
+        splits.append((images.contiguous(), torch.as_tensor(split.targets).long()))
+    return splits[0], splits[1]
+
+
+def _image_folder(config: RunConfig, device: torch.device) -> Data:
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    root, size = Path(config.data_dir), config.image_size
+    layout = "Accepted: a folder with train/<class>/ and test/<class>/ (or val/<class>/) of images."
+    held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    if not (root / "train").is_dir() or held_out is None:
+        missing = "train" if not (root / "train").is_dir() else "test or val"
+        state = f"has no {missing} folder" if root.is_dir() else "is not a folder"
+        raise UsageError(f"--data-dir {config.data_dir!r} {state}. {layout}")
+    finish = [transforms.ToTensor(), transforms.Normalize(*_IMAGENET_STATISTICS)]
+    augment = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), *finish]
+    center = [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size), *finish]
+    try:
+        train = ImageFolder(root / "train", transforms.Compose(augment), loader=_read_image)
+        test = ImageFolder(held_out, transforms.Compose(center), loader=_read_image)
+    except FileNotFoundError as error:
+        raise UsageError(f"--data-dir {config.data_dir!r}: {error}. {layout}") from error
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes).symmetric_difference(test.classes))
+        raise UsageError(
+            f"--data-dir {config.data_dir!r}: the classes {', '.join(odd)} are in only one of "
+            f"train and {held_out.name}. Accepted: the same classes in both."
+        )
+    return Data(
+        FolderBatches(train, config.batch_size, config.workers, device),
+        FolderBatches(test, config.batch_size, config.workers, device),
+        (3, size, size),
+        len(train.classes),
+    )
+
+
+def _read_image(path: str) -> Any:
+    from torchvision.datasets.folder import default_loader
+
+    try:
+        return default_loader(path)
+    except OSError as error:
+        raise UsageError(f"--data-dir: {path} cannot be read as an image: {error}") from error

@@ -1,0 +1,249 @@
+"""What a person sees: a live view on a terminal, plain lines elsewhere, tables at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.bar import Bar
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from .config import RunConfig
+from .files import Record
+from .loop import Observer
+
+if TYPE_CHECKING:
+    from dst_kernels import SparsityReport
+
+__all__ = ["percent", "show_comparison", "show_header", "show_result", "watch"]
+
+_RATIO_COLOR = "cyan"
+_REFRESHES_PER_SECOND = 8
+
+
+def percent(share: float, digits: int = 2) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def show_header(
+    console: Console, config: RunConfig, weights: int, directory: Path, device: str
+) -> None:
+    """One line on what is trained, one on where it is written."""
+    kind = "dense twin" if config.dense else f"alpha {config.alpha:g}"
+    facts = [
+        f"[bold]{config.model}[/] on [bold]{config.dataset}[/]",
+        f"{weights:,} parameters",
+        f"[bold]{kind}[/]",
+        f"{config.optimizer} lr {config.lr:g}",
+        f"batch {config.batch_size}",
+        f"seed {config.seed}",
+        device + (" bf16" if config.amp == "bf16" else ""),
+    ]
+    console.print()
+    console.print(" · ".join(facts), highlight=False, soft_wrap=True)
+    console.print(f"[dim]writing to {directory}[/]", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def watch(
+    console: Console,
+    config: RunConfig,
+    history: list[Record],
+    steps: int,
+    shapes: Mapping[str, str],
+) -> Iterator[Observer]:
+    """Show training while it goes on: `steps` an epoch, `shapes` by layer name."""
+    if not console.is_terminal:
+        yield _Lines(console, config)
+        return
+    view = _View(console, config, history, steps, shapes)
+    with Live(
+        view,
+        console=console,
+        refresh_per_second=_REFRESHES_PER_SECOND,
+        transient=True,
+    ):
+        yield view
+
+
+class _Lines(Observer):
+    """A line for every epoch, for logs and pipes."""
+
+    def __init__(self, console: Console, config: RunConfig) -> None:
+        self.console, self.epochs = console, config.epochs
+        self.started = time.perf_counter()
+
+    def epoch(self, record: Record) -> None:
+        width = len(str(self.epochs))
+        self.console.print(
+            f"epoch {record['epoch']:>{width}}/{self.epochs}"
+            f"  train loss {record['train_loss']:.4f}  test loss {record['test_loss']:.4f}"
+            f"  test accuracy {percent(record['test_accuracy']):>8}"
+            f"  remaining {percent(record['remaining_ratio']):>8}"
+            f"  {time.perf_counter() - self.started:.1f} s",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+class _View(Observer):
+    """The live view; rich renders it again and again from its own thread."""
+
+    def __init__(
+        self,
+        console: Console,
+        config: RunConfig,
+        history: list[Record],
+        steps: int,
+        shapes: Mapping[str, str],
+    ) -> None:
+        self.console, self.shapes = console, shapes
+        self.record: Record | None = history[-1] if history else None
+        self.progress = Progress(
+            TextColumn("epoch"),
+            TextColumn("{task.fields[epoch]}/" + str(config.epochs)),
+            BarColumn(bar_width=40),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            TextColumn("left"),
+            console=console,
+        )
+        self.task = self.progress.add_task(
+            "", total=config.epochs * steps, completed=len(history) * steps, epoch=len(history)
+        )
+
+    def step(self) -> None:
+        self.progress.advance(self.task)
+
+    def epoch(self, record: Record) -> None:
+        self.record = record
+        self.progress.update(self.task, epoch=record["epoch"])
+
+    def __rich__(self) -> Group:
+        if self.record is None:
+            return Group(self.progress)
+        return Group(self.progress, _metrics_line(self.record), self._ratios(self.record))
+
+    def _ratios(self, record: Record) -> Table:
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        table.add_column("layer", header_style="dim")
+        table.add_column("shape", header_style="dim", style="dim", justify="right")
+        table.add_column("remaining", header_style="dim", justify="right", min_width=9)
+        table.add_column("", width=32)
+        room = max(self.console.height - 7, 3)
+        layers = list(record["layers"].items())
+        for name, ratio in layers[:room]:
+            table.add_row(name, self.shapes.get(name, ""), percent(ratio, 1), _bar(ratio))
+        if len(layers) > room:
+            table.add_row(f"[dim]and {len(layers) - room} more[/]")
+        if layers:
+            ratio = record["remaining_ratio"]
+            table.add_row("[bold]model[/]", "", f"[bold]{percent(ratio, 1)}[/]", _bar(ratio))
+        return table
+
+
+def _bar(ratio: float) -> Bar:
+    return Bar(size=1, begin=0, end=ratio, width=32, color=_RATIO_COLOR, bgcolor="grey23")
+
+
+def _metrics_line(record: Record) -> Text:
+    return Text.from_markup(
+        f"[dim]train loss[/] {record['train_loss']:.4f}   "
+        f"[dim]test loss[/] {record['test_loss']:.4f}   "
+        f"[dim]test accuracy[/] [bold]{percent(record['test_accuracy'])}[/]\n"
+    )
+
+
+def show_result(
+    console: Console, summary: Mapping[str, Any], report: SparsityReport | None, directory: Path
+) -> None:
+    """The closing table of one run."""
+    if report is not None:
+        console.print(_layer_table(report))
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    accuracy, ratio = summary["test_accuracy"], summary["remaining_ratio"]
+    table.add_row("test accuracy", f"[bold]{percent(accuracy)}[/]", "of the final epoch")
+    if report is not None:
+        table.add_row("remaining", f"[bold]{percent(ratio)}[/]", _times_fewer(ratio))
+    table.add_row("time", f"{summary['seconds']:.1f} s", f"{summary['epochs']} epochs")
+    names = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
+    table.add_row("written", str(directory), "")
+    console.print(table, highlight=False)
+    console.print(f"[dim]{'  '.join(names)}[/]", highlight=False)
+
+
+def _layer_table(report: SparsityReport) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column("layer", overflow="fold")
+    for name in ("shape", "remaining", "kept", "of", "empty rows", "t mean", "t min", "t max"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for layer in report.layers:
+        table.add_row(
+            layer.name,
+            shape_text(layer.shape),
+            percent(layer.remaining_ratio),
+            f"{layer.kept:,}",
+            f"{layer.total:,}",
+            f"{layer.dead_rows:,}",
+            f"{layer.threshold_mean:.3f}",
+            f"{layer.threshold_min:.3f}",
+            f"{layer.threshold_max:.3f}",
+        )
+    table.add_section()
+    ratio, kept, total = percent(report.remaining_ratio), f"{report.kept:,}", f"{report.total:,}"
+    table.add_row("model", "", ratio, kept, total, style="bold")
+    return table
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _times_fewer(ratio: float) -> str:
+    return f"{1 / ratio:.1f} times fewer weights" if ratio else "no weight is left"
+
+
+def show_comparison(
+    console: Console, dense: Mapping[str, Any], sparse: Mapping[str, Any], directory: Path
+) -> None:
+    """The twins side by side."""
+    table = Table(box=SIMPLE_HEAD, header_style="dim")
+    table.add_column("final epoch")
+    for name in ("dense", "sparse", "difference"):
+        table.add_column(name, justify="right")
+    points = 100 * (sparse["test_accuracy"] - dense["test_accuracy"])
+    ratio = sparse["remaining_ratio"]
+    table.add_row(
+        "test accuracy",
+        percent(dense["test_accuracy"]),
+        percent(sparse["test_accuracy"]),
+        f"[bold]{points:+.2f} points[/]",
+    )
+    table.add_row(
+        "test loss",
+        f"{dense['test_loss']:.4f}",
+        f"{sparse['test_loss']:.4f}",
+        f"{sparse['test_loss'] - dense['test_loss']:+.4f}",
+    )
+    table.add_row("remaining", percent(1.0), percent(ratio), f"[bold]{_times_fewer(ratio)}[/]")
+    table.add_row(
+        "weights",
+        f"{sparse['masked_weights']:,}",
+        f"{sparse['kept_weights']:,}",
+        f"{sparse['kept_weights'] - sparse['masked_weights']:+,}",
+    )
+    table.add_row(
+        "time",
+        f"{dense['seconds']:.1f} s",
+        f"{sparse['seconds']:.1f} s",
+        f"{sparse['seconds'] - dense['seconds']:+.1f} s",
+    )
+    console.print(table)
+    console.print(f"written  {directory}", highlight=False, soft_wrap=True)

@@ -1,0 +1,33 @@
+"""The exceptions which the command line shows as a message instead of a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+
+__all__ = ["DivergedError", "UsageError", "require_one_of"]
+
+
+class UsageError(ValueError):
+    """Input the training command cannot work with; the message is written for its user.
+
+    It names the argument, what was given and what is accepted.
+    """
+
+    exit_code = 2
+
+
+class DivergedError(UsageError):
+    """The loss is no longer a number."""
+
+    exit_code = 1
+
+
+def require_one_of(argument: str, given: object, accepted: Collection[str], note: str = "") -> None:
+    """Raise UsageError unless `given` is among the accepted names."""
+    if given in accepted:
+        return
+    near = difflib.get_close_matches(str(given), accepted, n=3)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    listing = note or ", ".join(accepted)
+    raise UsageError(f"{argument} {given!r} is unknown.{hint} Accepted: {listing}.")

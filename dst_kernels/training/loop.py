@@ -1,0 +1,162 @@
+"""The training loop, from the model's first weights to its last epoch."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import dst_kernels
+
+from .config import RunConfig
+from .data import Data
+from .errors import DivergedError
+from .files import Record
+from .models import build_model
+
+__all__ = ["Observer", "State", "new_state", "train"]
+
+
+class Observer:
+    """Told what happens in training; does nothing by itself."""
+
+    def step(self) -> None:
+        """After every optimizer step."""
+
+    def epoch(self, record: Record) -> None:
+        """After every epoch, once it is saved."""
+
+
+@dataclass
+class State:
+    """All that a run needs to go on; everything random is a function of the seed and the epoch."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    history: list[Record] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def new_state(config: RunConfig, data: Data, device: torch.device) -> State:
+    """Fresh weights and a fresh optimizer."""
+    _seed_everything(config.seed)
+    model = build_model(config, data.shape, data.classes).to(device)
+    if config.dense:
+        groups = [{"params": list(model.parameters()), "weight_decay": config.weight_decay}]
+    else:
+        groups = dst_kernels.parameter_groups(
+            model,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            threshold_lr=config.threshold_lr,
+            threshold_weight_decay=config.threshold_weight_decay,
+        )
+    if config.optimizer == "adam":
+        return State(model, torch.optim.Adam(groups, lr=config.lr))
+    return State(model, torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum))
+
+
+def train(
+    state: State,
+    config: RunConfig,
+    data: Data,
+    observer: Observer,
+    save: Callable[[State], None],
+) -> None:
+    """Train `state` to the last epoch, saving after each."""
+    while len(state.history) < config.epochs:
+        started = time.perf_counter()
+        epoch = len(state.history)
+        seed = _epoch_seed(config.seed, epoch)
+        _seed_everything(seed)
+        lr = _set_learning_rates(state.optimizer, config, epoch)
+        train_loss = _train_epoch(state, config, data, seed, observer)
+        if not math.isfinite(train_loss):
+            raise DivergedError(
+                f"training diverged: the loss of epoch {epoch + 1} is {train_loss}. "
+                f"--lr is {config.lr:g}, --alpha {config.alpha:g}: try smaller ones."
+            )
+        test_loss, test_accuracy = _evaluate(state.model, config, data)
+        report = None if config.dense else dst_kernels.sparsity_report(state.model)
+        record = {
+            "epoch": epoch + 1,
+            "lr": lr,
+            "train_loss": train_loss,
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+            "remaining_ratio": report.remaining_ratio if report else 1.0,
+            "layers": {layer.name: layer.remaining_ratio for layer in report.layers}
+            if report
+            else {},
+        }
+        state.history.append(record)
+        state.seconds += time.perf_counter() - started
+        save(state)
+        observer.epoch(record)
+
+
+def _train_epoch(
+    state: State, config: RunConfig, data: Data, seed: int, observer: Observer
+) -> float:
+    """One pass over the training set; the mean cross-entropy (without the regulariser)."""
+    state.model.train()
+    total, samples = 0.0, 0
+    for images, labels in data.train.epoch(seed):
+        state.optimizer.zero_grad(set_to_none=True)
+        with _precision(config, images.device):
+            loss = cross_entropy(state.model(images), labels)
+        objective = loss
+        if not config.dense:
+            objective = loss + config.alpha * dst_kernels.sparse_regularization(state.model)
+        objective.backward()
+        state.optimizer.step()
+        total = total + loss.detach() * len(labels)  # summed on the device: no wait in the loop
+        samples += len(labels)
+        observer.step()
+    return float(total) / samples
+
+
+@torch.no_grad()
+def _evaluate(model: nn.Module, config: RunConfig, data: Data) -> tuple[float, float]:
+    """Mean loss and accuracy on the test set."""
+    model.eval()
+    loss: Tensor | float = 0.0
+    correct: Tensor | int = 0
+    samples = 0
+    for images, labels in data.test.epoch(None):
+        with _precision(config, images.device):
+            logits = model(images)
+            loss = loss + cross_entropy(logits, labels, reduction="sum")
+        correct = correct + (logits.argmax(1) == labels).sum()
+        samples += len(labels)
+    return float(loss) / samples, int(correct) / samples
+
+
+def _precision(config: RunConfig, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bf16")
+
+
+def _set_learning_rates(optimizer: torch.optim.Optimizer, config: RunConfig, epoch: int) -> float:
+    decay = config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * decay
+    return config.lr * decay
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    digest = hashlib.sha256(f"{seed}:{epoch}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

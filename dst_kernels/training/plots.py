@@ -1,0 +1,237 @@
+"""Pictures of runs. Figures are made without pyplot, so no display and no global state."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+)
+
+from .checkpoint import write_atomically
+from .files import Record
+
+__all__ = ["Curve", "plot_accuracy_and_ratio", "plot_layer_ratios", "plot_runs", "plot_thresholds"]
+
+_FEW = 8  # so many lines can be told apart by hue
+_DARK, _GRAY = "#222222", "#767676"
+_PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#999933", "#882255")
+_LEAST_SHOWN = 1e-4  # a layer with nothing left has no place on a log scale: it is drawn here
+
+
+class Curve(NamedTuple):
+    """One run in a plot of several."""
+
+    label: str
+    history: Sequence[Record]
+    dense: bool
+
+
+def plot_layer_ratios(path: Path, history: Sequence[Record], title: str) -> None:
+    """Every layer's remaining ratio against the epoch, and the model's."""
+    figure, axes = _figure(title, 1)
+    names = list(history[0]["layers"])
+    epochs = [record["epoch"] for record in history]
+    for name, color in zip(names, _colors(len(names)), strict=True):
+        ratios = [record["layers"][name] for record in history]
+        label = f"{name}  {_percent(ratios[-1])}"
+        axes[0].plot(epochs, _shown(ratios), color=color, label=label, **_marker(epochs))
+    ratios = [record["remaining_ratio"] for record in history]
+    axes[0].plot(
+        epochs, _shown(ratios), color=_DARK, linewidth=2.6, label=f"model  {_percent(ratios[-1])}"
+    )
+    _ratio_axis(axes[0])
+    _epoch_axis(axes[0])
+    columns = -(-(len(names) + 1) // 28)
+    axes[0].legend(
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        frameon=False,
+        ncols=columns,
+        fontsize="medium" if len(names) <= _FEW else "x-small",
+        title="at the end",
+    )
+    _save(figure, path)
+
+
+def plot_accuracy_and_ratio(path: Path, history: Sequence[Record], title: str) -> None:
+    """Test accuracy above, remaining ratio below, on one epoch axis."""
+    figure, axes = _figure(title, 2)
+    epochs = [record["epoch"] for record in history]
+    for axis, name, color in zip(
+        axes, ("test_accuracy", "remaining_ratio"), _PALETTE, strict=False
+    ):
+        values = [record[name] for record in history]
+        shown = values if name == "test_accuracy" else _shown(values)
+        axis.plot(epochs, shown, color=color, **_marker(epochs))
+        axis.plot(epochs[-1], shown[-1], "o", color=color)
+        axis.annotate(
+            _percent(values[-1]),
+            (epochs[-1], shown[-1]),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            color=color,
+            weight="bold",
+            annotation_clip=False,
+        )
+    _accuracy_axis(axes[0], [history])
+    _ratio_axis(axes[1])
+    _epoch_axis(axes[1])
+    _save(figure, path)
+
+
+def plot_thresholds(path: Path, thresholds: Mapping[str, np.ndarray], title: str) -> None:
+    """The distribution of each layer's thresholds, one row a layer, first layer on top."""
+    figure, (axis,) = _figure(title, 1, height=max(2.2 + 0.55 * len(thresholds), 3.6))
+    finite = [values[np.isfinite(values)] for values in thresholds.values()]
+    largest = max((values.max() for values in finite if len(values)), default=0.0)
+    least = min((values.min() for values in finite if len(values)), default=0.0)
+    margin = 0.05 * (largest - least) or 0.05
+    edges = np.linspace(least - margin, largest + margin, 81)
+    labels = []
+    for row, (name, values, color) in enumerate(
+        zip(thresholds, finite, _colors(len(thresholds)), strict=True)
+    ):
+        if len(values):
+            counts, _ = np.histogram(values, edges)
+            heights = 0.8 * np.sqrt(counts / counts.max())
+            axis.stairs(row - heights, edges, baseline=row, fill=True, color=color, alpha=0.75)
+            axis.plot(np.median(values), row + 0.07, "^", color=_DARK, markersize=6)
+        axis.axhline(row, color=color, linewidth=0.8)
+        labels.append(f"{name}  ({len(thresholds[name]):,})")
+    axis.axvline(0, color=_GRAY, linewidth=0.8, linestyle=":")
+    axis.set_yticks(range(len(labels)), labels)
+    axis.set_ylim(len(labels) - 0.8, -1)
+    axis.set_xlim(edges[0], edges[-1])
+    axis.tick_params(axis="y", length=0)
+    axis.grid(False, axis="y")
+    axis.spines["left"].set_visible(False)
+    axis.set_xlabel("threshold\nheight: root of the count, each layer to its own scale; ▲ median")
+    _save(figure, path)
+
+
+def plot_runs(path: Path, curves: Sequence[Curve], title: str) -> None:
+    """Several runs: accuracy and ratio against the epoch, and one against the other at the end."""
+    figure = Figure(figsize=(12.5, 4.6), layout="constrained", dpi=140)
+    figure.suptitle(title, x=0.01, ha="left", weight="bold")
+    accuracy, ratio, end = figure.subplots(1, 3)
+    for curve, color in zip(curves, _colors(len(curves)), strict=True):
+        if not curve.history:
+            continue
+        epochs = [record["epoch"] for record in curve.history]
+        accuracies = [record["test_accuracy"] for record in curve.history]
+        ratios = _shown([record["remaining_ratio"] for record in curve.history])
+        style = "--" if curve.dense else "-"
+        accuracy.plot(epochs, accuracies, style, color=color, **_marker(epochs))
+        ratio.plot(epochs, ratios, style, color=color, label=curve.label, **_marker(epochs))
+        end.plot(
+            ratios[-1],
+            accuracies[-1],
+            "s" if curve.dense else "o",
+            color=color,
+            markersize=8,
+            markerfacecolor="none" if curve.dense else color,
+        )
+    _accuracy_axis(accuracy, [curve.history for curve in curves if curve.history])
+    _ratio_axis(ratio)
+    _epoch_axis(accuracy)
+    _epoch_axis(ratio)
+    end.set_xscale("log")
+    _log_percent(end.xaxis)
+    end.set_xlabel("remaining ratio at the end")
+    end.set_ylabel("test accuracy at the end")
+    end.yaxis.set_major_formatter(FuncFormatter(_percent))
+    end.margins(0.12)
+    _tidy(end)
+    figure.legend(
+        *ratio.get_legend_handles_labels(),
+        loc="outside lower left",
+        frameon=False,
+        ncols=min(len(curves), 3),
+        fontsize="small",
+    )
+    _save(figure, path)
+
+
+def _figure(title: str, rows: int, height: float = 5.2) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(8.6, height), layout="constrained", dpi=140)
+    figure.suptitle(title, x=0.01, ha="left", weight="bold")
+    axes = list(np.atleast_1d(figure.subplots(rows, 1, sharex=True)))
+    for axis in axes:
+        _tidy(axis)
+    return figure, axes
+
+
+def _tidy(axis: Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+
+
+def _colors(count: int) -> list[object]:
+    """Distinct hues for a few lines, an ordered scale for many."""
+    if count <= _FEW:
+        return list(_PALETTE[:count])
+    return list(colormaps["viridis"](np.linspace(0, 0.92, count)))
+
+
+def _marker(epochs: Sequence[int]) -> dict[str, object]:
+    return {"marker": "o", "markersize": 4} if len(epochs) <= 3 else {}
+
+
+def _shown(ratios: Sequence[float]) -> list[float]:
+    return [max(ratio, _LEAST_SHOWN) for ratio in ratios]
+
+
+def _percent(share: float, _position: object = None) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def _epoch_axis(axis: Axes) -> None:
+    axis.set_xlabel("epoch")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
+    _tidy(axis)
+
+
+def _ratio_axis(axis: Axes) -> None:
+    axis.set_yscale("log")
+    axis.set_ylabel("remaining ratio")
+    axis.set_ylim(top=1.15)
+    _log_percent(axis.yaxis)
+    _tidy(axis)
+
+
+def _log_percent(axis) -> None:
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(_percent))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _accuracy_axis(axis: Axes, histories: Sequence[Sequence[Record]]) -> None:
+    """Leave the first climb out of the picture: what matters is the part after it."""
+    settled = [
+        record["test_accuracy"] for history in histories for record in history[len(history) // 10 :]
+    ]
+    low, high = min(settled), max(settled)
+    margin = 0.08 * (high - low) or 0.01
+    axis.set_ylim(low - margin, high + margin)
+    axis.set_ylabel("test accuracy")
+    axis.yaxis.set_major_formatter(FuncFormatter(_percent))
+    _tidy(axis)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    # The date that matplotlib would add is left out: equal runs draw equal files.
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Software": None})
+    write_atomically(path, lambda file: file.write(picture.getvalue()))

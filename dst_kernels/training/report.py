@@ -1,0 +1,129 @@
+"""Several runs in one table and one plot."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from .config import RunConfig
+from .display import percent
+from .errors import UsageError
+from .files import CONFIG, METRICS, SUMMARY, TWINS, Record, read_config, read_metrics, read_summary
+
+__all__ = ["Run", "read_runs", "report"]
+
+
+class Run(NamedTuple):
+    """A run directory, finished or not, as far as it got."""
+
+    directory: Path
+    config: RunConfig
+    history: Sequence[Record]
+    seconds: float | None
+
+    @property
+    def recipe(self) -> RunConfig:
+        """The configuration without the seed: runs of one recipe can be averaged."""
+        return dataclasses.replace(self.config, seed=0)
+
+
+def read_runs(directories: Iterable[Path]) -> list[Run]:
+    """Read run directories; a comparison counts as its two runs."""
+    runs = []
+    for directory in directories:
+        twins = [directory / name for name in TWINS if (directory / name / CONFIG).is_file()]
+        for path in twins or [directory]:
+            if not (path / METRICS).is_file():
+                problem = "holds no finished epoch" if path.is_dir() else "is not a folder"
+                raise UsageError(
+                    f"DIR {str(path)!r} {problem}. Accepted: folders written by dst-kernels train."
+                )
+            config, history = read_config(path), read_metrics(path)
+            if not history:
+                raise UsageError(f"DIR {str(path)!r} holds no finished epoch.")
+            seconds = None
+            if (path / SUMMARY).exists():
+                summary = read_summary(path)
+                if summary.get("epochs") == len(history):
+                    seconds = summary.get("seconds")
+            runs.append(Run(path, config, history, seconds))
+    return runs
+
+
+def report(directories: Sequence[Path], plot: Path, console: Console) -> list[Run]:
+    """Print the table and draw the plot."""
+    from . import plots
+
+    runs = read_runs(directories)
+    console.print(_table(runs))
+    curves = [plots.Curve(str(run.directory), run.history, run.config.dense) for run in runs]
+    replaced = plot.exists()
+    plots.plot_runs(plot, curves, f"{len(runs)} runs" if len(runs) > 1 else str(runs[0].directory))
+    console.print(
+        f"plot {'replaced' if replaced else 'written'}: {plot}", highlight=False, soft_wrap=True
+    )
+    return runs
+
+
+def _table(runs: Sequence[Run]) -> Table:
+    # What all runs share is said once, above the table: lines are short on a terminal.
+    subjects = {f"{run.config.model} on {run.config.dataset}" for run in runs}
+    shared = len(subjects) == 1
+    table = Table(
+        title=min(subjects) if shared else None,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        header_style="dim",
+    )
+    table.add_column("run", overflow="fold")
+    if not shared:
+        table.add_column("model on data", overflow="fold")
+    for name in ("alpha", "seed", "epochs", "accuracy", "remaining", "loss", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
+
+    def add(name: str, config: RunConfig, *cells: str, style: str | None = None) -> None:
+        subject = [] if shared else [f"{config.model} on {config.dataset}"]
+        alpha = "dense" if config.dense else f"{config.alpha:g}"
+        table.add_row(name, *subject, alpha, *cells, style=style)
+
+    for run in runs:
+        last, done, epochs = run.history[-1], len(run.history), run.config.epochs
+        add(
+            str(run.directory),
+            run.config,
+            str(run.config.seed),
+            str(done) if done == epochs else f"[yellow]{done} of {epochs}[/]",
+            percent(last["test_accuracy"]),
+            percent(last["remaining_ratio"]),
+            f"{last['test_loss']:.4f}",
+            "" if run.seconds is None else f"{run.seconds:.1f}",
+        )
+    for recipe, finals in _over_seeds(runs).items():
+        accuracies = [record["test_accuracy"] for record in finals]
+        ratios = [record["remaining_ratio"] for record in finals]
+        loss = mean(record["test_loss"] for record in finals)
+        table.add_section()
+        name = f"mean of {len(finals)} seeds"
+        row = (percent(mean(accuracies)), percent(mean(ratios)), f"{loss:.4f}", "")
+        add(name, recipe, "", str(recipe.epochs), *row, style="bold")
+        row = (f"± {percent(stdev(accuracies))}", f"± {percent(stdev(ratios))}", "", "")
+        add("standard deviation", recipe, "", "", *row, style="dim")
+    return table
+
+
+def _over_seeds(runs: Sequence[Run]) -> dict[RunConfig, list[Record]]:
+    """The last epochs of finished runs which differ in the seed alone."""
+    groups: dict[RunConfig, dict[int, Record]] = {}
+    for run in runs:
+        if len(run.history) == run.config.epochs:
+            groups.setdefault(run.recipe, {})[run.config.seed] = run.history[-1]
+    return {recipe: list(finals.values()) for recipe, finals in groups.items() if len(finals) > 1}
