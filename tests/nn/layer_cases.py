@@ -1,0 +1,51 @@
+"""One small instance of every masked layer of `dst_kernels.nn`, for tests that hold for all."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dst_kernels.nn import MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedLinear
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A masked layer, its torch parent, the positional arguments and an input shape of both."""
+
+    masked: type[nn.Module]
+    dense: type[nn.Module]
+    args: tuple
+    input_shape: tuple[int, ...]
+
+    def input(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        generator = torch.Generator().manual_seed(7)
+        return torch.randn(self.input_shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+CASES = [
+    Case(MaskedLinear, nn.Linear, (6, 5), (4, 6)),
+    Case(MaskedConv1d, nn.Conv1d, (4, 6, 3), (2, 4, 9)),
+    Case(MaskedConv2d, nn.Conv2d, (4, 6, 3), (2, 4, 7, 8)),
+    Case(MaskedConv3d, nn.Conv3d, (4, 6, 2), (2, 4, 4, 5, 3)),
+]
+
+every_layer = pytest.mark.parametrize("case", CASES, ids=lambda case: case.masked.__name__)
+every_granularity = pytest.mark.parametrize("granularity", ["row", "layer", "element"])
+
+
+def collapsing(layer: nn.Module) -> nn.Module:
+    """Put the thresholds above every weight, so that the next training forward resets them."""
+    layer.reset_threshold(10.0)
+    return layer
+
+
+def broadcast(threshold: Tensor, weight: Tensor) -> Tensor:
+    """`threshold` shaped to go with `weight`, written out for each granularity."""
+    if threshold.shape == weight.shape:
+        return threshold
+    if threshold.numel() == 1:
+        return threshold.reshape([1] * weight.dim())
+    return threshold.reshape([weight.shape[0]] + [1] * (weight.dim() - 1))
