@@ -5,7 +5,7 @@ Every message names the argument, what was given and what is accepted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,19 +32,31 @@ _REAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _REAL = "float16, bfloat16, float32 or float64"
 
 
+def _check_value(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
+    """ValueError unless `condition`; torch's own check is for what is symbolic, and slower."""
+    if condition is not True:
+        torch._check_value(condition, message)
+
+
+def _check_type(condition: bool, message: Callable[[], str]) -> None:
+    """TypeError unless `condition`."""
+    if condition is not True:
+        torch._check_type(condition, message)
+
+
 def check_weight_and_threshold(weight: Tensor, threshold: Tensor) -> None:
-    torch._check_type(
+    _check_type(
         weight.dtype in _REAL_DTYPES,
         lambda: f"weight must be {_REAL}, but its dtype is {weight.dtype}",
     )
-    torch._check_value(
+    _check_value(
         weight.dim() >= 2,
         lambda: (
             f"weight must have at least 2 dimensions [out, in, ...], "
             f"but its shape is {list(weight.shape)}"
         ),
     )
-    torch._check_type(
+    _check_type(
         threshold.dtype in _REAL_DTYPES,
         lambda: (
             f"threshold must be {_REAL} (float32 is advised: updates of a 16-bit threshold "
@@ -52,7 +64,7 @@ def check_weight_and_threshold(weight: Tensor, threshold: Tensor) -> None:
         ),
     )
     rows = weight.shape[0]
-    torch._check_value(
+    _check_value(
         threshold.dim() == 0
         or (threshold.dim() == 1 and threshold.shape[0] in (1, rows))
         or threshold.shape == weight.shape,
@@ -62,7 +74,7 @@ def check_weight_and_threshold(weight: Tensor, threshold: Tensor) -> None:
             f"but its shape is {list(threshold.shape)}"
         ),
     )
-    torch._check_value(
+    _check_value(
         threshold.device == weight.device,
         lambda: (
             f"threshold must be on the weight's device {weight.device}, "
@@ -73,7 +85,7 @@ def check_weight_and_threshold(weight: Tensor, threshold: Tensor) -> None:
 
 def check_effective_threshold(weight: Tensor, threshold: Tensor, reset_ratio: float | None) -> None:
     check_weight_and_threshold(weight, threshold)
-    torch._check_value(
+    _check_value(
         reset_ratio is None or 0 <= reset_ratio <= 1,
         lambda: f"reset_ratio must be between 0 and 1, or None for no guard, but is {reset_ratio}",
     )
@@ -81,7 +93,7 @@ def check_effective_threshold(weight: Tensor, threshold: Tensor, reset_ratio: fl
 
 def check_masked_weight(weight: Tensor, threshold: Tensor, dtype: torch.dtype) -> None:
     check_weight_and_threshold(weight, threshold)
-    torch._check_type(dtype in _REAL_DTYPES, lambda: f"dtype must be {_REAL}, but is {dtype}")
+    _check_type(dtype in _REAL_DTYPES, lambda: f"dtype must be {_REAL}, but is {dtype}")
 
 
 def check_masked_weight_backward(
@@ -98,11 +110,11 @@ def check_surrogate(surrogate: str) -> None:
 
 
 def _check_input(input: Tensor, weight: Tensor) -> None:
-    torch._check_type(
+    _check_type(
         input.dtype in _REAL_DTYPES,
         lambda: f"input must be {_REAL}, but its dtype is {input.dtype}",
     )
-    torch._check_value(
+    _check_value(
         input.device == weight.device,
         lambda: (
             f"input must be on the weight's device {weight.device}, but it is on {input.device}"
@@ -122,14 +134,14 @@ def check_same_dtype(input: Tensor, weight: Tensor) -> None:
 def _check_bias(bias: Tensor | None, weight: Tensor) -> None:
     if bias is None:
         return
-    torch._check_type(
+    _check_type(
         bias.dtype in _REAL_DTYPES, lambda: f"bias must be {_REAL}, but its dtype is {bias.dtype}"
     )
-    torch._check_value(
+    _check_value(
         bias.dim() == 1 and bias.shape[0] == weight.shape[0],
         lambda: f"bias must have shape [{weight.shape[0]}], but its shape is {list(bias.shape)}",
     )
-    torch._check_value(
+    _check_value(
         bias.device == weight.device,
         lambda: f"bias must be on the weight's device {weight.device}, but it is on {bias.device}",
     )
@@ -137,14 +149,14 @@ def _check_bias(bias: Tensor | None, weight: Tensor) -> None:
 
 def check_linear(input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None) -> None:
     check_weight_and_threshold(weight, threshold)
-    torch._check_value(
+    _check_value(
         weight.dim() == 2,
         lambda: (
             f"weight must be [out, in] for a linear layer, but its shape is {list(weight.shape)}"
         ),
     )
     _check_input(input, weight)
-    torch._check_value(
+    _check_value(
         input.dim() >= 1 and input.shape[-1] == weight.shape[1],
         lambda: (
             f"input must have shape [..., {weight.shape[1]}] for a weight of shape "
@@ -185,14 +197,14 @@ def check_conv(
     check_weight_and_threshold(weight, threshold)
     _check_input(input, weight)
     spatial = len(stride)
-    torch._check_value(
+    _check_value(
         weight.dim() == spatial + 2,
         lambda: (
             f"weight must be [out, in/groups, *kernel] with {spatial} kernel dimension(s), "
             f"but its shape is {list(weight.shape)}"
         ),
     )
-    torch._check_value(
+    _check_value(
         groups >= 1 and weight.shape[0] % groups == 0,
         lambda: (
             f"groups must be at least 1 and divide the {weight.shape[0]} output channels, "
@@ -200,7 +212,7 @@ def check_conv(
         ),
     )
     channels = weight.shape[1] * groups
-    torch._check_value(
+    _check_value(
         input.dim() == spatial + 2 and input.shape[1] == channels,
         lambda: (
             f"input must have {channels} channels and {spatial} spatial dimension(s) for a "
@@ -213,7 +225,7 @@ def check_conv(
         ("padding", padding, 0),
         ("dilation", dilation, 1),
     ):
-        torch._check_value(
+        _check_value(
             len(values) == spatial and all(value >= least for value in values),
             lambda name=name, values=values, least=least: (
                 f"{name} must be {spatial} integer(s) of at least {least}, but is {tuple(values)}"
@@ -222,7 +234,7 @@ def check_conv(
     for axis, size in enumerate(input.shape[2:]):
         reach = dilation[axis] * (weight.shape[axis + 2] - 1) + 1
         padded = size + 2 * padding[axis]
-        torch._check_value(
+        _check_value(
             padded >= reach,
             lambda reach=reach, padded=padded, axis=axis: (
                 f"input is too small: spatial dimension "
@@ -233,7 +245,7 @@ def check_conv(
 
 
 def _check_grad(grad: Tensor, shape: Sequence[int]) -> None:
-    torch._check_value(
+    _check_value(
         list(grad.shape) == list(shape),
         lambda: f"grad must have shape {list(shape)}, but its shape is {list(grad.shape)}",
     )

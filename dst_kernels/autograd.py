@@ -7,6 +7,7 @@ differentiated once: the surrogate is not a derivative, so there is no second on
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,12 @@ from ._checks import check_same_dtype, check_surrogate
 from ._conv_arguments import per_dimension, resolve_padding
 
 __all__ = ["masked_conv", "masked_linear", "masked_weight"]
+
+
+class _Function(Function):
+    def __init_subclass__(cls) -> None:
+        # torch binds the arguments of every call to forward's signature; look that up only once.
+        cls.forward.__signature__ = inspect.signature(cls.forward)
 
 
 class _RefuseSecondDerivative(Function):
@@ -54,7 +61,7 @@ def _once_differentiable(backward):
     return wrapper
 
 
-class _MaskedWeight(Function):
+class _MaskedWeight(_Function):
     @staticmethod
     def forward(weight, threshold, effective, dtype, surrogate, structure_gradient, backend):
         return _ops.masked_weight(weight, effective, dtype, backend)
@@ -73,7 +80,7 @@ class _MaskedWeight(Function):
         return *_wanted(ctx, 0, grads), None, None, None, None, None
 
 
-class _MaskedLinear(Function):
+class _MaskedLinear(_Function):
     @staticmethod
     def forward(input, weight, threshold, bias, effective, surrogate, structure_gradient, backend):
         return _ops.masked_linear(input, weight, effective, bias, backend)
@@ -99,7 +106,7 @@ class _MaskedLinear(Function):
         return grad_input, *_wanted(ctx, 1, grads), grad_bias, None, None, None, None
 
 
-class _MaskedConv(Function):
+class _MaskedConv(_Function):
     @staticmethod
     def forward(
         input,

@@ -8,7 +8,7 @@ Other backends offer functions of the same names and signatures and are judged a
 from .conv import masked_conv, masked_conv_grad_input, masked_conv_grad_weight
 from .linear import masked_linear, masked_linear_grad_input, masked_linear_grad_weight
 from .regularization import sparse_regularization
-from .surrogate import SURROGATES, surrogate_derivative
+from .surrogate import SURROGATES
 from .weight import (
     effective_threshold,
     masked_weight,
@@ -28,6 +28,5 @@ __all__ = [
     "masked_weight",
     "masked_weight_backward",
     "sparse_regularization",
-    "surrogate_derivative",
     "threshold_mask",
 ]

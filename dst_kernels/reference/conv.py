@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .weight import masked_weight, masked_weight_backward
+from .weight import masked_weight, weight_gradients_
 
 __all__ = [
     "conv_memory_format",
@@ -105,7 +105,7 @@ def masked_conv_grad_weight(
     dense = _convolution_backward(
         grad, input, shaped_like_weight, stride, padding, dilation, groups, 1
     )
-    return masked_weight_backward(dense, weight, threshold, surrogate, structure_gradient)
+    return weight_gradients_(dense, weight, threshold, surrogate, structure_gradient)
 
 
 def _convolution_backward(grad, input, kernel, stride, padding, dilation, groups, which):

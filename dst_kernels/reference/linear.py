@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from .weight import masked_weight, masked_weight_backward
+from .weight import masked_weight, weight_gradients_
 
 __all__ = ["masked_linear", "masked_linear_grad_input", "masked_linear_grad_weight"]
 
@@ -32,4 +32,4 @@ def masked_linear_grad_weight(
     """(dW, dt) with G = dY^T X."""
     out_features, in_features = weight.shape
     dense = grad.reshape(-1, out_features).t() @ input.reshape(-1, in_features)
-    return masked_weight_backward(dense, weight, threshold, surrogate, structure_gradient)
+    return weight_gradients_(dense, weight, threshold, surrogate, structure_gradient)

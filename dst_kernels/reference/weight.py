@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .surrogate import surrogate_derivative
+from .surrogate import times_surrogate_
 
 __all__ = [
     "broadcast_threshold",
@@ -21,6 +21,7 @@ __all__ = [
     "masked_weight",
     "masked_weight_backward",
     "threshold_mask",
+    "weight_gradients_",
 ]
 
 
@@ -61,7 +62,9 @@ def effective_threshold(weight: Tensor, threshold: Tensor, reset_ratio: float | 
     """
     if reset_ratio is None or weight.numel() == 0:
         return threshold.clone()
-    kept = threshold_mask(weight, threshold).sum()
+    pruned = weight.abs().le_(broadcast_threshold(threshold, weight))  # 0 or 1
+    pruned_in_row = pruned.flatten(1).sum(1, dtype=torch.promote_types(pruned.dtype, torch.float32))
+    kept = weight.numel() - pruned_in_row.long().sum()
     collapsed = kept <= largest_collapsed_count(weight.numel(), reset_ratio)
     return threshold.masked_fill(collapsed, 0)
 
@@ -81,21 +84,35 @@ def masked_weight_backward(
     grad: Tensor, weight: Tensor, threshold: Tensor, surrogate: str, structure_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """(dW, dt) from G = `grad`; computed in at least fp32, returned in the parameters' dtypes."""
-    dtype = torch.promote_types(torch.promote_types(weight.dtype, threshold.dtype), torch.float32)
-    grad = grad.to(dtype)
-    w = weight.to(dtype)
-    magnitude = w.abs()
-    margin = magnitude - broadcast_threshold(threshold, weight)
-    pruned = margin <= 0
+    return weight_gradients_(grad.clone(), weight, threshold, surrogate, structure_gradient)
 
-    through_mask = surrogate_derivative(margin, surrogate).mul_(grad)
-    grad_threshold = (through_mask * w).neg_()
+
+def weight_gradients_(
+    dense: Tensor, weight: Tensor, threshold: Tensor, surrogate: str, structure_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """As `masked_weight_backward`, but G = `dense` is overwritten."""
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, threshold.dtype), torch.float32)
+    dense = dense.to(dtype)
+    w = weight.to(dtype)
+    margin = w.abs().sub_(broadcast_threshold(threshold, weight))
+
+    grad_weight = torch.empty_like(weight, dtype=dtype)
+    # Zero where the margin is <= 0, else G: a `where` that is vectorised on every device.
+    torch.ops.aten.threshold_backward.grad_input(dense, margin, 0, grad_input=grad_weight)
+    through_mask = times_surrogate_(dense, margin, surrogate)
+    if structure_gradient:
+        magnitude = torch.abs(w, out=margin)
+        grad_weight.addcmul_(through_mask, magnitude)
+
+    grad_threshold = through_mask.mul_(w)
     if threshold.shape != weight.shape:
         summed = range(weight.dim()) if threshold.numel() == 1 else range(1, weight.dim())
         grad_threshold = grad_threshold.sum(tuple(summed)).reshape(threshold.shape)
+    return grad_weight.to(weight.dtype), _like(grad_threshold.neg_(), threshold)
 
-    grad_weight = torch.empty_like(weight, dtype=dtype)
-    torch.where(pruned, grad.new_zeros(()), grad, out=grad_weight)
-    if structure_gradient:
-        grad_weight.addcmul_(through_mask, magnitude)
-    return grad_weight.to(weight.dtype), grad_threshold.to(threshold.dtype)
+
+def _like(tensor: Tensor, other: Tensor) -> Tensor:
+    """`tensor` with the dtype and strides of `other`."""
+    if tensor.dtype == other.dtype and tensor.stride() == other.stride():
+        return tensor
+    return torch.empty_like(other).copy_(tensor)

@@ -58,7 +58,7 @@ def watch(
     config: RunConfig,
     history: list[Record],
     steps: int,
-    shapes: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> Iterator[Observer]:
     """Show training while it goes on: `steps` an epoch, `shapes` by layer name."""
     if not console.is_terminal:
@@ -103,7 +103,7 @@ class _View(Observer):
         config: RunConfig,
         history: list[Record],
         steps: int,
-        shapes: Mapping[str, str],
+        shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
         self.console, self.shapes = console, shapes
         self.record: Record | None = history[-1] if history else None
@@ -140,7 +140,7 @@ class _View(Observer):
         room = max(self.console.height - 7, 3)
         layers = list(record["layers"].items())
         for name, ratio in layers[:room]:
-            table.add_row(name, self.shapes.get(name, ""), percent(ratio, 1), _bar(ratio))
+            table.add_row(name, _shape(self.shapes[name]), percent(ratio, 1), _bar(ratio))
         if len(layers) > room:
             table.add_row(f"[dim]and {len(layers) - room} more[/]")
         if layers:
@@ -187,7 +187,7 @@ def _layer_table(report: SparsityReport) -> Table:
     for layer in report.layers:
         table.add_row(
             layer.name,
-            shape_text(layer.shape),
+            _shape(layer.shape),
             percent(layer.remaining_ratio),
             f"{layer.kept:,}",
             f"{layer.total:,}",
@@ -202,7 +202,7 @@ def _layer_table(report: SparsityReport) -> Table:
     return table
 
 
-def shape_text(shape: tuple[int, ...]) -> str:
+def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 

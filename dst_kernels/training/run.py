@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-import dst_kernels
-
 from . import display
-from .checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint, write_atomically
+from .checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from .config import RunConfig
 from .data import Data, load_data
+from .device import device_name, select_device
 from .errors import UsageError
 from .files import (
-    COMPARISON,
     CONFIG,
-    MODEL,
     SUMMARY,
     TWINS,
     holds_run,
     read_config,
-    read_metrics,
     read_summary,
     write_json,
     write_metrics,
 )
 from .loop import State, new_state, train
 from .models import input_channels
+from .results import count_parameters, thresholds_by_layer, write_comparison, write_results
 
 __all__ = ["Interrupted", "compare", "resume", "start"]
 
@@ -56,7 +50,7 @@ def start(
     """Train one model into a new directory; returns its summary."""
     _refuse_old_run(out)
     data = _load(config, download)
-    state = new_state(config, data, _device(config.device))
+    state = new_state(config, data, select_device(config.device))
     # Only now, when nothing in the input can be wrong any more, is anything written.
     directory = _new_directory(config.preset, out)
     return _run(config, directory, data, state, console, directory)
@@ -69,16 +63,15 @@ def compare(
     _refuse_old_run(out)
     data = _load(config, download)
     configs = {name: dataclasses.replace(config, dense=name == "dense") for name in TWINS}
-    states = {
-        name: new_state(config, data, _device(config.device)) for name, config in configs.items()
-    }
+    device = select_device(config.device)
+    states = {name: new_state(twin, data, device) for name, twin in configs.items()}
     directory = _new_directory(config.preset, out)
     for name, twin in configs.items():  # both at once: a comparison is resumed from these
         (directory / name).mkdir()
         write_json(directory / name / CONFIG, twin.to_dict())
     for name, twin in configs.items():
         _run(twin, directory / name, data, states[name], console, directory)
-    return _finish_comparison(directory, console)
+    return _show_comparison(directory, console)
 
 
 def resume(
@@ -88,7 +81,7 @@ def resume(
     if all((directory / name / CONFIG).is_file() for name in TWINS):
         for name in TWINS:
             _resume_one(directory / name, console, epochs, device, directory)
-        return _finish_comparison(directory, console)
+        return _show_comparison(directory, console)
     return _resume_one(directory, console, epochs, device, directory)
 
 
@@ -101,11 +94,11 @@ def _resume_one(
             f"--resume {str(directory)!r} {problem}. Accepted: a folder written by "
             "dst-kernels train."
         )
-    config, checkpoint = read_config(directory), None
+    config, checkpoint, finished = read_config(directory), None, 0
     if (directory / CHECKPOINT).exists():
         checkpoint = load_checkpoint(directory / CHECKPOINT)
-        config = RunConfig.from_dict(checkpoint["config"])
-    finished = len(checkpoint["history"]) if checkpoint else 0
+        finished = len(checkpoint["history"])
+        _refuse_edited(directory, config, RunConfig.from_dict(checkpoint["config"]))
     config = dataclasses.replace(
         config, epochs=epochs or config.epochs, device=device or config.device
     )
@@ -125,7 +118,7 @@ def _resume_one(
             )
             return summary
     data = _load(config)
-    state = new_state(config, data, _device(config.device))
+    state = new_state(config, data, select_device(config.device))
     if checkpoint is not None:
         try:
             state.model.load_state_dict(checkpoint["model"])
@@ -158,12 +151,17 @@ def _run(
 
     try:
         write_json(directory / CONFIG, config.to_dict())
-        device = _device_name(_device(config.device))
-        display.show_header(console, config, _count(state.model.parameters()), directory, device)
-        shapes = _shapes(state)
+        device, parameters = select_device(config.device), count_parameters(state.model)
+        display.show_header(console, config, parameters, directory, device_name(device))
+        shapes = {
+            name: tuple(state.model.get_submodule(name).weight.shape)
+            for name in thresholds_by_layer(state.model)
+        }
         with display.watch(console, config, state.history, len(data.train), shapes) as observer:
             train(state, config, data, observer, save)
-        return _finish(config, directory, data, state, console)
+        summary, report = write_results(config, directory, data, state)
+        display.show_result(console, summary, report, directory)
+        return summary
     except KeyboardInterrupt:
         finished = 0
         if (directory / CHECKPOINT).exists():
@@ -173,99 +171,16 @@ def _run(
         raise Interrupted(root, finished, config.epochs) from None
 
 
-def _finish(
-    config: RunConfig, directory: Path, data: Data, state: State, console: Console
-) -> dict[str, Any]:
-    """Write the model, the plots and, last of all, the summary: it marks a finished run."""
-    from safetensors.torch import save
-
-    from . import plots
-
-    report = None if config.dense else dst_kernels.sparsity_report(state.model)
-    last = state.history[-1]
-    tensors = {name: value.cpu().contiguous() for name, value in state.model.state_dict().items()}
-    write_metrics(directory, state.history)
-    write_atomically(directory / MODEL, lambda file: file.write(save(tensors)))
-
-    title = f"{config.model} on {config.dataset}"
-    title += ", dense" if config.dense else f", alpha {config.alpha:g}"
-    title += f", seed {config.seed}"
-    plots.plot_accuracy_and_ratio(directory / "accuracy_and_ratio.png", state.history, title)
-    thresholds = _thresholds(state)
-    if report is not None:
-        plots.plot_layer_ratios(directory / "layer_ratios.png", state.history, title)
-        plots.plot_thresholds(directory / "thresholds.png", thresholds, title)
-
-    layers = report.layers if report else []
-    summary = {
-        "test_accuracy": last["test_accuracy"],
-        "remaining_ratio": last["remaining_ratio"],
-        "test_loss": last["test_loss"],
-        "train_loss": last["train_loss"],
-        "epochs": last["epoch"],
-        "seconds": round(state.seconds, 3),
-        "seed": config.seed,
-        "preset": config.preset,
-        "model": config.model,
-        "dataset": config.dataset,
-        "dense": config.dense,
-        "alpha": config.alpha,
-        "layers": last["layers"],
-        "masked_weights": sum(layer.total for layer in layers),
-        "kept_weights": sum(layer.kept for layer in layers),
-        "thresholds": sum(values.size for values in thresholds.values()),
-        "parameters": _count(state.model.parameters()),
-        "input_shape": list(data.shape),
-        "classes": data.classes,
-        "device": _device_name(_device(config.device)),
-        "threads": torch.get_num_threads(),
-        "versions": _versions(),
-    }
-    write_json(directory / SUMMARY, summary)
-    display.show_result(console, summary, report, directory)
-    return summary
-
-
-def _finish_comparison(directory: Path, console: Console) -> dict[str, Any]:
-    from . import plots
-
-    dense, sparse = (read_summary(directory / name) for name in TWINS)
-    comparison = {
-        "accuracy_difference": sparse["test_accuracy"] - dense["test_accuracy"],
-        "dense": dense,
-        "sparse": sparse,
-    }
-    write_json(directory / COMPARISON, comparison)
-    curves = [plots.Curve(name, read_metrics(directory / name), name == "dense") for name in TWINS]
-    title = f"{sparse['model']} on {sparse['dataset']}, alpha {sparse['alpha']:g}"
-    plots.plot_runs(directory / "comparison.png", curves, title)
-    display.show_comparison(console, dense, sparse, directory)
+def _show_comparison(directory: Path, console: Console) -> dict[str, Any]:
+    comparison = write_comparison(directory)
+    display.show_comparison(console, comparison["dense"], comparison["sparse"], directory)
     return comparison
 
 
 def _load(config: RunConfig, download: bool = False) -> Data:
     # The model's name first: it is checked in no time, the data may have to be fetched.
     channels = input_channels(config.model)
-    return load_data(config, _device(config.device), channels, download)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    accepted = "Accepted: auto, cpu, cuda or cuda:N."
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name!r} is unknown. {accepted}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name!r} is not supported. {accepted}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name!r}: torch finds no such device here. {accepted}")
-    return device
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return load_data(config, select_device(config.device), channels, download)
 
 
 def _refuse_old_run(out: Path | None) -> None:
@@ -274,6 +189,17 @@ def _refuse_old_run(out: Path | None) -> None:
             f"--out {str(out)!r} already holds a run, which would be overwritten. {_FOLDER} "
             f"To go on with the old run: --resume {out}"
         )
+
+
+def _refuse_edited(directory: Path, config: RunConfig, trained: RunConfig) -> None:
+    """What was trained so far must fit what is asked for now."""
+    was, now = trained.to_dict(), config.to_dict()
+    for name in sorted(set(was) - {"epochs", "device"}):
+        if now[name] != was[name]:
+            raise UsageError(
+                f"--resume: {directory / CONFIG} says {name} {now[name]!r}, but the run was "
+                f"trained with {was[name]!r}. Accepted: the old value, or a new run."
+            )
 
 
 def _new_directory(preset: str, out: Path | None) -> Path:
@@ -296,40 +222,3 @@ def _new_directory(preset: str, out: Path | None) -> Path:
         raise UsageError(
             f"--out {str(out or 'runs')!r} cannot be made: {error.strerror}. {_FOLDER}"
         ) from error
-
-
-def _shapes(state: State) -> dict[str, str]:
-    parameters = dict(state.model.named_parameters())
-    return {
-        name: display.shape_text(tuple(parameters[f"{name}.weight"].shape))
-        for name in _threshold_parameters(state)
-    }
-
-
-def _thresholds(state: State) -> dict[str, Any]:
-    return {
-        name: threshold.detach().float().cpu().numpy().ravel()
-        for name, threshold in _threshold_parameters(state).items()
-    }
-
-
-def _threshold_parameters(state: State) -> dict[str, torch.Tensor]:
-    return {
-        name.removesuffix(".threshold"): parameter
-        for name, parameter in state.model.named_parameters()
-        if name.endswith(".threshold")
-    }
-
-
-def _count(parameters: Any) -> int:
-    return sum(parameter.numel() for parameter in parameters)
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("dst_kernels", "torchvision", "numpy", "scikit-learn", "safetensors"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
