@@ -1,0 +1,1 @@
+"""Tests of the operations: what they compute, refuse, save and compile to."""

@@ -1,0 +1,128 @@
+"""Training side by side with the authors' rule: every weight, threshold and loss of every step."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dst_kernels.nn import MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedLayer, MaskedLinear
+
+from .authors import AuthorsConv, AuthorsLayer, AuthorsLinear, regularizer
+
+STEPS = 220
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+
+
+def stack():
+    return nn.Sequential(
+        MaskedLinear(12, 20), nn.ReLU(), MaskedLinear(20, 16, bias=False), nn.ReLU(),
+        MaskedLinear(16, 4),
+    ), (12,)  # fmt: skip
+
+
+def conv1d():
+    return nn.Sequential(
+        MaskedConv1d(4, 6, 3, stride=2, padding=1), nn.ReLU(),
+        MaskedConv1d(6, 8, 2, dilation=2, groups=2), nn.ReLU(),
+        nn.Flatten(), MaskedLinear(24, 4),
+    ), (4, 10)  # fmt: skip
+
+
+def conv2d():
+    return nn.Sequential(
+        MaskedConv2d(2, 6, 3, stride=(2, 1), padding=(1, 0)), nn.ReLU(),
+        MaskedConv2d(6, 9, (2, 3), padding="same", dilation=(1, 2), groups=3, bias=False),
+        nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), MaskedLinear(36, 4),
+    ), (2, 8, 6)  # fmt: skip
+
+
+def conv3d():
+    return nn.Sequential(
+        MaskedConv3d(2, 4, (1, 2, 3), stride=(1, 1, 2), padding=(0, 1, 1)), nn.ReLU(),
+        MaskedConv3d(4, 6, 2, dilation=(1, 2, 1), groups=2), nn.ReLU(),
+        nn.Flatten(), MaskedLinear(72, 4),
+    ), (2, 3, 4, 5)  # fmt: skip
+
+
+def authors_version(model):
+    model = copy.deepcopy(model)
+    for index, layer in enumerate(model):
+        if isinstance(layer, MaskedLayer):
+            replacement = AuthorsLinear if isinstance(layer, MaskedLinear) else AuthorsConv
+            model[index] = replacement(layer)
+    return model
+
+
+def layers_of(model):
+    return [module for module in model if isinstance(module, (MaskedLayer, AuthorsLayer))]
+
+
+def train_side_by_side(network, alpha, lr, steps=STEPS):
+    """Assert equality throughout; returns the guard resets of each of the authors' layers."""
+    ours, shape = network()
+    ours.double()
+    theirs = authors_version(ours)
+    batches = torch.randn(8, 16, *shape, dtype=torch.float64)
+    targets = torch.randint(0, 4, (8, 16))
+    optimizers = [torch.optim.SGD(m.parameters(), lr=lr, momentum=0.9) for m in (ours, theirs)]
+    for step in range(steps):
+        losses = []
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            output = model(batches[step % 8])
+            loss = F.cross_entropy(output, targets[step % 8])
+            loss = loss + alpha * regularizer(layers_of(model))
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        close(losses[0], losses[1], step, "loss")
+        for number, (mine, yours) in enumerate(
+            zip(layers_of(ours), layers_of(theirs), strict=True)
+        ):
+            for name in ("weight", "threshold", "bias"):
+                a, b = getattr(mine, name), getattr(yours, name)
+                assert (a is None) == (b is None)
+                if a is not None:
+                    close(a.detach(), b.detach(), step, f"{name} of layer {number}")
+    return [layer.resets for layer in layers_of(theirs)]
+
+
+def close(a, b, step, what):
+    scale = b.abs().max().item()
+    torch.testing.assert_close(
+        a, b, rtol=1e-10, atol=1e-10 * scale, msg=lambda m: f"{what} at step {step}: {m}"
+    )
+
+
+@pytest.mark.parametrize("network", [stack, conv1d, conv2d, conv3d])
+def test_training_follows_the_authors_rule(network):
+    train_side_by_side(network, alpha=5e-3, lr=0.05)
+
+
+@pytest.mark.parametrize("network", [stack, conv1d, conv2d, conv3d])
+def test_training_follows_the_authors_rule_through_guard_resets(network):
+    resets = train_side_by_side(network, alpha=0.05, lr=0.05)
+    assert all(count > 0 for count in resets), resets
+
+
+def test_evaluation_between_training_steps_gives_the_authors_outputs():
+    ours, shape = stack()
+    ours.double()
+    theirs = authors_version(ours)
+    x = torch.randn(16, *shape, dtype=torch.float64)
+    with torch.no_grad():
+        for mine, yours in zip(layers_of(ours), layers_of(theirs), strict=True):
+            limit = mine.weight.abs().max() * torch.rand(mine.threshold.shape) * 1.2
+            mine.threshold.copy_(limit)
+            yours.threshold.copy_(limit)
+        layers_of(ours)[1].threshold.fill_(5.0)
+        layers_of(theirs)[1].threshold.fill_(5.0)
+        ours.eval()
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-13)
+    assert [layer.resets for layer in layers_of(theirs)] == [0, 1, 0]
+    assert bool((layers_of(ours)[1].threshold == 5.0).all()), "an evaluation wrote a threshold"
