@@ -1,0 +1,82 @@
+"""A whole training step of LeNet-300-100 on the CPU: batch 64, SGD with momentum, regulariser.
+
+Dense, masked (whatever backend serves) and the authors' rule take turns, so that a busy machine
+slows all three alike; the ratio to dense is what is asserted.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import dst_kernels
+from bench.baselines import AuthorsLinear, authors_regularization, lenet_300_100
+
+ALPHA = 4e-3
+LIMIT = 3.0  # times the dense step, on the reference path; the authors' layers: 4.5
+
+
+def _training_step(model, regularization: Callable | None) -> Callable[[], None]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(1437, 784, generator=generator)
+    labels = torch.randint(0, 10, (1437,), generator=generator)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+    def step() -> None:
+        batch = torch.randint(0, len(images), (64,), generator=generator)
+        optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(model(images[batch]), labels[batch])
+        if regularization is not None:
+            loss = loss + ALPHA * regularization(model)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+@pytest.fixture
+def steps() -> dict[str, Callable[[], None]]:
+    torch.manual_seed(0)
+    masked = dst_kernels.sparsify_(lenet_300_100(), dst_kernels.SparsifyConfig(backend="reference"))
+    return {
+        "dense": _training_step(lenet_300_100(), None),
+        "masked": _training_step(masked, dst_kernels.sparse_regularization),
+        "authors": _training_step(lenet_300_100(AuthorsLinear), authors_regularization),
+    }
+
+
+def _median_seconds(steps: dict[str, Callable[[], None]], rounds: int, repeats: int):
+    seconds = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            for _ in range(repeats):
+                step()
+            seconds[name].append((time.perf_counter() - start) / repeats)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def test_masked_step_costs_at_most_three_dense_steps(steps, benchmark):
+    _median_seconds(steps, rounds=3, repeats=20)  # warm up
+    seconds = _median_seconds(steps, rounds=30, repeats=20)
+    benchmark.extra_info["microseconds"] = {k: round(v * 1e6) for k, v in seconds.items()}
+    ratios = {name: value / seconds["dense"] for name, value in seconds.items()}
+    benchmark.extra_info["ratio_to_dense"] = {k: round(v, 2) for k, v in ratios.items()}
+    benchmark.pedantic(steps["masked"], rounds=20, iterations=20)
+    print(
+        "\n"
+        + ", ".join(f"{k}: {seconds[k] * 1e6:.0f} us = {ratios[k]:.2f} x dense" for k in ratios)
+    )
+    assert ratios["masked"] <= LIMIT
+    assert ratios["masked"] < ratios["authors"]
+
+
+@pytest.mark.parametrize("name", ["dense", "masked", "authors"])
+def test_step(steps, name, benchmark):
+    benchmark.group = "LeNet-300-100 training step, batch 64"
+    benchmark.pedantic(steps[name], rounds=30, iterations=20, warmup_rounds=3)
