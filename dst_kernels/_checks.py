@@ -45,6 +45,14 @@ def _check_type(condition: bool, message: Callable[[], str]) -> None:
 
 
 def check_weight_and_threshold(weight: Tensor, threshold: Tensor) -> None:
+    rows = weight.shape[:1]
+    if (
+        (weight.dtype is torch.float32 is threshold.dtype)
+        and weight.dim() >= 2
+        and threshold.shape == rows
+        and threshold.device == weight.device
+    ):
+        return  # the usual case, decided quickly
     _check_type(
         weight.dtype in _REAL_DTYPES,
         lambda: f"weight must be {_REAL}, but its dtype is {weight.dtype}",

@@ -7,7 +7,6 @@ differentiated once: the surrogate is not a derivative, so there is no second on
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Sequence
 
 import torch
@@ -22,9 +21,16 @@ __all__ = ["masked_conv", "masked_linear", "masked_weight"]
 
 
 class _Function(Function):
-    def __init_subclass__(cls) -> None:
-        # torch binds the arguments of every call to forward's signature; look that up only once.
-        cls.forward.__signature__ = inspect.signature(cls.forward)
+    @classmethod
+    def apply(cls, *args):
+        """As torch's, which binds the arguments to forward's signature at every call first.
+
+        That costs as much as a small layer. Only torch.func needs more than the plain call; under
+        torch.compile this method is not used at all.
+        """
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(Function, cls).apply(*args)
 
 
 class _RefuseSecondDerivative(Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -55,7 +56,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     accepted = "Accepted: a folder written by dst-kernels train."
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what makes it fail anyway
+            contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the damage leads to
         raise UsageError(
             f"--resume: {path} is damaged or not a checkpoint ({type(error).__name__}). {accepted}"

@@ -14,8 +14,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .config import DATASET_PRESETS, PRESETS, RunConfig, option
+from .config import DATASET_PRESETS, PRESETS, RULES, RunConfig, option
 from .errors import UsageError
+from .rules import FLAG
 
 __all__ = ["app"]
 
@@ -36,8 +37,14 @@ def _opt(name: str, panel: str, help: str, default: str | None = None) -> Any:
     """An option; unset it is None (or False), so that the preset can tell what was given."""
     if default is None and _DEFAULTS.get(name) not in (None, False, ()):
         default = str(_DEFAULTS[name])
+    # Numbers come as text: a message of ours also says what was given and what is accepted.
+    metavar = RULES[name].metavar if name in RULES and RULES[name] is not FLAG else None
     return typer.Option(
-        option(name), help=help, rich_help_panel=panel, show_default=default or False
+        option(name),
+        help=help,
+        rich_help_panel=panel,
+        show_default=default or False,
+        metavar=metavar,
     )
 
 
@@ -80,7 +87,7 @@ def train(
         bool, _opt("download", _WHAT, "Fetch the data set into --data-dir if it is not there.")
     ] = False,
     image_size: Annotated[
-        int | None, _opt("image_size", _WHAT, "Side to which an image folder is resized.")
+        str | None, _opt("image_size", _WHAT, "Side to which an image folder is resized.")
     ] = None,
     dense: Annotated[
         bool, _opt("dense", _WHAT, "Train the dense twin: same weights and data, no masks.")
@@ -89,7 +96,7 @@ def train(
         bool, _opt("compare", _WHAT, "Train the dense twin and the sparse model, side by side.")
     ] = False,
     alpha: Annotated[
-        float | None,
+        str | None,
         _opt("alpha", _SPARSITY, "Weight of the regulariser sum(exp(-t)): larger is sparser."),
     ] = None,
     granularity: Annotated[
@@ -113,11 +120,11 @@ def train(
         ),
     ] = None,
     threshold_lr: Annotated[
-        float | None,
+        str | None,
         _opt("threshold_lr", _SPARSITY, "Learning rate of the thresholds.", "that of the weights"),
     ] = None,
     threshold_weight_decay: Annotated[
-        float | None,
+        str | None,
         _opt(
             "threshold_weight_decay",
             _SPARSITY,
@@ -129,19 +136,19 @@ def train(
         bool, _opt("skip_first", _SPARSITY, "Leave the first layer dense.")
     ] = False,
     skip_last: Annotated[bool, _opt("skip_last", _SPARSITY, "Leave the last layer dense.")] = False,
-    epochs: Annotated[int | None, _opt("epochs", _RECIPE, "Passes over the training set.")] = None,
-    batch_size: Annotated[int | None, _opt("batch_size", _RECIPE, "Images in a step.")] = None,
+    epochs: Annotated[str | None, _opt("epochs", _RECIPE, "Passes over the training set.")] = None,
+    batch_size: Annotated[str | None, _opt("batch_size", _RECIPE, "Images in a step.")] = None,
     optimizer: Annotated[str | None, _opt("optimizer", _RECIPE, "sgd or adam.")] = None,
-    lr: Annotated[float | None, _opt("lr", _RECIPE, "Learning rate.")] = None,
-    momentum: Annotated[float | None, _opt("momentum", _RECIPE, "Momentum of sgd.")] = None,
+    lr: Annotated[str | None, _opt("lr", _RECIPE, "Learning rate.")] = None,
+    momentum: Annotated[str | None, _opt("momentum", _RECIPE, "Momentum of sgd.")] = None,
     weight_decay: Annotated[
-        float | None, _opt("weight_decay", _RECIPE, "Weight decay of all but the thresholds.")
+        str | None, _opt("weight_decay", _RECIPE, "Weight decay of all but the thresholds.")
     ] = None,
     milestones: Annotated[
         str | None,
         _opt("milestones", _RECIPE, "Epochs after which both learning rates drop: 80,120."),
     ] = None,
-    gamma: Annotated[float | None, _opt("gamma", _RECIPE, "Factor by which they drop.")] = None,
+    gamma: Annotated[str | None, _opt("gamma", _RECIPE, "Factor by which they drop.")] = None,
     out: Annotated[
         Path | None,
         _opt("out", _RUN, "Folder to write, new or empty.", "runs/<preset>-<time>"),
@@ -156,13 +163,13 @@ def train(
         ),
     ] = None,
     seed: Annotated[
-        int | None,
+        str | None,
         _opt("seed", _RUN, "Fixes weights and order; on a CPU it repeats a run exactly."),
     ] = None,
     device: Annotated[str | None, _opt("device", _RUN, "auto, cpu, cuda or cuda:N.")] = None,
     amp: Annotated[str | None, _opt("amp", _RUN, "none, or bf16 for mixed precision.")] = None,
     workers: Annotated[
-        int | None, _opt("workers", _RUN, "Processes that read an image folder.")
+        str | None, _opt("workers", _RUN, "Processes that read an image folder.")
     ] = None,
 ) -> None:
     """Train a classifier that learns its own sparsity.
@@ -187,10 +194,7 @@ def _start(given: dict[str, Any]) -> None:
             "--compare and --dense contradict each other: --compare trains the dense twin too. "
             "Accepted: one of them."
         )
-    if "milestones" in given:
-        given["milestones"] = _milestones(given["milestones"])
-    if "reset_ratio" in given:
-        given["reset_ratio"] = _reset_ratio(given["reset_ratio"])
+    given = {name: _parsed(name, value) for name, value in given.items()}
     preset = given.pop("preset", None)
     if preset is None:
         preset = DATASET_PRESETS.get(given.get("dataset", "digits"), "digits")
@@ -210,8 +214,7 @@ def _resume(given: dict[str, Any]) -> None:
             f"{', '.join(fixed)} cannot be given with --resume: the run in {directory} has its own "
             f"value. Accepted: {' and '.join(map(option, _ON_RESUME))}."
         )
-    if given.get("epochs", 1) < 1:
-        raise UsageError(f"--epochs is {given['epochs']}. Accepted: an integer of at least 1.")
+    given = {name: _parsed(name, value) for name, value in given.items()}
 
     from . import run
 
@@ -254,22 +257,5 @@ def _messages() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _milestones(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(
-            f"--milestones is {text!r}. Accepted: ascending epochs with commas between, "
-            "such as 80,120."
-        ) from None
-
-
-def _reset_ratio(text: str) -> float | None:
-    if text == "none":
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        raise UsageError(
-            f"--reset-ratio is {text!r}. Accepted: a number from 0 to 1, or none."
-        ) from None
+def _parsed(name: str, value: Any) -> Any:
+    return RunConfig.parse(name, value) if isinstance(value, str) else value

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .errors import UsageError, require_one_of
+from .rules import FLAG, MILESTONES, TEXT, integer, number, or_none
 
-__all__ = ["DATASET_PRESETS", "PRESETS", "Preset", "RunConfig", "option"]
+__all__ = ["DATASET_PRESETS", "PRESETS", "RULES", "Preset", "RunConfig", "option"]
 
 # Each data set with the preset that comes with it where none is named: an alpha that suits 23
 # steps an epoch would strip a model that takes 938.
@@ -65,10 +65,22 @@ class RunConfig:
         require_one_of("--granularity", self.granularity, GRANULARITIES)
         require_one_of("--surrogate", self.surrogate, SURROGATES)
         require_one_of("--amp", self.amp, ("none", "bf16"))
-        for name, rule in _RULES.items():
+        for name, rule in RULES.items():
             value = getattr(self, name)
             if not rule.holds(value):
                 raise UsageError(f"{option(name)} is {value!r}. Accepted: {rule.accepted}.")
+
+    @staticmethod
+    def parse(field: str, text: str) -> Any:
+        """The value of a field as the command line spells it."""
+        if field not in RULES:
+            return text
+        try:
+            return RULES[field].parse(text)
+        except ValueError:
+            raise UsageError(
+                f"{option(field)} is {text!r}. Accepted: {RULES[field].accepted}."
+            ) from None
 
     @classmethod
     def from_preset(cls, preset: str, **given: Any) -> RunConfig:
@@ -86,7 +98,10 @@ class RunConfig:
         expected = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(values, Mapping) or set(values) != expected:
             odd = sorted(expected.symmetric_difference(values), key=str)
-            raise UsageError(f"not the configuration of a training run: see {', '.join(odd)}")
+            raise UsageError(
+                f"missing or unknown are {', '.join(odd)}. "
+                "Accepted: a configuration written by dst-kernels train."
+            )
         values = dict(values)
         if isinstance(values["milestones"], list):
             values["milestones"] = tuple(values["milestones"])
@@ -98,69 +113,30 @@ def option(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-class _Rule(NamedTuple):
-    accepted: str
-    holds: Callable[[Any], bool]
+_AT_LEAST_0 = number("a number of at least 0", lambda value: value >= 0)
+_ABOVE_0 = number("a number above 0", lambda value: value > 0)
 
-
-def _integer(least: int) -> _Rule:
-    return _Rule(
-        f"an integer of at least {least}",
-        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least,
-    )
-
-
-def _number(accepted: str, inside: Callable[[float], bool]) -> _Rule:
-    return _Rule(
-        accepted,
-        lambda value: (
-            isinstance(value, (int, float))
-            and not isinstance(value, bool)
-            and math.isfinite(value)
-            and inside(value)
-        ),
-    )
-
-
-def _or_none(rule: _Rule, accepted: str) -> _Rule:
-    return _Rule(accepted, lambda value: value is None or rule.holds(value))
-
-
-def _ascending(milestones: Any) -> bool:
-    return (
-        isinstance(milestones, tuple)
-        and all(_integer(1).holds(epoch) for epoch in milestones)
-        and list(milestones) == sorted(set(milestones))
-    )
-
-
-_AT_LEAST_0 = _number("a number of at least 0", lambda value: value >= 0)
-_ABOVE_0 = _number("a number above 0", lambda value: value > 0)
-_SHARE = _number("a number from 0 to 1", lambda value: 0 <= value <= 1)
-_TEXT = _Rule("a name", lambda value: isinstance(value, str) and value != "")
-_FLAG = _Rule("true or false", lambda value: isinstance(value, bool))
-
-_RULES = {
-    "model": _TEXT,
-    "data_dir": _TEXT,
-    "device": _TEXT,
-    "dense": _FLAG,
-    "skip_first": _FLAG,
-    "skip_last": _FLAG,
-    "image_size": _integer(8),
+RULES = {
+    "model": TEXT,
+    "data_dir": TEXT,
+    "device": TEXT,
+    "dense": FLAG,
+    "skip_first": FLAG,
+    "skip_last": FLAG,
+    "image_size": integer(8),
     "alpha": _AT_LEAST_0,
-    "epochs": _integer(1),
-    "batch_size": _integer(2),
+    "epochs": integer(1),
+    "batch_size": integer(2),
     "lr": _ABOVE_0,
-    "momentum": _number("a number from 0 up to, but below, 1", lambda value: 0 <= value < 1),
+    "momentum": number("a number from 0 up to, but below, 1", lambda value: 0 <= value < 1),
     "weight_decay": _AT_LEAST_0,
-    "threshold_lr": _or_none(_AT_LEAST_0, "a number of at least 0"),
+    "threshold_lr": or_none(_AT_LEAST_0),
     "threshold_weight_decay": _AT_LEAST_0,
-    "milestones": _Rule("ascending epochs with commas between, such as 80,120", _ascending),
+    "milestones": MILESTONES,
     "gamma": _ABOVE_0,
-    "reset_ratio": _or_none(_SHARE, "a number from 0 to 1, or none"),
-    "seed": _number("an integer from 0 to 2**63 - 1", lambda v: v == int(v) and 0 <= v < 2**63),
-    "workers": _integer(0),
+    "reset_ratio": or_none(number("a number from 0 to 1", lambda value: 0 <= value <= 1)),
+    "seed": integer(0, 2**63 - 1),
+    "workers": integer(0),
 }
 
 

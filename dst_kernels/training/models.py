@@ -35,6 +35,8 @@ class LeNet5(nn.Module):
     def __init__(self, shape: tuple[int, int, int], classes: int) -> None:
         super().__init__()
         channels, height, width = shape
+        if min(height, width) < 16:
+            raise ValueError("it needs 16x16 or more")
         self.conv1 = nn.Conv2d(channels, 20, 5)
         self.conv2 = nn.Conv2d(20, 50, 5)
         rows, columns = (((size - 4) // 2 - 4) // 2 for size in (height, width))
@@ -80,7 +82,7 @@ def build_model(config: RunConfig, shape: tuple[int, int, int], classes: int) ->
             logits = model.eval()(torch.zeros(2, *shape))
         if logits.shape != (2, classes):
             raise ValueError(f"its output has shape {list(logits.shape)}")
-    except (RuntimeError, ValueError, AssertionError, AttributeError, ZeroDivisionError) as error:
+    except (RuntimeError, ValueError, AssertionError, AttributeError) as error:
         size = "x".join(map(str, shape))
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(

@@ -99,8 +99,9 @@ def _resume_one(
         checkpoint = load_checkpoint(directory / CHECKPOINT)
         finished = len(checkpoint["history"])
         _refuse_edited(directory, config, RunConfig.from_dict(checkpoint["config"]))
+    given = {"epochs": epochs, "device": device}
     config = dataclasses.replace(
-        config, epochs=epochs or config.epochs, device=device or config.device
+        config, **{name: value for name, value in given.items() if value is not None}
     )
     if config.epochs < finished:
         raise UsageError(
@@ -121,6 +122,9 @@ def _resume_one(
     state = new_state(config, data, select_device(config.device))
     if checkpoint is not None:
         try:
+            # Masked layers also take a dense model's weights; here a missing threshold is damage.
+            if set(checkpoint["model"]) != set(state.model.state_dict()):
+                raise ValueError("it holds other parameters.")
             state.model.load_state_dict(checkpoint["model"])
             state.optimizer.load_state_dict(checkpoint["optimizer"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
