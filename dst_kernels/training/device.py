@@ -1,0 +1,30 @@
+"""Where a run computes."""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import UsageError
+
+__all__ = ["device_name", "select_device"]
+
+
+def select_device(name: str) -> torch.device:
+    """The device of a --device option; UsageError for one that is unknown or not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    accepted = "Accepted: auto, cpu, cuda or cuda:N."
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name!r} is unknown. {accepted}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name!r} is not supported. {accepted}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name!r}: torch finds no such device here. {accepted}")
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """What to call it in a summary."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

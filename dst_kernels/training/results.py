@@ -1,0 +1,121 @@
+"""What a finished run leaves behind: model, plots and summary."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import dst_kernels
+
+from . import plots
+from .checkpoint import write_atomically
+from .config import RunConfig
+from .data import Data
+from .device import device_name, select_device
+from .files import (
+    COMPARISON,
+    MODEL,
+    SUMMARY,
+    TWINS,
+    read_metrics,
+    read_summary,
+    write_json,
+    write_metrics,
+)
+from .loop import State
+
+__all__ = ["count_parameters", "thresholds_by_layer", "write_comparison", "write_results"]
+
+
+def write_results(
+    config: RunConfig, directory: Path, data: Data, state: State
+) -> tuple[dict[str, Any], dst_kernels.SparsityReport | None]:
+    """Write the model, the plots and, last of all, the summary: it marks a finished run."""
+    from safetensors.torch import save
+
+    tensors = {name: value.cpu().contiguous() for name, value in state.model.state_dict().items()}
+    write_metrics(directory, state.history)
+    write_atomically(directory / MODEL, lambda file: file.write(save(tensors)))
+
+    report = None if config.dense else dst_kernels.sparsity_report(state.model)
+    thresholds = {
+        name: threshold.detach().float().cpu().numpy().ravel()
+        for name, threshold in thresholds_by_layer(state.model).items()
+    }
+    kind = "dense" if config.dense else f"alpha {config.alpha:g}"
+    title = f"{config.model} on {config.dataset}, {kind}, seed {config.seed}"
+    plots.plot_accuracy_and_ratio(directory / "accuracy_and_ratio.png", state.history, title)
+    if report is not None:
+        plots.plot_layer_ratios(directory / "layer_ratios.png", state.history, title)
+        plots.plot_thresholds(directory / "thresholds.png", thresholds, title)
+
+    last = state.history[-1]
+    summary = {
+        "test_accuracy": last["test_accuracy"],
+        "remaining_ratio": last["remaining_ratio"],
+        "test_loss": last["test_loss"],
+        "train_loss": last["train_loss"],
+        "epochs": last["epoch"],
+        "seconds": round(state.seconds, 3),
+        "seed": config.seed,
+        "preset": config.preset,
+        "model": config.model,
+        "dataset": config.dataset,
+        "dense": config.dense,
+        "alpha": config.alpha,
+        "layers": last["layers"],
+        "masked_weights": report.total if report else 0,
+        "kept_weights": report.kept if report else 0,
+        "thresholds": sum(values.size for values in thresholds.values()),
+        "parameters": count_parameters(state.model),
+        "input_shape": list(data.shape),
+        "classes": data.classes,
+        "device": device_name(select_device(config.device)),
+        "threads": torch.get_num_threads(),
+        "versions": _versions(),
+    }
+    write_json(directory / SUMMARY, summary)
+    return summary, report
+
+
+def write_comparison(directory: Path) -> dict[str, Any]:
+    """Write what the two finished twins in `directory` amount to, as numbers and as a plot."""
+    dense, sparse = (read_summary(directory / name) for name in TWINS)
+    comparison = {
+        "accuracy_difference": sparse["test_accuracy"] - dense["test_accuracy"],
+        "dense": dense,
+        "sparse": sparse,
+    }
+    write_json(directory / COMPARISON, comparison)
+    curves = [plots.Curve(name, read_metrics(directory / name), name == "dense") for name in TWINS]
+    title = f"{sparse['model']} on {sparse['dataset']}, alpha {sparse['alpha']:g}"
+    plots.plot_runs(directory / "comparison.png", curves, f"{title}, seed {sparse['seed']}")
+    return comparison
+
+
+def thresholds_by_layer(model: nn.Module) -> dict[str, Tensor]:
+    """The threshold parameters of a model under their layers' names."""
+    return {
+        name.removesuffix(".threshold"): parameter
+        for name, parameter in model.named_parameters()
+        if name.endswith(".threshold")
+    }
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("dst_kernels", "torchvision", "numpy", "scikit-learn", "safetensors"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

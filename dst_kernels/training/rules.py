@@ -1,0 +1,67 @@
+"""What a value may be: in words, as a test, and as it is read from the command line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+__all__ = ["FLAG", "MILESTONES", "TEXT", "Rule", "integer", "number", "or_none"]
+
+
+class Rule(NamedTuple):
+    """`parse` may raise ValueError; what it returns must still hold."""
+
+    accepted: str
+    holds: Callable[[Any], bool]
+    parse: Callable[[str], Any] = str
+    metavar: str = "NAME"
+
+
+def integer(least: int, most: int | None = None) -> Rule:
+    """Integers from `least` on."""
+
+    def holds(value: Any) -> bool:
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        return is_integer and value >= least and (most is None or value <= most)
+
+    accepted = f"an integer of at least {least}"
+    return Rule(accepted if most is None else f"{accepted} and at most {most}", holds, int, "INT")
+
+
+def number(accepted: str, inside: Callable[[float], bool]) -> Rule:
+    """Finite numbers for which `inside` is true."""
+
+    def holds(value: Any) -> bool:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return is_number and math.isfinite(value) and inside(value)
+
+    return Rule(accepted, holds, float, "NUMBER")
+
+
+def or_none(rule: Rule) -> Rule:
+    """None, written "none", as well."""
+    return Rule(
+        f"{rule.accepted}, or none",
+        lambda value: value is None or rule.holds(value),
+        lambda text: None if text == "none" else rule.parse(text),
+        rule.metavar,
+    )
+
+
+def _ascending(milestones: Any) -> bool:
+    return (
+        isinstance(milestones, tuple)
+        and all(integer(1).holds(epoch) for epoch in milestones)
+        and list(milestones) == sorted(set(milestones))
+    )
+
+
+MILESTONES = Rule(
+    "ascending epochs with commas between, such as 80,120",
+    _ascending,
+    lambda text: tuple(int(part) for part in text.split(",")),
+    "INT,INT,...",
+)
+TEXT = Rule("a name", lambda value: isinstance(value, str) and value != "")
+FLAG = Rule("true or false", lambda value: isinstance(value, bool))

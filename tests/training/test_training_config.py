@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from dst_kernels.training.config import DATASET_PRESETS, PRESETS, RunConfig
+from dst_kernels.training.errors import UsageError
+
+
+def test_default_preset_is_the_digits_anchor():
+    config = RunConfig.from_preset("digits")
+    assert (config.model, config.dataset) == ("lenet-300-100", "digits")
+    assert (config.alpha, config.epochs, config.batch_size) == (4e-3, 100, 64)
+    assert (config.optimizer, config.lr, config.momentum) == ("sgd", 0.01, 0.9)
+    assert (config.weight_decay, config.threshold_weight_decay) == (0, 0)
+    assert (config.granularity, config.surrogate) == ("row", "long_tailed")
+
+
+def test_mnist_presets_are_the_papers():
+    for name, model in (("mnist", "lenet-300-100"), ("mnist-lenet-5", "lenet-5")):
+        config = RunConfig.from_preset(name)
+        assert (config.dataset, config.model) == ("mnist", model)
+        assert (config.alpha, config.epochs, config.lr, config.batch_size) == (5e-4, 20, 0.01, 64)
+
+
+def test_every_preset_is_valid_and_survives_json():
+    assert set(DATASET_PRESETS.values()) <= set(PRESETS)
+    for name in PRESETS:
+        config = RunConfig.from_preset(name, seed=3)
+        assert config.preset == name
+        assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "accepted"),
+    [
+        ("dataset", "mnits", "Did you mean mnist"),
+        ("granularity", "column", "row, layer, element"),
+        ("surrogate", "sigmoid", "long_tailed, rectangular, triangular, straight_through"),
+        ("optimizer", "lbfgs", "sgd, adam"),
+        ("amp", "fp16", "none, bf16"),
+        ("preset", "imagenet", "digits, mnist"),
+        ("alpha", -1.0, "at least 0"),
+        ("alpha", math.nan, "at least 0"),
+        ("alpha", True, "at least 0"),
+        ("epochs", 0, "an integer of at least 1"),
+        ("epochs", 1.5, "an integer of at least 1"),
+        ("batch_size", 1, "an integer of at least 2"),
+        ("lr", 0.0, "above 0"),
+        ("lr", math.inf, "above 0"),
+        ("momentum", 1.0, "below, 1"),
+        ("weight_decay", -1e-4, "at least 0"),
+        ("threshold_lr", -0.1, "at least 0"),
+        ("milestones", (80, 40), "ascending"),
+        ("milestones", (0,), "ascending"),
+        ("reset_ratio", 1.5, "from 0 to 1, or none"),
+        ("seed", -1, "at least 0 and at most 9223372036854775807"),
+        ("seed", 2**63, "at least 0 and at most 9223372036854775807"),
+        ("seed", 1.0, "at least 0 and at most 9223372036854775807"),
+        ("workers", -1, "at least 0"),
+        ("dense", "yes", "true or false"),
+        ("model", "", "a name"),
+    ],
+)
+def test_invalid_values_are_refused_by_name(field, value, accepted):
+    with pytest.raises(UsageError) as caught:
+        RunConfig(**{field: value})
+    message = str(caught.value)
+    assert f"--{field.replace('_', '-')}" in message
+    assert repr(value) in message
+    assert accepted in message
+
+
+def test_boundaries_are_accepted():
+    RunConfig(alpha=0, momentum=0, reset_ratio=None, threshold_lr=0.0, seed=2**63 - 1)
+    RunConfig(reset_ratio=1, milestones=(1, 2), weight_decay=0)
+
+
+def test_foreign_configurations_are_refused():
+    values = RunConfig().to_dict()
+    for wrong in ({**values, "extra": 1}, {}, [], {**values, "milestones": [3, 1]}):
+        with pytest.raises(UsageError):
+            RunConfig.from_dict(wrong)

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch.nn import functional as F
+
+from dst_kernels.training.config import RunConfig
+from dst_kernels.training.data import FolderBatches, TensorBatches, load_data
+from dst_kernels.training.errors import UsageError
+
+CPU = torch.device("cpu")
+
+
+def whole(batches):
+    images, labels = zip(*batches.epoch(None), strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def test_digits_are_the_documented_split():
+    data = load_data(RunConfig(), CPU)
+    (images, labels), (test_images, test_labels) = whole(data.train), whole(data.test)
+    assert (data.shape, data.classes) == ((1, 28, 28), 10)
+    assert (len(images), len(test_images), len(data.train)) == (1437, 360, 23)
+    assert images.min() == 0
+    assert images.max() <= 1
+    # Stratified: every class keeps its share, to one image.
+    share = test_labels.bincount() / (labels.bincount() + test_labels.bincount())
+    assert (share - 0.2).abs().max() < 0.006
+    # Every image of scikit-learn's, enlarged, is in exactly one split with its own label.
+    digits = torch.from_numpy(load_digits().images).float()[:, None] / 16
+    enlarged = F.interpolate(digits, (28, 28), mode="bilinear")
+    index = {image.numpy().tobytes(): i for i, image in enumerate(enlarged)}
+    found = [index[image.numpy().tobytes()] for image in torch.cat([images, test_images])]
+    assert sorted(found) == list(range(1797))
+    assert load_digits().target[found].tolist() == torch.cat([labels, test_labels]).tolist()
+
+
+def test_the_split_does_not_follow_the_seed():
+    first, second = (load_data(RunConfig(seed=seed), CPU) for seed in (0, 1))
+    assert torch.equal(whole(first.test)[0], whole(second.test)[0])
+
+
+def test_an_epoch_is_shuffled_by_its_seed_alone():
+    batches = TensorBatches(torch.rand(20, 1, 2, 2), torch.arange(20), 6)
+
+    def order(seed):
+        return torch.cat([labels for _, labels in batches.epoch(seed)]).tolist()
+
+    torch.manual_seed(1)
+    first = order(5)
+    torch.manual_seed(2)
+    assert order(5) == first
+    assert order(6) != first
+    assert sorted(first) == list(range(20))
+    assert order(None) == list(range(20))
+    for images, labels in batches.epoch(5):
+        assert torch.equal(images, batches.images[labels])
+
+
+@pytest.mark.parametrize("kind", ["tensor", "folder"])
+def test_a_last_batch_of_one_image_is_left_out_of_training_only(kind):
+    images, labels = torch.rand(9, 1, 2, 2), torch.arange(9)
+    if kind == "tensor":
+        batches = TensorBatches(images, labels, 4)
+    else:
+        batches = FolderBatches(list(zip(images, labels, strict=True)), 4, 0, CPU)
+    assert len(batches) == 2
+    assert [len(labels) for _, labels in batches.epoch(0)] == [4, 4]
+    assert [len(labels) for _, labels in batches.epoch(None)] == [4, 4, 1]
+
+
+def test_augmentation_crops_the_padded_image_and_flips_about_half():
+    images = torch.randint(1, 256, (200, 3, 8, 6), dtype=torch.uint8)
+    labels = torch.arange(200)
+    statistics = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    batches = TensorBatches(images, labels, 50, statistics, padding=2)
+    padded = F.pad(images, (2, 2, 2, 2))
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in statistics)
+    flipped, corners = 0, set()
+    for batch, indices in batches.epoch(3):
+        pixels = ((batch * deviation + mean) * 255).round().to(torch.uint8)
+        for image, index in zip(pixels, indices, strict=True):
+            found = [
+                (flip, top, left)
+                for flip in (False, True)
+                for top in range(5)
+                for left in range(5)
+                if torch.equal(
+                    image.flip(-1) if flip else image,
+                    padded[index, :, top : top + 8, left : left + 6],
+                )
+            ]
+            assert len(found) == 1
+            flipped += found[0][0]
+            corners.add(found[0][1:])
+    assert 60 < flipped < 140
+    assert len(corners) == 25
+    plain = torch.cat([batch for batch, _ in batches.epoch(None)])
+    torch.testing.assert_close(plain, (images.float() / 255 - mean) / deviation)
+
+
+def test_mnist_is_read_from_its_raw_files_and_scaled_only(mnist_dir):
+    data = load_data(RunConfig(dataset="mnist", data_dir=str(mnist_dir)), CPU)
+    images, labels = whole(data.train)
+    assert (data.shape, data.classes, len(images)) == ((1, 28, 28), 10, 40)
+    assert images.max() == 1
+    assert labels.tolist() == [i % 10 for i in range(40)]
+    for image, label in zip(images, labels, strict=True):
+        assert (image[0, 2 * label : 2 * label + 3] == 1).all()
+    assert len(whole(data.test)[0]) == 20
+
+
+def test_gray_images_are_repeated_for_models_that_want_three_channels(mnist_dir):
+    config = RunConfig(dataset="mnist", data_dir=str(mnist_dir))
+    gray, colour = load_data(config, CPU), load_data(config, CPU, channels=3)
+    assert colour.shape == (3, 28, 28)
+    assert torch.equal(whole(colour.train)[0], whole(gray.train)[0].expand(-1, 3, -1, -1))
+
+
+@pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
+def test_cifar_is_normalised_and_augmented_in_training(name, classes, tmp_path, monkeypatch):
+    import torchvision.datasets as available
+
+    kind = {"cifar10": available.CIFAR10, "cifar100": available.CIFAR100}[name]
+    monkeypatch.setattr(kind, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(available.cifar, "check_integrity", lambda *args: True)
+    pixels = np.full((4, 3072), 255, dtype=np.uint8)
+    pixels[:, :1024] = 0  # no red
+    folder = tmp_path / kind.base_folder
+    folder.mkdir()
+    key = "labels" if name == "cifar10" else "fine_labels"
+    for file, _ in [*kind.train_list, *kind.test_list]:
+        (folder / file).write_bytes(pickle.dumps({"data": pixels, key: [0, 1, 2, 3]}))
+    (folder / kind.meta["filename"]).write_bytes(pickle.dumps({kind.meta["key"]: ["x"] * classes}))
+    data = load_data(RunConfig(dataset=name, data_dir=str(tmp_path)), CPU)
+    images, labels = whole(data.test)
+    assert (data.shape, data.classes, len(images)) == ((3, 32, 32), classes, 4)
+    assert labels.tolist() == [0, 1, 2, 3]
+    expected = torch.tensor([-0.4914 / 0.2023, (1 - 0.4822) / 0.1994, (1 - 0.4465) / 0.2010])
+    torch.testing.assert_close(images, expected.view(3, 1, 1).expand_as(images))
+    (batch, _), *_ = data.train.epoch(0)
+    assert batch[:, 1].min() < 0  # black padding has come in
+    assert data.test.padding == 0
+
+
+def test_image_folders_are_streamed_reproducibly(image_dir):
+    config = RunConfig(
+        dataset="image-folder", data_dir=str(image_dir), image_size=16, batch_size=5, workers=2
+    )
+    data = load_data(config, CPU)
+    assert (data.shape, data.classes, len(data.train)) == ((3, 16, 16), 2, 3)
+
+    def epoch(seed):
+        torch.manual_seed(seed)
+        images, labels = zip(*data.train.epoch(seed), strict=True)
+        return torch.cat(images), torch.cat(labels)
+
+    first, again, other = epoch(1), epoch(1), epoch(2)
+    assert first[0].shape == (15, 3, 16, 16)  # 16 images, the last alone in its batch
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0])
+    images, labels = whole(data.test)
+    assert labels.tolist() == [0] * 4 + [1] * 4
+    above = images[:, :, :8].mean((1, 2, 3)) > images[:, :, 8:].mean((1, 2, 3))
+    assert above.tolist() == [True] * 4 + [False] * 4
+
+
+def test_an_unreadable_picture_is_named(image_dir):
+    (image_dir / "val" / "above" / "0.png").write_bytes(b"not a picture")
+    config = RunConfig(dataset="image-folder", data_dir=str(image_dir), image_size=16)
+    with pytest.raises(UsageError, match=r"0\.png cannot be read as an image"):
+        whole(load_data(config, CPU).test)

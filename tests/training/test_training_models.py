@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dst_kernels
+from dst_kernels.training.config import RunConfig
+from dst_kernels.training.errors import UsageError
+from dst_kernels.training.models import build_model, load_model
+from dst_kernels.training.results import thresholds_by_layer
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "thresholds"),
+    [("lenet-300-100", 266_200, 410), ("lenet-5", 430_500, 580)],
+)
+def test_lenets_have_the_papers_numbers_of_masked_weights_and_thresholds(name, weights, thresholds):
+    model = build_model(RunConfig(model=name), (1, 28, 28), 10)
+    report = dst_kernels.sparsity_report(model)
+    assert report.total == weights
+    assert sum(t.numel() for t in thresholds_by_layer(model).values()) == thresholds
+    assert report.remaining_ratio > 0.999  # training starts dense
+
+
+def test_dense_twin_starts_from_the_same_weights_and_has_no_thresholds():
+    models = []
+    for dense in (False, True):
+        torch.manual_seed(7)
+        models.append(build_model(RunConfig(model="lenet-5", dense=dense), (1, 28, 28), 10))
+    sparse, dense = (dict(model.named_parameters()) for model in models)
+    assert set(sparse) - set(dense) == {f"{n}.threshold" for n in ("conv1", "conv2", "fc3", "fc4")}
+    for name, weight in dense.items():
+        assert torch.equal(weight, sparse[name])
+
+
+def test_options_reach_the_masked_layers():
+    config = RunConfig(
+        granularity="layer", surrogate="triangular", reset_ratio=None, skip_first=True
+    )
+    model = build_model(config, (1, 28, 28), 10)
+    assert set(thresholds_by_layer(model)) == {"fc2", "fc3"}
+    assert all(t.numel() == 1 for t in thresholds_by_layer(model).values())
+    assert model.fc2.surrogate == "triangular"
+    assert model.fc2.reset_ratio is None
+    skipped = build_model(RunConfig(skip_last=True), (1, 28, 28), 10)
+    assert set(thresholds_by_layer(skipped)) == {"fc1", "fc2"}
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("resnet18", 32),
+        ("squeezenet1_1", 32),
+        pytest.param("googlenet", 64, marks=pytest.mark.slow),
+    ],
+)
+def test_torchvision_classifiers_train_masked(name, size):
+    model = build_model(RunConfig(model=name), (3, size, size), 5)
+    logits = model(torch.rand(2, 3, size, size))
+    assert logits.shape == (2, 5)
+    logits.sum().backward()
+    assert all(t.grad is not None for t in thresholds_by_layer(model).values())
+
+
+def test_building_leaves_running_statistics_alone():
+    model = build_model(RunConfig(model="resnet18", dense=True), (3, 32, 32), 10)
+    assert model.training
+    assert model.bn1.num_batches_tracked == 0
+    assert torch.equal(model.bn1.running_mean, torch.zeros(64))
+
+
+@pytest.mark.parametrize("name", ["lenet-5", "alexnet", "vit_b_16"])
+def test_images_which_a_model_cannot_take_are_refused(name):
+    channels = 1 if name.startswith("lenet") else 3
+    with pytest.raises(UsageError, match=rf"--model '{name}' does not take the {channels}x10x10"):
+        build_model(RunConfig(model=name), (channels, 10, 10), 10)
+
+
+def test_load_model_gives_back_what_was_trained(cli, tmp_path):
+    cli("train", "--epochs", 2, "--out", "run")
+    state = torch.get_rng_state()
+    model = load_model(tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.training
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
+    assert set(saved) == set(model.state_dict())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, saved[name])
