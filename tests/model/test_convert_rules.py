@@ -1,0 +1,288 @@
+"""Which layers `sparsify_` converts, which it leaves dense, and the reasons it gives."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import dst_kernels
+from dst_kernels.nn import MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedLayer, MaskedLinear
+
+
+def reasons(model, *args, **kwargs):
+    """{name: reason} of the layers that stay dense, from the plan and checked against the deed."""
+    plan = dst_kernels.plan_sparsify(model, *args, **kwargs)
+    converted = dst_kernels.sparsify_(model, *args, **kwargs)
+    masked = {n for n, m in converted.named_modules() if isinstance(m, MaskedLayer)}
+    assert masked == {*plan.named("convert"), *plan.named("masked")}
+    skipped = {layer.name: layer.reason for layer in plan.layers if layer.action == "skip"}
+    assert all(skipped.values()), "every skip has a reason"
+    return skipped
+
+
+def test_every_kind_of_layer_in_every_kind_of_container():
+    model = nn.ModuleDict(
+        {
+            "linear": nn.Linear(2, 3),
+            "convs": nn.ModuleList([nn.Conv1d(2, 3, 1), nn.Conv2d(2, 3, 1), nn.Conv3d(2, 3, 1)]),
+            "deep": nn.Sequential(nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.ReLU())),
+        }
+    )
+    assert reasons(model) == {}
+    assert type(model["linear"]) is MaskedLinear
+    assert [type(m) for m in model["convs"]] == [MaskedConv1d, MaskedConv2d, MaskedConv3d]
+    assert type(model["deep"][0][0][0]) is MaskedLinear
+
+
+def test_a_root_that_is_itself_a_layer():
+    linear = nn.Linear(3, 2)
+    masked = dst_kernels.sparsify_(linear)
+    assert type(masked) is MaskedLinear and masked.weight is linear.weight
+    assert type(linear) is nn.Linear
+    assert dst_kernels.sparsify_(masked) is masked
+    assert [layer.name for layer in dst_kernels.plan_sparsify(linear).layers] == [""]
+
+
+def test_weights_of_other_modules():
+    model = nn.ModuleDict(
+        {
+            "transposed": nn.ConvTranspose2d(2, 3, 1),
+            "embedding": nn.Embedding(4, 2),
+            "bag": nn.EmbeddingBag(4, 2),
+            "bilinear": nn.Bilinear(2, 2, 2),
+            "lstm": nn.LSTM(2, 2),
+            "norm": nn.BatchNorm2d(2),
+        }
+    )
+    found = reasons(model)
+    assert set(found) == {"transposed", "embedding", "bag", "bilinear", "lstm"}
+    for name, reason in found.items():
+        assert type(model[name]).__name__ in reason
+
+
+class OwnForward(nn.Linear):
+    def forward(self, input):
+        return super().forward(input) * 2
+
+
+class OwnConvForward(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, weight * 2, bias)
+
+
+class Renamed(nn.Linear):
+    """Nothing of its own: behaves as its parent."""
+
+
+def patched_on_the_instance():
+    layer = nn.Linear(3, 3)
+    layer.forward = functools.partial(nn.Linear.forward, layer)
+    return layer
+
+
+def weight_computed_by_a_hook():
+    return torch.nn.utils.spectral_norm(nn.Linear(3, 3))
+
+
+def integer_weight():
+    layer = nn.Linear(3, 3)
+    layer.weight = nn.Parameter(torch.ones(3, 3, dtype=torch.int8), requires_grad=False)
+    return layer
+
+
+def weight_is_a_plain_tensor():
+    layer = nn.Linear(3, 3)
+    del layer.weight
+    layer.weight = torch.zeros(3, 3)
+    layer.scores = nn.Parameter(torch.zeros(3, 3))
+    return layer
+
+
+@pytest.mark.parametrize(
+    "build, reason",
+    [
+        (lambda: parametrizations.weight_norm(nn.Linear(3, 3)), "parametrized"),
+        (lambda: parametrizations.orthogonal(nn.Linear(3, 3)), "parametrized"),
+        (lambda: torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 3, 1)), "parametrized"),
+        (weight_computed_by_a_hook, "not a parameter"),
+        (lambda: prune.random_unstructured(nn.Linear(3, 3), "weight", 0.5), "not a parameter"),
+        (weight_is_a_plain_tensor, "not a parameter"),
+        (lambda: nn.LazyLinear(3), "no weights yet"),
+        (lambda: nn.LazyConv2d(3, 1), "no weights yet"),
+        (lambda: OwnForward(3, 3), "forward of its own"),
+        (lambda: OwnConvForward(3, 3, 1), "forward of its own"),
+        (patched_on_the_instance, "replaced on the instance"),
+        (integer_weight, "int8"),
+        (lambda: nn.Linear(3, 3, dtype=torch.complex64), "complex64"),
+    ],
+)
+def test_layers_that_cannot_be_converted(build, reason):
+    model = nn.Sequential(nn.Linear(3, 3), build())
+    kept = model[1]
+    found = reasons(model)
+    assert next(iter(found)) == "1" and reason in found["1"]
+    assert model[1] is kept and isinstance(model[0], MaskedLinear)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_old_weight_norm():
+    model = nn.Sequential(nn.Linear(3, 3), torch.nn.utils.weight_norm(nn.Linear(3, 3)))
+    found = reasons(model)
+    assert list(found) == ["1"] and "not a parameter" in found["1"]
+    input = torch.randn(2, 3)
+    model(input).sum().backward()
+
+
+def test_a_lazy_layer_converts_after_its_first_forward():
+    model = nn.Sequential(nn.LazyLinear(3))
+    model(torch.randn(1, 2))
+    assert reasons(model) == {} and tuple(model[0].weight.shape) == (3, 2)
+
+
+def test_a_subclass_without_a_forward_of_its_own_converts():
+    model = nn.Sequential(Renamed(3, 3))
+    weight = model[0].weight
+    assert reasons(model) == {} and isinstance(model[0], MaskedLinear)
+    assert model[0].weight is weight
+
+
+def test_multihead_attention_stays_dense():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "after": nn.Linear(4, 4)})
+    found = reasons(model)
+    assert set(found) == {"attention", "attention.out_proj"}
+    assert "without calling it" in found["attention.out_proj"]
+    assert isinstance(model["after"], MaskedLinear)
+
+
+def test_a_subclass_of_multihead_attention_stays_dense_too():
+    class Mine(nn.MultiheadAttention):
+        pass
+
+    assert "out_proj" in reasons(Mine(4, 2))
+
+
+def test_swin_attention_stays_dense():
+    swin = pytest.importorskip("torchvision.models.swin_transformer")
+    for block in (swin.SwinTransformerBlock, swin.SwinTransformerBlockV2):
+        model = block(8, 2, window_size=[2, 2], shift_size=[0, 0]).eval()
+        found = reasons(model)
+        for name in ("attn.qkv", "attn.proj"):
+            assert "without calling it" in found[name]
+        assert isinstance(model.mlp[0], MaskedLinear)
+        if block is swin.SwinTransformerBlockV2:
+            assert isinstance(model.attn.cpb_mlp[0], MaskedLinear), "this one is called"
+        model(torch.randn(1, 4, 4, 8))
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("timm.models.beit.Attention", {}),
+        ("timm.models.eva.EvaAttention", {"qk_norm": True, "norm_layer": nn.LayerNorm}),
+        ("timm.models.swin_transformer_v2.WindowAttention", {}),
+    ],
+)
+def test_timm_attention_that_reads_weights(name, options):
+    pytest.importorskip("timm")
+    module_name, _, class_name = name.rpartition(".")
+    cls = getattr(__import__(module_name, fromlist=[class_name]), class_name)
+    model = cls(*((8, (2, 2), 2) if class_name == "WindowAttention" else (8, 2)), **options)
+    found = reasons(model)
+    assert "without calling it" in found["qkv"]
+    assert isinstance(model.proj, MaskedLinear)
+
+
+def test_filter_fn_sees_each_candidate_with_its_full_name():
+    model = nn.Sequential(
+        nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(2)), nn.ReLU(), nn.Conv2d(3, 3, 1)
+    )
+    modules = dict(model.named_modules())
+    seen = []
+
+    def keep_convolutions(module, name):
+        seen.append((name, module))
+        return isinstance(module, nn.Conv2d)
+
+    plan = dst_kernels.plan_sparsify(model, filter_fn=keep_convolutions)
+    assert seen == [(name, modules[name]) for name in ("0.0", "2")]
+    assert plan.named("convert") == ["2"]
+    found = reasons(model, filter_fn=keep_convolutions)
+    assert found["0.0"] == "filter_fn" and isinstance(model[2], MaskedConv2d)
+
+
+def test_config_choices():
+    def build():
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(8, 8, 3, groups=8),
+            nn.Conv2d(8, 8, 3, groups=2),
+            nn.Conv2d(1, 8, 3),
+            nn.Linear(8, 4, bias=False),
+            nn.Linear(4, 10),
+        )
+
+    cases = {
+        "skip_first": ["0"],
+        "skip_last": ["5"],
+        "skip_depthwise": ["1"],
+    }
+    for option, names in cases.items():
+        found = reasons(build(), dst_kernels.SparsifyConfig(**{option: True}))
+        assert found == dict.fromkeys(names, option)
+    found = reasons(build(), dst_kernels.SparsifyConfig(min_numel=40))
+    assert found == {"4": "min_numel: 32 < 40 weights"}
+    assert reasons(build(), dst_kernels.SparsifyConfig(min_numel=32)) == {}
+
+
+def test_first_and_last_are_convertible_ones():
+    model = nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.LazyLinear(2))
+    found = reasons(model, dst_kernels.SparsifyConfig(skip_first=True, skip_last=True))
+    assert found["1"] == "skip_first" and found["2"] == "skip_last"
+
+
+def test_options_reach_every_layer():
+    config = dst_kernels.SparsifyConfig(
+        granularity="element",
+        reset_ratio=None,
+        surrogate="rectangular",
+        structure_gradient=False,
+        backend="reference",
+    )
+    model = dst_kernels.sparsify_(nn.Sequential(nn.Linear(2, 3), nn.Conv1d(2, 3, 1)), config)
+    for layer in model:
+        for name, value in config.layer_options().items():
+            assert getattr(layer, name) == value
+        assert layer.threshold.shape == layer.weight.shape
+
+
+def test_what_happened_is_logged(caplog):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Embedding(2, 2))
+    with caplog.at_level(logging.DEBUG, logger="dst_kernels"):
+        dst_kernels.sparsify_(model)
+    lines = [record.getMessage() for record in caplog.records]
+    assert any("convert 0" in line for line in lines)
+    assert any("skip 1" in line and "Embedding" in line for line in lines)
+    assert "1 layers to convert, 0 masked already, 1 skipped" in lines[-1]
+
+
+def test_hooks_flags_and_attributes_are_kept():
+    model, seen = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2))), []
+    model[0].eval()
+    model[0].note = "mine"
+    model[0].register_forward_hook(lambda module, args, out: seen.append(type(module)))
+    model[0].weight.requires_grad_(False)
+    model.register_forward_pre_hook(lambda module, args: seen.append("model"))
+    dst_kernels.sparsify_(model)
+    assert not model[0].training and model[1][0].training and model.training
+    assert model[0].note == "mine" and not model[0].weight.requires_grad
+    model(torch.randn(1, 2))
+    assert seen == ["model", MaskedLinear]
+    dst_kernels.finalize_(model)
+    assert not model[0].training and model[1][0].training and model[0].note == "mine"
+    model(torch.randn(1, 2))
+    assert seen == ["model", MaskedLinear, "model", nn.Linear]
