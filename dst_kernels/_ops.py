@@ -48,8 +48,9 @@ def _define(schema: str, check: Callable) -> Callable[[Callable], torch._ops.OpO
             check(*args)
             kernel = getattr(implementation(backend), name)
             device_type = args[0].device.type
-            if torch.is_autocast_enabled(device_type):  # dtypes were settled outside the op
-                with torch.autocast(device_type, enabled=False):
+            if torch.is_grad_enabled() or torch.is_autocast_enabled(device_type):
+                # Gradients and dtypes are settled outside the op.
+                with torch.no_grad(), torch.autocast(device_type, enabled=False):
                     return kernel(*args)
             return kernel(*args)
 

@@ -177,14 +177,15 @@ def _wanted(ctx, first: int, grads: Sequence[Tensor | None]) -> list[Tensor | No
     return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
 
 
+_CAST_BY_AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)  # float64 it leaves alone
+
+
 def _cast_for_autocast(input: Tensor, weight: Tensor) -> Tensor:
     """The input in the dtype of the product; the weight keeps its own for the comparison."""
     device_type = weight.device.type
-    if torch.is_autocast_enabled(device_type):
-        if input.dtype in (torch.float16, torch.bfloat16, torch.float32):
-            return input.to(torch.get_autocast_dtype(device_type))
-    else:
-        check_same_dtype(input, weight)
+    if torch.is_autocast_enabled(device_type) and input.dtype in _CAST_BY_AUTOCAST:
+        return input.to(torch.get_autocast_dtype(device_type))
+    check_same_dtype(input, weight)
     return input
 
 

@@ -179,6 +179,7 @@ def test_mnist_with_its_preset_from_raw_files(cli, tmp_path, mnist_dir):
     assert (summary["model"], summary["dataset"]) == ("lenet-5", "mnist")
 
 
+@pytest.mark.slow
 def test_image_folder_with_a_torchvision_model(cli, tmp_path, image_dir):
     result = cli(
         *("train", "--dataset", "image-folder", "--data-dir", image_dir, "--image-size", 32),
