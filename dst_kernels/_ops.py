@@ -8,11 +8,13 @@ fake says: weight gradients those of the weight, activations contiguous or chann
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 
 from . import _checks as checks
+from ._autocast import autocast_enabled
 from ._backends import implementation
 from .reference.conv import conv_memory_format, conv_output_shape
 
@@ -48,11 +50,13 @@ def _define(schema: str, check: Callable) -> Callable[[Callable], torch._ops.OpO
             check(*args)
             kernel = getattr(implementation(backend), name)
             device_type = args[0].device.type
-            if torch.is_grad_enabled() or torch.is_autocast_enabled(device_type):
-                # Gradients and dtypes are settled outside the op.
-                with torch.no_grad(), torch.autocast(device_type, enabled=False):
-                    return kernel(*args)
-            return kernel(*args)
+            # Gradients and dtypes are settled outside the op.
+            with contextlib.ExitStack() as stack:
+                if torch.is_grad_enabled():
+                    stack.enter_context(torch.no_grad())
+                if autocast_enabled(device_type):
+                    stack.enter_context(torch.autocast(device_type, enabled=False))
+                return kernel(*args)
 
         def run_fake(*args):
             *args, backend = args

@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import _ops
+from ._autocast import autocast_enabled
 from ._checks import check_same_dtype, check_surrogate
 from ._conv_arguments import per_dimension, resolve_padding
+from .reference.linear import flatten_batch
 
 __all__ = ["masked_conv", "masked_linear", "masked_weight"]
 
@@ -108,7 +110,7 @@ class _MaskedLinear(_Function):
         if any(ctx.needs_input_grad[1:3]):
             grads = _ops.masked_linear_grad_weight(grad, input, weight, effective, *ctx.options)
         if ctx.needs_input_grad[3]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
+            grad_bias = flatten_batch(grad).sum(0, dtype=ctx.bias_dtype)
         return grad_input, *_wanted(ctx, 1, grads), grad_bias, None, None, None, None
 
 
@@ -183,7 +185,7 @@ _CAST_BY_AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)  # float64 it
 def _cast_for_autocast(input: Tensor, weight: Tensor) -> Tensor:
     """The input in the dtype of the product; the weight keeps its own for the comparison."""
     device_type = weight.device.type
-    if torch.is_autocast_enabled(device_type) and input.dtype in _CAST_BY_AUTOCAST:
+    if autocast_enabled(device_type) and input.dtype in _CAST_BY_AUTOCAST:
         return input.to(torch.get_autocast_dtype(device_type))
     check_same_dtype(input, weight)
     return input

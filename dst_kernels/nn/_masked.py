@@ -148,11 +148,11 @@ class MaskedLayer:
 
     def _apply(self, fn, recurse: bool = True):
         """Conversions move the threshold, but never below float32: its updates would round away."""
-        threshold = self.threshold
+        threshold, grad = self.threshold, self.threshold.grad
 
         def keep_precision(tensor: Tensor) -> Tensor:
             converted = fn(tensor)
-            if tensor is threshold or tensor is threshold.grad:
+            if tensor is threshold or tensor is grad:
                 dtype = torch.promote_types(converted.dtype, torch.float32)
                 if converted.dtype != dtype:
                     converted = tensor.to(device=converted.device, dtype=dtype)
@@ -177,7 +177,8 @@ class MaskedLayer:
             if is_dtensor(self.threshold):
                 threshold = torch.zeros_like(self.threshold)
             else:
-                threshold = torch.zeros_like(self.threshold, device=weight.device)
+                dtype = torch.promote_types(self.threshold.dtype, weight.dtype)
+                threshold = torch.zeros_like(self.threshold, dtype=dtype, device=weight.device)
             _log_missing_once(missing_keys)
         elif threshold is not None:
             threshold = threshold.to(torch.promote_types(threshold.dtype, torch.float32))
@@ -243,12 +244,13 @@ class MaskedLayer:
 
 
 def _retyped(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """A copy of `module` as a `cls`: same tensors and attributes, containers of its own."""
+    """A shallow copy of `module` as a `cls`, to take its place.
+
+    Hooks are shared, so that a handle from before still removes its hook.
+    """
     new = cls.__new__(cls)
-    new.__dict__.update(
-        (name, value.copy() if isinstance(value, dict) else value)
-        for name, value in module.__dict__.items()
-    )
+    new.__dict__.update(module.__dict__)
+    new._parameters = module._parameters.copy()
     return new
 
 

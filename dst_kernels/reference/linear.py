@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 from torch.nn import functional as F
 
 from .weight import masked_weight, weight_gradients_
 
-__all__ = ["masked_linear", "masked_linear_grad_input", "masked_linear_grad_weight"]
+__all__ = ["flatten_batch", "masked_linear", "masked_linear_grad_input", "masked_linear_grad_weight"]
+
+
+def flatten_batch(tensor: Tensor) -> Tensor:
+    """[..., features] -> [batch, features], also where there are no features."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def masked_linear(input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None) -> Tensor:
@@ -30,6 +37,5 @@ def masked_linear_grad_weight(
     structure_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """(dW, dt) with G = dY^T X."""
-    out_features, in_features = weight.shape
-    dense = grad.reshape(-1, out_features).t() @ input.reshape(-1, in_features)
+    dense = flatten_batch(grad).t() @ flatten_batch(input)
     return weight_gradients_(dense, weight, threshold, surrogate, structure_gradient)

@@ -62,11 +62,12 @@ def effective_threshold(weight: Tensor, threshold: Tensor, reset_ratio: float | 
     """
     if reset_ratio is None or weight.numel() == 0:
         return threshold.clone()
-    pruned = weight.abs().le_(broadcast_threshold(threshold, weight))  # 0 or 1
-    pruned_in_row = pruned.flatten(1).sum(1, dtype=torch.promote_types(pruned.dtype, torch.float32))
+    pruned = weight.abs().le_(broadcast_threshold(threshold, weight)).flatten(1)  # 0 or 1
+    exact = torch.float32 if pruned.shape[1] <= 2**24 else torch.float64
+    pruned_in_row = pruned.sum(1, dtype=torch.promote_types(pruned.dtype, exact))
     kept = weight.numel() - pruned_in_row.long().sum()
     collapsed = kept <= largest_collapsed_count(weight.numel(), reset_ratio)
-    return threshold.masked_fill(collapsed, 0)
+    return threshold.clone().masked_fill_(collapsed, 0)
 
 
 def masked_weight(weight: Tensor, threshold: Tensor, dtype: torch.dtype) -> Tensor:
