@@ -1,0 +1,102 @@
+"""Which backend serves: names, the environment's say, and no silent replacement."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dst_kernels.functional as dst
+from dst_kernels._backends import BACKENDS, ENVIRONMENT_VARIABLE, implementation, unavailable
+from dst_kernels.nn import MaskedConv2d, MaskedLinear
+
+UNAVAILABLE = [name for name in BACKENDS if unavailable(name) is not None]
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+
+
+def runs(**backend):
+    """Calls of every public op that takes a backend, as functions without arguments."""
+    weight, threshold = torch.ones(4, 3), torch.zeros(4)
+    return [
+        lambda: dst.effective_threshold(weight, threshold, **backend),
+        lambda: dst.masked_linear(torch.ones(2, 3), weight, threshold, **backend),
+        lambda: dst.masked_conv1d(torch.ones(1, 3, 2), weight[..., None], threshold, **backend),
+        lambda: dst.masked_conv2d(
+            torch.ones(1, 3, 2, 2), weight[..., None, None], threshold, **backend
+        ),
+        lambda: dst.masked_conv3d(
+            torch.ones(1, 3, 2, 2, 2), weight[..., None, None, None], threshold, **backend
+        ),
+    ]
+
+
+@pytest.mark.parametrize("backend", [None, "auto", "reference"])
+def test_these_always_serve(backend):
+    for run in runs(**({} if backend is None else {"backend": backend})):
+        assert run().isfinite().all()
+    MaskedLinear(3, 4, backend=backend or "auto")
+
+
+@pytest.mark.parametrize("name", ["numpy", "", "Reference", "cpu"])
+def test_unknown_name(name):
+    for run in runs(backend=name):
+        with pytest.raises(ValueError, match=r"backend must be one of auto, reference.*but is"):
+            run()
+    for layer in (
+        lambda: MaskedLinear(3, 4, backend=name),
+        lambda: MaskedConv2d(3, 4, 1, backend=name),
+    ):
+        with pytest.raises(ValueError, match=f"but is {name!r}"):
+            layer()
+
+
+@pytest.mark.parametrize("name", UNAVAILABLE)
+def test_unavailable_backend_says_why_and_what_to_do(name):
+    expected = f"backend='{name}' cannot serve: .+ Use backend='auto' or 'reference'"
+    for run in runs(backend=name):
+        with pytest.raises(RuntimeError, match=expected):
+            run()
+    with pytest.raises(RuntimeError, match=expected):
+        MaskedLinear(3, 4, backend=name)
+
+
+def test_environment_overrides_auto(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
+    for run in runs():
+        assert run().isfinite().all()
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "")
+    for run in runs():
+        assert run().isfinite().all()
+
+
+def test_environment_with_an_unknown_name(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "fastest")
+    for run in runs():
+        with pytest.raises(ValueError, match=f"{ENVIRONMENT_VARIABLE} must be one of .*'fastest'"):
+            run()
+
+
+@pytest.mark.parametrize("name", UNAVAILABLE)
+def test_environment_with_an_unavailable_backend(monkeypatch, name):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, name)
+    for run in runs():
+        with pytest.raises(RuntimeError, match=f"{ENVIRONMENT_VARIABLE}='{name}' cannot serve"):
+            run()
+
+
+@pytest.mark.parametrize("value", ["fastest", *UNAVAILABLE])
+def test_a_backend_named_in_the_call_wins_over_the_environment(monkeypatch, value):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, value)
+    for run in runs(backend="reference"):
+        assert run().isfinite().all()
+
+
+def test_environment_is_read_at_the_call_not_at_import(monkeypatch):
+    first = implementation("auto")
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
+    assert implementation("auto").__name__ == "dst_kernels.reference"
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE)
+    assert implementation("auto") is first

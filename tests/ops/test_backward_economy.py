@@ -1,0 +1,145 @@
+"""What backward computes and what forward keeps for it: nothing that nobody asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dst_kernels.functional as dst
+
+
+class OpsRun(TorchDispatchMode):
+    """Names of the package's ops, in the order they ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "dst_kernels":
+            self.names.append(function._schema.name.split("::")[1])
+        return function(*args, **(kwargs or {}))
+
+
+LINEAR = (dst.masked_linear, (3, 6), (4, 6), "masked_linear")
+CONV = (dst.masked_conv2d, (2, 3, 5, 5), (4, 3, 2, 2), "masked_conv")
+OPS = pytest.mark.parametrize(("run", "input", "weight", "name"), [LINEAR, CONV], ids=["l", "c"])
+
+
+def leaves_of(input, weight, wanted):
+    shapes = {"input": input, "weight": weight, "threshold": weight[:1], "bias": weight[:1]}
+    return {
+        name: torch.rand(shape).requires_grad_(name in wanted) for name, shape in shapes.items()
+    }
+
+
+@OPS
+@pytest.mark.parametrize(
+    ("wanted", "ran"),
+    [
+        ({"input", "weight", "threshold", "bias"}, ["grad_input", "grad_weight"]),
+        ({"weight", "threshold", "bias"}, ["grad_weight"]),
+        ({"weight"}, ["grad_weight"]),
+        ({"threshold"}, ["grad_weight"]),
+        ({"input"}, ["grad_input"]),
+        ({"input", "bias"}, ["grad_input"]),
+        ({"bias"}, []),
+    ],
+    ids=lambda value: "-".join(sorted(value)) if isinstance(value, set) else "",
+)
+def test_backward_runs_only_what_is_needed(run, input, weight, name, wanted, ran):
+    leaves = leaves_of(input, weight, wanted)
+    output = run(**leaves)
+    with OpsRun() as ops:
+        output.sum().backward()
+    assert sorted(ops.names) == sorted(f"{name}_{suffix}" for suffix in ran)
+    for leaf_name, leaf in leaves.items():
+        assert (leaf.grad is not None) == (leaf_name in wanted)
+
+
+@OPS
+def test_forward_is_two_ops_and_saves_nothing_without_grad(run, input, weight, name):
+    leaves = leaves_of(input, weight, {"weight", "threshold"})
+    with OpsRun() as ops, torch.no_grad():
+        output = run(**leaves)
+    assert ops.names == ["effective_threshold", name]
+    assert not output.requires_grad
+
+
+def saved_by(run, **leaves):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        run(**leaves)
+    return saved
+
+
+def is_leaf(tensor, leaf):
+    return tensor.data_ptr() == leaf.data_ptr() and tensor.shape == leaf.shape
+
+
+@OPS
+@pytest.mark.parametrize(
+    ("wanted", "kept"),
+    [
+        ({"input", "weight", "threshold", "bias"}, {"input", "weight", "effective"}),
+        ({"weight", "threshold"}, {"input", "weight", "effective"}),
+        ({"weight"}, {"input", "weight", "effective"}),
+        ({"threshold"}, {"input", "weight", "effective"}),
+        ({"input"}, {"weight", "effective"}),
+        ({"bias"}, set()),
+    ],
+    ids=lambda value: "-".join(sorted(value)),
+)
+def test_what_is_saved(run, input, weight, name, wanted, kept):
+    leaves = leaves_of(input, weight, wanted)
+    saved = saved_by(run, **leaves)
+    names = []
+    for tensor in saved:
+        assert tensor.dtype != torch.bool
+        matches = [name for name in ("input", "weight") if is_leaf(tensor, leaves[name])]
+        if not matches:
+            assert tensor.shape == leaves["threshold"].shape
+            assert not is_leaf(tensor, leaves["threshold"]), "a commit would change what is saved"
+            matches = ["effective"]
+        names += matches
+    assert sorted(names) == sorted(kept)
+
+
+def test_masked_weight_saves_weight_and_effective_threshold():
+    weight = torch.rand(4, 6, requires_grad=True)
+    threshold = torch.rand(4, requires_grad=True)
+    saved = saved_by(dst.masked_weight, weight=weight, threshold=threshold)
+    assert sorted(tuple(t.shape) for t in saved) == [(4,), (4, 6)]
+    assert all(t.dtype == torch.float32 for t in saved)
+
+
+def test_masked_weight_gradients_only_where_wanted():
+    for wanted in ({"weight"}, {"threshold"}):
+        weight = torch.rand(4, 6, requires_grad="weight" in wanted)
+        threshold = torch.rand(4, requires_grad="threshold" in wanted)
+        with OpsRun() as ops:
+            dst.masked_weight(weight, threshold).sum().backward()
+        assert ops.names == ["effective_threshold", "masked_weight", "masked_weight_backward"]
+        assert (weight.grad is None) == ("weight" not in wanted)
+        assert (threshold.grad is None) == ("threshold" not in wanted)
+
+
+@OPS
+def test_changing_the_threshold_before_backward_does_no_harm(run, input, weight, name):
+    leaves = leaves_of(input, weight, {"weight", "threshold"})
+    output = run(**leaves)
+    expected = torch.autograd.grad(output.sum(), leaves["threshold"], retain_graph=True)[0]
+    with torch.no_grad():
+        leaves["threshold"].add_(1.0)
+    assert torch.equal(torch.autograd.grad(output.sum(), leaves["threshold"])[0], expected)
+
+
+@OPS
+def test_changing_the_weight_before_backward_is_an_error(run, input, weight, name):
+    leaves = leaves_of(input, weight, {"weight"})
+    output = run(**leaves)
+    with torch.no_grad():
+        leaves["weight"].add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()

@@ -1,0 +1,126 @@
+"""Importing is lean, works without Triton, and the public names are the agreed ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import torch
+
+import dst_kernels
+import dst_kernels.functional
+import dst_kernels.nn
+import dst_kernels.reference
+
+HEAVY = ("triton", "torchvision", "typer", "matplotlib", "transformers", "rich", "sklearn", "timm")
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code] if code else [sys.executable, "-m", "dst_kernels"],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=True,
+        timeout=120,
+    ).stdout
+
+
+def test_import_brings_in_torch_only_and_leaves_cuda_alone():
+    report = json.loads(
+        python(
+            "import json, sys, torch\n"
+            "before = set(sys.modules)\n"
+            "import dst_kernels\n"
+            "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+            "print(json.dumps({'new': sorted(new), 'all': sorted(sys.modules),"
+            " 'cuda': torch.cuda.is_initialized(),"
+            " 'dynamo': 'torch._dynamo' in set(sys.modules) - before,"
+            " 'distributed': 'torch.distributed.tensor' in set(sys.modules) - before}))\n"
+        )
+    )
+    assert not set(HEAVY) & set(report["new"])
+    assert not set(HEAVY) & set(report["all"])
+    assert "dst_kernels" in report["new"]
+    assert not report["cuda"] and not report["dynamo"] and not report["distributed"]
+
+
+def test_works_where_triton_cannot_be_imported():
+    output = python(
+        "import sys\n"
+        "sys.modules['triton'] = None\n"
+        "import torch, dst_kernels\n"
+        "layer = dst_kernels.nn.MaskedLinear(3, 4)\n"
+        "layer(torch.randn(2, 3)).sum().backward()\n"
+        "print(layer.threshold.grad.shape[0])\n"
+    )
+    assert output.strip() == "4"
+
+
+def test_report_of_the_installation():
+    output = python("", DST_KERNELS_BACKEND="reference")
+    rows = dict(line.split("  ", 1) for line in output.splitlines())
+    rows = {name: value.strip() for name, value in rows.items()}
+    assert rows["dst_kernels"] == dst_kernels.__version__
+    assert rows["torch"].startswith(torch.__version__)
+    assert rows["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}")
+    assert rows["DST_KERNELS_BACKEND"] == "reference"
+    assert rows["triton"] and rows["device"]
+    assert rows["backend reference"] == "available"
+    for name in ("triton", "cuda"):
+        row = rows[f"backend {name}"]
+        assert row == "available" or (row.startswith("no: ") and len(row) > len("no: ") + 5)
+
+
+def test_public_names():
+    assert sorted(dst_kernels.__all__) == [
+        "ConversionPlan",
+        "SparsifyConfig",
+        "SparsityReport",
+        "__version__",
+        "finalize_",
+        "functional",
+        "nn",
+        "parameter_groups",
+        "plan_sparsify",
+        "remaining_ratio",
+        "sparse_regularization",
+        "sparsify_",
+        "sparsity_report",
+    ]
+    assert sorted(dst_kernels.functional.__all__) == [
+        "effective_threshold",
+        "masked_conv1d",
+        "masked_conv2d",
+        "masked_conv3d",
+        "masked_linear",
+        "masked_weight",
+        "remaining_ratio",
+        "sparse_regularization",
+        "threshold_mask",
+    ]
+    assert sorted(dst_kernels.nn.__all__) == [
+        "GRANULARITIES",
+        "MaskedConv1d",
+        "MaskedConv2d",
+        "MaskedConv3d",
+        "MaskedLayer",
+        "MaskedLinear",
+    ]
+
+
+def test_public_names_exist_and_are_documented():
+    for module in (dst_kernels, dst_kernels.functional, dst_kernels.nn, dst_kernels.reference):
+        assert module.__doc__
+        for name in module.__all__:
+            value = getattr(module, name)
+            assert not callable(value) or value.__doc__, name
+
+
+def test_convolutions_carry_their_own_names():
+    for spatial in (1, 2, 3):
+        function = getattr(dst_kernels.functional, f"masked_conv{spatial}d")
+        assert function.__name__ == f"masked_conv{spatial}d"
+        assert f"conv{spatial}d" in function.__doc__

@@ -1,0 +1,188 @@
+"""`torch.library.opcheck` on every op: schema, fake against real, and tracing with symbols.
+
+Arguments are detached: the ops know nothing of autograd, the functions around them do.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from dst_kernels import _ops
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SHAPES = {"row": [4], "scalar": [], "layer": [1], "element": [4, 6]}
+SURROGATE = ("long_tailed", True)
+BACKEND = "reference"
+
+
+def rand(*shape, dtype=torch.float32):
+    return torch.randn(shape).to(dtype)
+
+
+def test_every_op_is_checked_here():
+    defined = {name for name in _ops.__all__ if name != "NAMESPACE"}
+    assert defined == {
+        "effective_threshold",
+        "masked_weight",
+        "masked_weight_backward",
+        "masked_linear",
+        "masked_linear_grad_input",
+        "masked_linear_grad_weight",
+        "masked_conv",
+        "masked_conv_grad_input",
+        "masked_conv_grad_weight",
+    }
+
+
+@pytest.mark.parametrize("granularity", list(SHAPES))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_effective_threshold(dtype, granularity):
+    weight, threshold = rand(4, 6, dtype=dtype), torch.rand(SHAPES[granularity])
+    for ratio in (0.01, None, 1.0):
+        opcheck(_ops.effective_threshold, (weight, threshold, ratio, BACKEND))
+
+
+@pytest.mark.parametrize("granularity", list(SHAPES))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_weight(dtype, granularity):
+    weight, threshold = rand(4, 6, dtype=dtype), torch.rand(SHAPES[granularity])
+    for out in (dtype, torch.float32):
+        opcheck(_ops.masked_weight, (weight, threshold, out, BACKEND))
+    grad = rand(4, 6, dtype=dtype)
+    opcheck(_ops.masked_weight_backward, (grad, weight, threshold, *SURROGATE, BACKEND))
+
+
+LAYOUTS = {
+    "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "strided": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "sliced": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
+    "expanded": lambda t: t[:1].expand_as(t),
+}
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_layouts_of_weight_and_threshold(layout):
+    arrange = LAYOUTS[layout]
+    weight, grad = arrange(rand(4, 6)), arrange(rand(4, 6))
+    for threshold in (torch.rand(4), arrange(torch.rand(4, 6)), torch.rand(8)[::2]):
+        opcheck(_ops.effective_threshold, (weight, threshold, 0.01, BACKEND))
+        opcheck(_ops.masked_weight, (weight, threshold, torch.float32, BACKEND))
+        opcheck(_ops.masked_weight_backward, (grad, weight, threshold, *SURROGATE, BACKEND))
+    input = arrange(rand(5, 6))
+    threshold = torch.rand(8)[::2]
+    opcheck(_ops.masked_linear, (input, weight, threshold, None, BACKEND))
+    grad = arrange(rand(5, 4))
+    opcheck(_ops.masked_linear_grad_input, (grad, weight, threshold, BACKEND))
+    opcheck(_ops.masked_linear_grad_weight, (grad, input, weight, threshold, *SURROGATE, BACKEND))
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3), (0,)])
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_linear(dtype, batch):
+    input, weight = rand(*batch, 6, dtype=dtype), rand(4, 6, dtype=dtype)
+    grad, threshold = rand(*batch, 4, dtype=dtype), torch.rand(4)
+    for bias in (None, rand(4, dtype=dtype)):
+        opcheck(_ops.masked_linear, (input, weight, threshold, bias, BACKEND))
+    opcheck(_ops.masked_linear_grad_input, (grad, weight, threshold, BACKEND))
+    opcheck(_ops.masked_linear_grad_weight, (grad, input, weight, threshold, *SURROGATE, BACKEND))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 6), (4, 0), (0, 0)])
+def test_linear_without_features(rows, columns):
+    input, weight, threshold = rand(5, columns), rand(rows, columns), torch.rand(rows)
+    opcheck(_ops.effective_threshold, (weight, threshold, 0.01, BACKEND))
+    opcheck(_ops.masked_weight, (weight, threshold, torch.float32, BACKEND))
+    opcheck(_ops.masked_linear, (input, weight, threshold, rand(rows), BACKEND))
+    opcheck(_ops.masked_linear_grad_input, (rand(5, rows), weight, threshold, BACKEND))
+    opcheck(
+        _ops.masked_linear_grad_weight,
+        (rand(5, rows), input, weight, threshold, *SURROGATE, BACKEND),
+    )
+
+
+CONVOLUTIONS = {
+    "1d": ((2, 4, 7), (6, 2, 3), [2], [1], [1], 2),
+    "2d": ((2, 4, 6, 5), (6, 4, 3, 2), [1, 2], [1, 0], [2, 1], 1),
+    "2d-depthwise": ((2, 4, 5, 5), (4, 1, 3, 3), [1, 1], [1, 1], [1, 1], 4),
+    "3d": ((1, 2, 4, 3, 4), (4, 2, 2, 2, 2), [1, 1, 2], [0, 1, 0], [1, 1, 1], 1),
+    "2d-empty": ((0, 4, 5, 5), (6, 4, 3, 3), [1, 1], [0, 0], [1, 1], 1),
+}
+
+
+def check_convolution(input, weight, threshold, bias, geometry, arrange_grad=lambda t: t):
+    grad = arrange_grad(
+        torch.randn_like(_ops.masked_conv(input, weight, threshold, bias, *geometry, BACKEND))
+    )
+    opcheck(_ops.masked_conv, (input, weight, threshold, bias, *geometry, BACKEND))
+    opcheck(
+        _ops.masked_conv_grad_input,
+        (grad, list(input.shape), weight, threshold, *geometry, BACKEND),
+    )
+    opcheck(
+        _ops.masked_conv_grad_weight,
+        (grad, input, weight, threshold, *geometry, *SURROGATE, BACKEND),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("name", list(CONVOLUTIONS))
+def test_convolution(name, dtype):
+    input, weight, *geometry = CONVOLUTIONS[name]
+    input, weight = rand(*input, dtype=dtype), rand(*weight, dtype=dtype)
+    bias = None if name == "2d" else rand(weight.shape[0], dtype=dtype)
+    check_convolution(input, weight, torch.rand(weight.shape[0]), bias, geometry)
+
+
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@pytest.mark.parametrize("which", ["input", "weight", "grad", "all"])
+@pytest.mark.parametrize("name", ["2d", "2d-depthwise", "3d", "2d-empty"])
+def test_convolution_in_channels_last(name, which):
+    input, weight, *geometry = CONVOLUTIONS[name]
+    format = FORMATS[len(input)]
+    input, weight = rand(*input), rand(*weight)
+    if which in ("input", "all"):
+        input = input.contiguous(memory_format=format)
+    if which in ("weight", "all"):
+        weight = weight.contiguous(memory_format=format)
+    threshold = torch.rand(weight.shape)
+    if which == "all":
+        threshold = threshold.contiguous(memory_format=format)
+    opcheck(_ops.effective_threshold, (weight, threshold, 0.01, BACKEND))
+    check_convolution(
+        input,
+        weight,
+        threshold,
+        None,
+        geometry,
+        (lambda t: t.contiguous(memory_format=format))
+        if which in ("grad", "all")
+        else (lambda t: t.contiguous()),
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [1, 4])
+def test_convolution_where_memory_formats_are_ambiguous(channels, size):
+    for format in (torch.contiguous_format, torch.channels_last):
+        input = rand(2, channels, size, size).contiguous(memory_format=format)
+        weight = rand(3, channels, 1, 1).contiguous(memory_format=format)
+        check_convolution(
+            input, weight, torch.rand(3), None, ([1, 1], [0, 0], [1, 1], 1), torch.Tensor.contiguous
+        )
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "sliced", "expanded"])
+def test_convolution_of_strided_arguments(layout):
+    arrange = LAYOUTS[layout]
+    check_convolution(
+        arrange(rand(2, 4, 6, 6)),
+        arrange(rand(4, 4, 3, 3)),
+        torch.rand(8)[::2],
+        rand(8)[::2],
+        ([1, 1], [1, 1], [1, 1], 1),
+        arrange,
+    )
