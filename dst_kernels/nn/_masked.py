@@ -250,7 +250,8 @@ def _retyped(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     """
     new = cls.__new__(cls)
     new.__dict__.update(module.__dict__)
-    new._parameters = module._parameters.copy()
+    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        new.__dict__[name] = module.__dict__[name].copy()
     return new
 
 
