@@ -141,3 +141,22 @@ def test_linear_takes_any_leading_dimensions():
     for shape in [(3,), (1, 3), (0, 3), (2, 4, 3), (2, 0, 3), (2, 3, 4, 3)]:
         input = torch.randn(shape)
         torch.testing.assert_close(masked(input), dense(input), rtol=0, atol=0)
+
+
+@every_parent
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_outputs_may_be_modified_in_place(parent, bias):
+    """`nn.ReLU(inplace=True)` and `x += y` after a layer; an output that is a view would refuse."""
+    if parent is nn.Linear:
+        args, shapes = (4, 4), [(4,), (3, 4), (2, 3, 4), (2, 2, 3, 4)]
+    else:
+        args, spatial = (4, 4, 2), (5,) * int(parent.__name__[-2])
+        shapes = [(4, *spatial), (2, 4, *spatial)]
+    for shape in shapes:
+        layer = MASKED[parent](*args, bias=bias)
+        input = torch.randn(shape)
+        expected = layer(input).relu() + 1
+        actual = nn.functional.relu_(layer(input)).add_(1)
+        assert torch.equal(actual, expected)
+        actual.sum().backward()
+        assert layer.weight.grad is not None
