@@ -86,7 +86,7 @@ def plan_sparsify(
     model: nn.Module, config: SparsifyConfig | None = None, filter_fn: FilterFn | None = None
 ) -> ConversionPlan:
     """What `sparsify_` with the same arguments would do; changes nothing."""
-    return _plan(model, config or SparsifyConfig(), filter_fn)[0]
+    return _plan(model, SparsifyConfig() if config is None else config, filter_fn)[0]
 
 
 def sparsify_(
@@ -103,7 +103,7 @@ def sparsify_(
     is asked about each layer the config would convert and keeps it dense by returning False.
     What happens to each layer is logged; `plan_sparsify` returns the same as an object.
     """
-    config = config or SparsifyConfig()
+    config = SparsifyConfig() if config is None else config
     plan, chosen = _plan(model, config, filter_fn)
     thresholds = {
         id(module.weight): module.threshold
@@ -127,6 +127,10 @@ def sparsify_(
 def _plan(
     model: nn.Module, config: SparsifyConfig, filter_fn: FilterFn | None
 ) -> tuple[ConversionPlan, list[nn.Module]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but is a {type(model).__name__}")
+    if not isinstance(config, SparsifyConfig):
+        raise TypeError(f"config must be a SparsifyConfig, but is a {type(config).__name__}")
     named = [(name, module) for name, module in model.named_modules() if _has_weights(module)]
     bypassed = _bypassed_children(model)
     reasons: dict[nn.Module, str] = {}

@@ -236,10 +236,7 @@ class MaskedLayer:
         del layer._parameters["threshold"]
         with torch.no_grad():
             baked = F.masked_weight(weight, threshold, reset_ratio=self.reset_ratio)
-        layer.weight = nn.Parameter(
-            self._rows(baked).clone(memory_format=torch.preserve_format),
-            requires_grad=self.weight.requires_grad,
-        )
+        layer.weight = nn.Parameter(self._rows(baked), requires_grad=self.weight.requires_grad)
         return layer
 
 

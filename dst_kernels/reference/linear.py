@@ -9,7 +9,12 @@ from torch.nn import functional as F
 
 from .weight import masked_weight, weight_gradients_
 
-__all__ = ["flatten_batch", "masked_linear", "masked_linear_grad_input", "masked_linear_grad_weight"]
+__all__ = [
+    "flatten_batch",
+    "masked_linear",
+    "masked_linear_grad_input",
+    "masked_linear_grad_weight",
+]
 
 
 def flatten_batch(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
 from matplotlib.ticker import (
     FuncFormatter,
@@ -24,6 +25,7 @@ from .files import Record
 __all__ = ["Curve", "plot_accuracy_and_ratio", "plot_layer_ratios", "plot_runs", "plot_thresholds"]
 
 _FEW = 8  # so many lines can be told apart by hue
+_MOST_NAMED = 27
 _DARK, _GRAY = "#222222", "#767676"
 _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#999933", "#882255")
 _LEAST_SHOWN = 1e-4  # a layer with nothing left has no place on a log scale: it is drawn here
@@ -42,9 +44,10 @@ def plot_layer_ratios(path: Path, history: Sequence[Record], title: str) -> None
     figure, axes = _figure(title, 1)
     names = list(history[0]["layers"])
     epochs = [record["epoch"] for record in history]
-    for name, color in zip(names, _colors(len(names)), strict=True):
+    stride = -(-len(names) // _MOST_NAMED)  # of very many layers only some are named
+    for index, (name, color) in enumerate(zip(names, _colors(len(names)), strict=True)):
         ratios = [record["layers"][name] for record in history]
-        label = f"{name}  {_percent(ratios[-1])}"
+        label = f"{name}  {_percent(ratios[-1])}" if index % stride == 0 else None
         axes[0].plot(epochs, _shown(ratios), color=color, label=label, **_marker(epochs))
     ratios = [record["remaining_ratio"] for record in history]
     axes[0].plot(
@@ -52,7 +55,7 @@ def plot_layer_ratios(path: Path, history: Sequence[Record], title: str) -> None
     )
     _ratio_axis(axes[0])
     _epoch_axis(axes[0])
-    columns = -(-(len(names) + 1) // 28)
+    columns = -(-(len(names) // stride + 1) // 28)
     axes[0].legend(
         loc="center left",
         bbox_to_anchor=(1.01, 0.5),
@@ -200,6 +203,9 @@ def _percent(share: float, _position: object = None) -> str:
 def _epoch_axis(axis: Axes) -> None:
     axis.set_xlabel("epoch")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
+    low, high = axis.get_xlim()
+    if high - low < 1:  # a single epoch
+        axis.set_xlim(low - 0.5, high + 0.5)
     _tidy(axis)
 
 
@@ -211,8 +217,9 @@ def _ratio_axis(axis: Axes) -> None:
     _tidy(axis)
 
 
-def _log_percent(axis) -> None:
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+def _log_percent(axis: XAxis | YAxis) -> None:
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
     axis.set_major_formatter(FuncFormatter(_percent))
     axis.set_minor_formatter(NullFormatter())
 
