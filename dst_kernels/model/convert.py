@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .._dtensor import is_dtensor
 from ..nn import MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedLayer, MaskedLinear
+from ._bypass import bypassed_layers
 from ._encoder import avoid_fast_path
 from ._replace import replace_modules
 from .config import SparsifyConfig
@@ -30,15 +31,6 @@ _MASKED = {
     nn.Conv3d: MaskedConv3d,
 }
 
-# Modules which read the weights of these children (None: of all) without calling them, so that a
-# masked layer in their place would be ignored.
-_READS_WEIGHTS_OF: dict[str, tuple[str, ...] | None] = {
-    "torch.nn.modules.activation.MultiheadAttention": None,
-    "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
-    "timm.models.beit.Attention": ("qkv",),
-    "timm.models.eva.EvaAttention": ("qkv",),
-    "timm.models.swin_transformer_v2.WindowAttention": ("qkv",),
-}
 _TRANSFORMERS_CONV1D = "transformers.pytorch_utils.Conv1D"
 
 
@@ -132,7 +124,7 @@ def _plan(
     if not isinstance(config, SparsifyConfig):
         raise TypeError(f"config must be a SparsifyConfig, but is a {type(config).__name__}")
     named = [(name, module) for name, module in model.named_modules() if _has_weights(module)]
-    bypassed = _bypassed_children(model)
+    bypassed = bypassed_layers(model)
     reasons: dict[nn.Module, str] = {}
     for _, module in named:
         reason = bypassed.get(module) or _cannot_convert(module)
@@ -253,18 +245,6 @@ def _unwanted(
     if filter_fn is not None and not filter_fn(module, name):
         return "filter_fn"
     return None
-
-
-def _bypassed_children(model: nn.Module) -> dict[nn.Module, str]:
-    """Layers whose parent reads their weight instead of calling them, with the reason to skip."""
-    bypassed = {}
-    for parent in model.modules():
-        for cls in type(parent).__mro__:
-            names = _READS_WEIGHTS_OF.get(_qualified(cls), ())
-            for name, child in parent._modules.items():
-                if child is not None and (names is None or name in names):
-                    bypassed[child] = f"{type(parent).__name__} reads its weight without calling it"
-    return bypassed
 
 
 def _owners_of_parameters(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:

@@ -12,6 +12,7 @@ from rich.bar import Bar
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -49,7 +50,7 @@ def show_header(
     ]
     console.print()
     console.print(" · ".join(facts), highlight=False, soft_wrap=True)
-    console.print(f"[dim]writing to {directory}[/]", highlight=False, soft_wrap=True)
+    console.print(f"[dim]writing to {escape(str(directory))}[/]", highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -174,7 +175,7 @@ def show_result(
         table.add_row("remaining", f"[bold]{percent(ratio)}[/]", _times_fewer(ratio))
     table.add_row("time", f"{summary['seconds']:.1f} s", f"{summary['epochs']} epochs")
     names = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
-    table.add_row("written", str(directory), "")
+    table.add_row("written", escape(str(directory)), "")
     console.print(table, highlight=False)
     console.print(f"[dim]{'  '.join(names)}[/]", highlight=False)
 
@@ -246,4 +247,4 @@ def show_comparison(
         f"{sparse['seconds'] - dense['seconds']:+.1f} s",
     )
     console.print(table)
-    console.print(f"written  {directory}", highlight=False, soft_wrap=True)
+    console.print(f"written  {escape(str(directory))}", highlight=False, soft_wrap=True)

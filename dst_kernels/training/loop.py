@@ -79,12 +79,13 @@ def train(
         _seed_everything(seed)
         lr = _set_learning_rates(state.optimizer, config, epoch)
         train_loss = _train_epoch(state, config, data, seed, observer)
-        if not math.isfinite(train_loss):
+        test_loss, test_accuracy = _evaluate(state.model, config, data)
+        if not math.isfinite(train_loss + test_loss):
             raise DivergedError(
-                f"training diverged: the loss of epoch {epoch + 1} is {train_loss}. "
+                f"training diverged: the losses of epoch {epoch + 1} are {train_loss:g} in "
+                f"training and {test_loss:g} in the test. "
                 f"--lr is {config.lr:g}, --alpha {config.alpha:g}: try smaller ones."
             )
-        test_loss, test_accuracy = _evaluate(state.model, config, data)
         report = None if config.dense else dst_kernels.sparsity_report(state.model)
         record = {
             "epoch": epoch + 1,

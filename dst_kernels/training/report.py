@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .config import RunConfig
@@ -67,7 +68,9 @@ def report(directories: Sequence[Path], plot: Path, console: Console) -> list[Ru
     replaced = plot.exists()
     plots.plot_runs(plot, curves, f"{len(runs)} runs" if len(runs) > 1 else str(runs[0].directory))
     console.print(
-        f"plot {'replaced' if replaced else 'written'}: {plot}", highlight=False, soft_wrap=True
+        f"plot {'replaced' if replaced else 'written'}: {escape(str(plot))}",
+        highlight=False,
+        soft_wrap=True,
     )
     return runs
 
@@ -98,7 +101,7 @@ def _table(runs: Sequence[Run]) -> Table:
     for run in runs:
         last, done, epochs = run.history[-1], len(run.history), run.config.epochs
         add(
-            str(run.directory),
+            escape(str(run.directory)),
             run.config,
             str(run.config.seed),
             str(done) if done == epochs else f"[yellow]{done} of {epochs}[/]",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from . import display
 from .checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
@@ -112,7 +113,7 @@ def _resume_one(
         summary = read_summary(directory)
         if summary.get("epochs") == finished:
             console.print(
-                f"{directory} is finished: {finished} of {finished} epochs. "
+                f"{escape(str(directory))} is finished: {finished} of {finished} epochs. "
                 "To train on, give a larger --epochs.",
                 highlight=False,
                 soft_wrap=True,

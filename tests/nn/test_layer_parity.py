@@ -155,8 +155,8 @@ def test_outputs_may_be_modified_in_place(parent, bias):
     for shape in shapes:
         layer = MASKED[parent](*args, bias=bias)
         input = torch.randn(shape)
-        expected = layer(input).relu() + 1
-        actual = nn.functional.relu_(layer(input)).add_(1)
+        expected = (layer(input) + 1).relu()
+        actual = nn.functional.relu_(layer(input).add_(1))
         assert torch.equal(actual, expected)
         actual.sum().backward()
         assert layer.weight.grad is not None

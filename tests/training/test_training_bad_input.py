@@ -172,6 +172,15 @@ def test_directories_without_permission_are_refused(cli, tmp_path, monkeypatch):
     assert "--out" in message
 
 
+def test_folder_names_are_shown_as_they_are(cli, tmp_path):
+    name = "run[bold]"  # markup for rich, but also a name
+    result = cli("train", "--epochs", 1, "--out", name)
+    assert result.exit_code == 0
+    assert result.output.count(name) == 2
+    assert f"{name} is finished" in cli("train", "--resume", name).output
+    assert name in cli("report", name).output
+
+
 def test_divergence_ends_with_1_and_keeps_the_run(cli, tmp_path):
     result = cli("train", "--epochs", 5, "--lr", 1e12, "--out", "run")
     assert result.exit_code == 1
