@@ -67,7 +67,11 @@ def _with_nested(code: CodeType) -> Iterator[CodeType]:
 
 def _paths_in(code: CodeType) -> Iterator[tuple[str, ...]]:
     """Attribute chains self.a.b.weight, by the names their instructions load one after another."""
-    names = [i.argval for i in dis.get_instructions(code) if i.opname != "CACHE"] + [None]
+    names: list[object] = []
+    for instruction in dis.get_instructions(code):
+        value = instruction.argval  # a tuple where one instruction loads two variables
+        names += value if isinstance(value, tuple) else [value]
+    names.append(None)
     for end, name in enumerate(names[:-1]):
         if name == "weight" and names[end + 1] not in _HARMLESS:
             start = end
