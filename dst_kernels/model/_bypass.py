@@ -69,8 +69,9 @@ def _paths_in(code: CodeType) -> Iterator[tuple[str, ...]]:
     """Attribute chains self.a.b.weight, by the names their instructions load one after another."""
     names: list[object] = []
     for instruction in dis.get_instructions(code):
-        value = instruction.argval  # a tuple where one instruction loads two variables
-        names += value if isinstance(value, tuple) else [value]
+        value = instruction.argval
+        loads_two = isinstance(value, tuple) and "FAST" in instruction.opname
+        names += value if loads_two else [value]
     names.append(None)
     for end, name in enumerate(names[:-1]):
         if name == "weight" and names[end + 1] not in _HARMLESS:
