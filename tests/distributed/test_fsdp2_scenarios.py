@@ -52,6 +52,19 @@ def reset_worker(rank):
     return seen
 
 
+def zero_threshold_worker(rank):
+    """One threshold of each layer is 0 by itself, which is no reset."""
+    model = shard(build(), "layers")
+    with torch.no_grad():
+        for layer in masked_layers(model):
+            local = layer.threshold.to_local()
+            local.fill_(0.01)
+            if rank == 0:
+                local[0] = 0
+    model(batch(0)[0])
+    return [layer.threshold.full_tensor().detach() for layer in masked_layers(model)]
+
+
 def meta_init_worker(rank):
     """Built on meta, sharded, given memory and values; the very first forward resets."""
     model = shard(build().to("meta"), "layers")
@@ -164,6 +177,7 @@ SCENARIOS = {
     function.__name__: function
     for function in (
         reset_worker,
+        zero_threshold_worker,
         meta_init_worker,
         dense_checkpoint_worker,
         accumulate_worker,
@@ -204,6 +218,15 @@ def test_a_training_forward_resets_the_shards_and_an_eval_forward_does_not(scena
             for actual, expected in zip(seen["thresholds"], seen["expected"], strict=True):
                 assert torch.equal(actual, expected)
             assert seen["thresholds"][0].max() == (0 if training else 5)
+
+
+@pytest.mark.slow
+def test_a_threshold_that_is_zero_is_no_reset(scenarios):
+    for result in results_of(scenarios, zero_threshold_worker):
+        for threshold in result:
+            expected = torch.full_like(threshold, 0.01)
+            expected[0] = 0
+            assert torch.equal(threshold, expected)
 
 
 @pytest.mark.slow
