@@ -84,6 +84,7 @@ def assert_same_as_parent(parent, args, kwargs, input, training):
     assert torch.count_nonzero(masked.threshold.grad) == 0
 
 
+@pytest.mark.slow  # its fixture
 @every_parent
 @every_dtype
 @both_modes
