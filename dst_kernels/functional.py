@@ -190,8 +190,9 @@ def sparse_regularization(thresholds: Tensor | Iterable[Tensor]) -> Tensor:
     """Sum of exp(-t) over all elements of all `thresholds`: a 0-dim tensor in at least float32.
 
     Below t = -64, where sums of exp(-t) come near the end of float32, the function goes on along
-    its tangent: value and gradient stay finite and the gradient still raises t. Thresholds that
-    FSDP2 keeps sharded count with all their shards.
+    its tangent: value and gradient stay finite and the gradient still raises t (a float16
+    threshold's gradient, rounded to float16, overflows below t = -11). Thresholds that FSDP2 keeps
+    sharded count with all their shards.
 
     Raises ValueError where there are no thresholds.
     """
