@@ -40,22 +40,27 @@ def bypassed_layers(model: nn.Module) -> dict[nn.Module, str]:
 
 @functools.cache
 def _weights_read(cls: type[nn.Module]) -> frozenset[tuple[str, ...]]:
-    """Every path with `self.path.weight` in forward or in a method reached from it."""
+    """Every path with `self.path.weight` in forward or in what is reached from it."""
     paths: set[tuple[str, ...]] = set()
     seen: set[str] = set()
     waiting = ["forward"]
     while waiting:
-        method = inspect.unwrap(getattr(cls, waiting.pop(), None) or _nothing)
-        for code in _with_nested(getattr(method, "__code__", _nothing.__code__)):
+        for code in _codes(cls, waiting.pop()):
             paths.update(_paths_in(code))
             own = {n for n in code.co_names if n not in seen and not hasattr(nn.Module, n)}
             seen |= own
-            waiting += [name for name in own if callable(getattr(cls, name, None))]
+            waiting += own
     return frozenset(paths)
 
 
-def _nothing() -> None:
-    pass
+def _codes(cls: type, name: str) -> Iterator[CodeType]:
+    """Code of the method or property `name`, in every base, since super() may lead there."""
+    for base in cls.__mro__:
+        member = None if base is nn.Module else base.__dict__.get(name)
+        member = getattr(member, "fget", None) or getattr(member, "__func__", None) or member
+        code = getattr(inspect.unwrap(member), "__code__", None) if callable(member) else None
+        if code is not None:
+            yield from _with_nested(code)
 
 
 def _with_nested(code: CodeType) -> Iterator[CodeType]:
@@ -66,18 +71,27 @@ def _with_nested(code: CodeType) -> Iterator[CodeType]:
 
 
 def _paths_in(code: CodeType) -> Iterator[tuple[str, ...]]:
-    """Attribute chains self.a.b.weight, by the names their instructions load one after another."""
-    names: list[object] = []
+    """The `a.b` of every attribute chain self.a.b.weight that is computed with.
+
+    Chains are followed through local names (`layer = self.a`), not through loops and containers.
+    """
+    aliases: dict[str, tuple[str, ...]] = {"self": ()}
+    chain: tuple[str, ...] | None = None
+    before: list[object] = []  # what was loaded ahead of the chain
     for instruction in dis.get_instructions(code):
-        value = instruction.argval
-        loads_two = isinstance(value, tuple) and "FAST" in instruction.opname
-        names += value if loads_two else [value]
-    names.append(None)
-    for end, name in enumerate(names[:-1]):
-        if name == "weight" and names[end + 1] not in _HARMLESS:
-            start = end
-            while start > 0 and isinstance(names[start], str) and names[start] != "self":
-                start -= 1
-            asked_only = "isinstance" in names[max(start - 2, 0) : start]
-            if names[start] == "self" and end - start >= 2 and not asked_only:
-                yield tuple(names[start + 1 : end])
+        name, value = instruction.opname, instruction.argval
+        if chain is not None and name in ("LOAD_ATTR", "LOAD_METHOD"):
+            chain += (value,)
+            continue
+        if chain is not None and "weight" in chain[1:] and "isinstance" not in before[-2:]:
+            end = chain.index("weight", 1)
+            if not _HARMLESS.intersection(chain[end + 1 : end + 2]):
+                yield chain[:end]
+        variables = value if isinstance(value, tuple) else (value,)  # some instructions take two
+        if name.startswith("STORE_FAST"):
+            aliases.pop(variables[0], None)
+            if chain is not None:
+                aliases[variables[0]] = chain
+        before.append(value if chain is None else None)
+        loads = "LOAD_FAST" in name or name == "LOAD_DEREF"
+        chain = aliases.get(variables[-1]) if loads else None

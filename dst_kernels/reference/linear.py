@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,7 +26,9 @@ def flatten_batch(tensor: Tensor) -> Tensor:
 def masked_linear(input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None) -> Tensor:
     """input [..., in], weight [out, in], bias [out] -> [..., out] in the input's dtype."""
     bias = None if bias is None else bias.to(input.dtype)
-    return F.linear(input, masked_weight(weight, threshold, input.dtype), bias)
+    output = F.linear(flatten_batch(input), masked_weight(weight, threshold, input.dtype), bias)
+    # Not a view in autograd's eyes, so that callers may overwrite it (`relu_`).
+    return torch.ops.aten._unsafe_view(output, [*input.shape[:-1], weight.shape[0]])
 
 
 def masked_linear_grad_input(grad: Tensor, weight: Tensor, threshold: Tensor) -> Tensor:

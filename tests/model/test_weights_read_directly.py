@@ -122,9 +122,7 @@ READS = [
     Decorated,
     Grandchild,
     Property,
-    pytest.param(
-        Alias, marks=pytest.mark.xfail(strict=True, reason="a local name hides the layer")
-    ),
+    Alias,
 ]
 
 
