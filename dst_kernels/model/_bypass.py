@@ -83,15 +83,15 @@ def _paths_in(code: CodeType) -> Iterator[tuple[str, ...]]:
         if chain is not None and name in ("LOAD_ATTR", "LOAD_METHOD"):
             chain += (value,)
             continue
-        if chain is not None and "weight" in chain[1:] and "isinstance" not in before[-2:]:
-            end = chain.index("weight", 1)
-            if not _HARMLESS.intersection(chain[end + 1 : end + 2]):
-                yield chain[:end]
         variables = value if isinstance(value, tuple) else (value,)  # some instructions take two
         if name.startswith("STORE_FAST"):
             aliases.pop(variables[0], None)
             if chain is not None:
                 aliases[variables[0]] = chain
+        elif chain is not None and "weight" in chain[1:] and "isinstance" not in before[-2:]:
+            end = chain.index("weight", 1)
+            if not _HARMLESS.intersection(chain[end + 1 : end + 2]):
+                yield chain[:end]
         before.append(value if chain is None else None)
         loads = "LOAD_FAST" in name or name == "LOAD_DEREF"
         chain = aliases.get(variables[-1]) if loads else None

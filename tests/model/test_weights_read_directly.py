@@ -133,7 +133,8 @@ class AsksDtype(Parent):
 
 class AsksShape(Parent):
     def forward(self, x):
-        assert x.shape[-1] == self.a.weight.shape[1] == self.a.weight.size(1)
+        if not x.shape[-1] == self.a.weight.shape[1] == self.a.weight.size(1):
+            raise ValueError(x.shape)
         return self.b(self.a(x))
 
 
