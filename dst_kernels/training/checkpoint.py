@@ -16,7 +16,7 @@ __all__ = ["CHECKPOINT", "load_checkpoint", "save_checkpoint", "write_atomically
 
 CHECKPOINT = "checkpoint.pt"
 _FORMAT = "dst_kernels.training/1"
-_CONTENTS = {"format", "config", "history", "seconds", "model", "optimizer"}
+_CONTENTS = {"format", "config", "history", "seconds", "model", "optimizer", "rng"}
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -171,6 +171,15 @@ def train(
     workers: Annotated[
         str | None, _opt("workers", _RUN, "Processes that read an image folder.")
     ] = None,
+    threads: Annotated[
+        str | None,
+        _opt(
+            "threads",
+            _RUN,
+            "CPU threads; 0: torch's choice. Their number decides how sums are rounded, so one "
+            "thread repeats a run on any number of cores; the small models gain nothing by more.",
+        ),
+    ] = None,
 ) -> None:
     """Train a classifier that learns its own sparsity.
 

@@ -54,6 +54,7 @@ class RunConfig:
     device: str = "auto"
     amp: str = "none"
     workers: int = 0
+    threads: int = 1
 
     def __post_init__(self) -> None:
         from dst_kernels.nn import GRANULARITIES
@@ -137,6 +138,7 @@ RULES = {
     "reset_ratio": or_none(number("a number from 0 to 1", lambda value: 0 <= value <= 1)),
     "seed": integer(0, 2**63 - 1),
     "workers": integer(0),
+    "threads": integer(0),
 }
 
 
@@ -169,6 +171,7 @@ PRESETS: dict[str, Preset] = {
             "milestones": (80, 120),
             "weight_decay": 1e-4,
             "threshold_weight_decay": 1e-4,
+            "threads": 0,
         },
     ),
 }

@@ -27,8 +27,8 @@ class Batches(Protocol):
     def __len__(self) -> int:
         """Batches in an epoch of training."""
 
-    def epoch(self, seed: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels on the device: shuffled by the seed, or in order without one."""
+    def epoch(self, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels on the device: shuffled by the generator, in order without one."""
 
 
 @dataclass(frozen=True)
@@ -66,22 +66,21 @@ class TensorBatches:
     def __len__(self) -> int:
         return _batch_count(len(self.labels), self.batch_size)
 
-    def epoch(self, seed: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Tensor]]:
         # All of an epoch's choices are drawn at once: one transfer to the device, not one a step.
         count, device = len(self.labels), self.images.device
-        if seed is None:
+        if generator is None:
             order = torch.arange(count)
         else:
-            generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(count, generator=generator)
             if self.padding:
                 corners = torch.randint(2 * self.padding + 1, (count, 2), generator=generator)
                 flips = torch.rand(count, generator=generator) < 0.5
                 corners, flips = corners.to(device), flips.to(device)
         order = order.to(device)
-        for index in order.split(self.batch_size)[: None if seed is None else len(self)]:
+        for index in order.split(self.batch_size)[: None if generator is None else len(self)]:
             images = self.images[index]
-            if seed is not None and self.padding:
+            if generator is not None and self.padding:
                 images = _crop_and_flip(images, self.padding, corners[index], flips[index])
             if not images.is_floating_point():
                 images = images.float().div_(255)
@@ -120,16 +119,16 @@ class FolderBatches:
     def __len__(self) -> int:
         return _batch_count(len(self.images), self.batch_size)
 
-    def epoch(self, seed: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Tensor]]:
         # A loader an epoch: workers draw their seeds from the generator when they start.
         loader = torch.utils.data.DataLoader(
             self.images,
             batch_size=self.batch_size,
-            shuffle=seed is not None,
-            generator=torch.Generator().manual_seed(seed or 0),
+            shuffle=generator is not None,
+            generator=generator or torch.Generator(),  # not the global one, which training uses
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
-            drop_last=seed is not None and len(self) * self.batch_size < len(self.images),
+            drop_last=generator is not None and len(self) * self.batch_size < len(self.images),
         )
         for images, labels in loader:
             yield (

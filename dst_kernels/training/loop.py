@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -37,17 +34,21 @@ class Observer:
 
 @dataclass
 class State:
-    """All that a run needs to go on; everything random is a function of the seed and the epoch."""
+    """All that a run needs to go on as if it had never stopped.
+
+    `rng` holds the states of torch's global generators, the one source of anything random.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    rng: dict[str, Tensor]
     history: list[Record] = field(default_factory=list)
     seconds: float = 0.0
 
 
 def new_state(config: RunConfig, data: Data, device: torch.device) -> State:
     """Fresh weights and a fresh optimizer."""
-    _seed_everything(config.seed)
+    torch.manual_seed(config.seed)
     model = build_model(config, data.shape, data.classes).to(device)
     if config.dense:
         groups = [{"params": list(model.parameters()), "weight_decay": config.weight_decay}]
@@ -60,8 +61,10 @@ def new_state(config: RunConfig, data: Data, device: torch.device) -> State:
             threshold_weight_decay=config.threshold_weight_decay,
         )
     if config.optimizer == "adam":
-        return State(model, torch.optim.Adam(groups, lr=config.lr))
-    return State(model, torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum))
+        optimizer = torch.optim.Adam(groups, lr=config.lr)
+    else:
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    return State(model, optimizer, _rng_states(device))
 
 
 def train(
@@ -72,13 +75,13 @@ def train(
     save: Callable[[State], None],
 ) -> None:
     """Train `state` to the last epoch, saving after each."""
+    device = next(state.model.parameters()).device
     while len(state.history) < config.epochs:
         started = time.perf_counter()
+        _set_rng_states(state.rng)  # whatever was drawn since, by an observer or a twin
         epoch = len(state.history)
-        seed = _epoch_seed(config.seed, epoch)
-        _seed_everything(seed)
         lr = _set_learning_rates(state.optimizer, config, epoch)
-        train_loss = _train_epoch(state, config, data, seed, observer)
+        train_loss = _train_epoch(state, config, data, observer)
         test_loss, test_accuracy = _evaluate(state.model, config, data)
         if not math.isfinite(train_loss + test_loss):
             raise DivergedError(
@@ -99,18 +102,17 @@ def train(
             else {},
         }
         state.history.append(record)
+        state.rng = _rng_states(device)
         state.seconds += time.perf_counter() - started
         save(state)
         observer.epoch(record)
 
 
-def _train_epoch(
-    state: State, config: RunConfig, data: Data, seed: int, observer: Observer
-) -> float:
+def _train_epoch(state: State, config: RunConfig, data: Data, observer: Observer) -> float:
     """One pass over the training set; the mean cross-entropy (without the regulariser)."""
     state.model.train()
     total, samples = 0.0, 0
-    for images, labels in data.train.epoch(seed):
+    for images, labels in data.train.epoch(torch.default_generator):
         state.optimizer.zero_grad(set_to_none=True)
         with _precision(config, images.device):
             loss = cross_entropy(state.model(images), labels)
@@ -152,12 +154,14 @@ def _set_learning_rates(optimizer: torch.optim.Optimizer, config: RunConfig, epo
     return config.lr * decay
 
 
-def _epoch_seed(seed: int, epoch: int) -> int:
-    digest = hashlib.sha256(f"{seed}:{epoch}".encode()).digest()
-    return int.from_bytes(digest[:4], "big")
+def _rng_states(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
 
 
-def _seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+def _set_rng_states(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

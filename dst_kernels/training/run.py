@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 
@@ -135,6 +136,7 @@ def _resume_one(
                 "Accepted: a folder written by dst-kernels train."
             ) from error
         state.history, state.seconds = checkpoint["history"], checkpoint["seconds"]
+        state.rng = checkpoint["rng"]
     return _run(config, directory, data, state, console, root)
 
 
@@ -150,10 +152,13 @@ def _run(
             "seconds": state.seconds,
             "model": state.model.state_dict(),
             "optimizer": state.optimizer.state_dict(),
+            "rng": state.rng,
         }
         save_checkpoint(directory / CHECKPOINT, contents)
         write_metrics(directory, state.history)
 
+    if config.threads:
+        torch.set_num_threads(config.threads)
     try:
         write_json(directory / CONFIG, config.to_dict())
         device, parameters = select_device(config.device), count_parameters(state.model)

@@ -15,6 +15,7 @@ CONTENTS = {
     "seconds": 1.5,
     "model": {"weight": torch.arange(4.0)},
     "optimizer": {"state": {}, "param_groups": []},
+    "rng": {"cpu": torch.get_rng_state()},
 }
 
 

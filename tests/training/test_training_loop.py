@@ -42,8 +42,8 @@ def test_training_is_cross_entropy_plus_alpha_times_the_regulariser(data, dense)
     batches = []
     original = data.train.epoch
 
-    def record(seed):
-        for batch in original(seed):
+    def record(generator):
+        for batch in original(generator):
             batches.append(batch)
             yield batch
 
