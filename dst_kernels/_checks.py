@@ -93,10 +93,11 @@ def check_weight_and_threshold(weight: Tensor, threshold: Tensor) -> None:
 
 def check_effective_threshold(weight: Tensor, threshold: Tensor, reset_ratio: float | None) -> None:
     check_weight_and_threshold(weight, threshold)
-    _check_value(
-        reset_ratio is None or 0 <= reset_ratio <= 1,
-        lambda: f"reset_ratio must be between 0 and 1, or None for no guard, but is {reset_ratio}",
-    )
+    if reset_ratio is not None:
+        accepted = "reset_ratio must be between 0 and 1, or None for no guard"
+        if not isinstance(reset_ratio, (int, float, torch.SymFloat)):
+            raise TypeError(f"{accepted}, but is {reset_ratio!r}")
+        _check_value(0 <= reset_ratio <= 1, lambda: f"{accepted}, but is {float(reset_ratio)}")
 
 
 def check_masked_weight(weight: Tensor, threshold: Tensor, dtype: torch.dtype) -> None:
@@ -157,6 +158,13 @@ def _check_bias(bias: Tensor | None, weight: Tensor) -> None:
 
 def check_linear(input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None) -> None:
     check_weight_and_threshold(weight, threshold)
+    if (
+        weight.dim() == 2
+        and input.dtype in _REAL_DTYPES
+        and input.device == weight.device
+        and input.shape[-1:] == weight.shape[1:]
+    ):
+        return _check_bias(bias, weight)  # the usual case, decided quickly
     _check_value(
         weight.dim() == 2,
         lambda: (

@@ -8,10 +8,11 @@ fake says: weight gradients those of the weight, activations contiguous or chann
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 from . import _checks as checks
 from ._autocast import autocast_enabled
@@ -20,6 +21,7 @@ from .reference.conv import conv_memory_format, conv_output_shape
 
 __all__ = [
     "NAMESPACE",
+    "call",
     "effective_threshold",
     "masked_conv",
     "masked_conv_grad_input",
@@ -32,6 +34,7 @@ __all__ = [
 ]
 
 NAMESPACE = "dst_kernels"
+_run: dict[torch._ops.OpOverload, Callable] = {}
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -51,12 +54,13 @@ def _define(schema: str, check: Callable) -> Callable[[Callable], torch._ops.OpO
             kernel = getattr(implementation(backend), name)
             device_type = args[0].device.type
             # Gradients and dtypes are settled outside the op.
-            with contextlib.ExitStack() as stack:
-                if torch.is_grad_enabled():
-                    stack.enter_context(torch.no_grad())
-                if autocast_enabled(device_type):
-                    stack.enter_context(torch.autocast(device_type, enabled=False))
-                return kernel(*args)
+            if autocast_enabled(device_type):
+                with torch.no_grad(), torch.autocast(device_type, enabled=False):
+                    return kernel(*args)
+            if torch.is_grad_enabled():
+                with torch.no_grad():
+                    return kernel(*args)
+            return kernel(*args)
 
         def run_fake(*args):
             *args, backend = args
@@ -67,9 +71,22 @@ def _define(schema: str, check: Callable) -> Callable[[Callable], torch._ops.OpO
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", run_fake, lib=_library)
-        return getattr(getattr(torch.ops, NAMESPACE), name).default
+        overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        _run[overload] = run
+        return overload
 
     return bind
+
+
+def call(op: torch._ops.OpOverload, *args):
+    """`op(*args)`, without the dispatcher where nothing listens on it.
+
+    On a CPU the way through the dispatcher and back costs as much as a small layer.
+    """
+    observed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    if observed or type(args[0]) not in (Tensor, Parameter):
+        return op(*args)
+    return _run[op](*args)
 
 
 @_define(

@@ -18,21 +18,34 @@ from ._autocast import autocast_enabled
 from ._checks import check_same_dtype, check_surrogate
 from ._conv_arguments import per_dimension, resolve_padding
 from .reference.linear import flatten_batch
+from .reference.regularization import sparse_regularization_and_slope
 
-__all__ = ["masked_conv", "masked_linear", "masked_weight"]
+__all__ = ["masked_conv", "masked_linear", "masked_weight", "sparse_regularization"]
 
 
 class _Function(Function):
+    """Subclasses have `compute(*inputs)`, `save(ctx, inputs, output)` and `backward(ctx, *grads)`.
+
+    torch offers that split too, but then binds the arguments to forward's signature at every call,
+    which costs as much as a small layer. Only torch.func needs it, and gets it from a twin class.
+    """
+
+    def __init_subclass__(cls) -> None:
+        def forward(ctx, *inputs):
+            output = cls.compute(*inputs)
+            cls.save(ctx, inputs, output)
+            return output
+
+        cls.forward = staticmethod(forward)
+        members = {"forward": cls.compute, "setup_context": cls.save, "backward": cls.backward}
+        members = {name: staticmethod(function) for name, function in members.items()}
+        cls.twin = type(f"{cls.__name__}ForFunc", (Function,), members)
+
     @classmethod
     def apply(cls, *args):
-        """As torch's, which binds the arguments to forward's signature at every call first.
-
-        That costs as much as a small layer. Only torch.func needs more than the plain call; under
-        torch.compile this method is not used at all.
-        """
         if torch._C._are_functorch_transforms_active():
-            return super().apply(*args)
-        return super(Function, cls).apply(*args)
+            return cls.twin.apply(*args)
+        return super().apply(*args)
 
 
 class _RefuseSecondDerivative(Function):
@@ -59,23 +72,23 @@ def _once_differentiable(backward):
     """As torch's decorator of that name, with an error that says why."""
 
     @functools.wraps(backward)
-    def wrapper(ctx, grad):
+    def wrapper(ctx, grad, *others):
+        if not torch.is_grad_enabled():  # unless create_graph was given
+            return backward(ctx, grad, *others)
         with torch.no_grad():
-            grads = backward(ctx, grad)
-        if torch.is_grad_enabled() and grad.requires_grad:
-            return _RefuseSecondDerivative.apply(grad, *grads)
-        return grads
+            grads = backward(ctx, grad, *others)
+        return _RefuseSecondDerivative.apply(grad, *grads) if grad.requires_grad else grads
 
     return wrapper
 
 
 class _MaskedWeight(_Function):
     @staticmethod
-    def forward(weight, threshold, effective, dtype, surrogate, structure_gradient, backend):
-        return _ops.masked_weight(weight, effective, dtype, backend)
+    def compute(weight, threshold, effective, dtype, surrogate, structure_gradient, backend):
+        return _ops.call(_ops.masked_weight, weight, effective, dtype, backend)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def save(ctx, inputs, output):
         weight, _, effective, _, *options = inputs
         ctx.options = options
         ctx.save_for_backward(weight, effective)
@@ -84,17 +97,17 @@ class _MaskedWeight(_Function):
     @_once_differentiable
     def backward(ctx, grad):
         weight, effective = ctx.saved_tensors
-        grads = _ops.masked_weight_backward(grad, weight, effective, *ctx.options)
+        grads = _ops.call(_ops.masked_weight_backward, grad, weight, effective, *ctx.options)
         return *_wanted(ctx, 0, grads), None, None, None, None, None
 
 
 class _MaskedLinear(_Function):
     @staticmethod
-    def forward(input, weight, threshold, bias, effective, surrogate, structure_gradient, backend):
-        return _ops.masked_linear(input, weight, effective, bias, backend)
+    def compute(input, weight, threshold, bias, effective, surrogate, structure_gradient, backend):
+        return _ops.call(_ops.masked_linear, input, weight, effective, bias, backend)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def save(ctx, inputs, output):
         input, weight, _, bias, effective, *options = inputs
         ctx.options = options
         _save(ctx, input, weight, effective, bias)
@@ -106,17 +119,46 @@ class _MaskedLinear(_Function):
         grad_input = grad_bias = None
         grads = (None, None)
         if ctx.needs_input_grad[0]:
-            grad_input = _ops.masked_linear_grad_input(grad, weight, effective, ctx.options[-1])
+            grad_input = _ops.call(
+                _ops.masked_linear_grad_input, grad, weight, effective, ctx.options[-1]
+            )
         if any(ctx.needs_input_grad[1:3]):
-            grads = _ops.masked_linear_grad_weight(grad, input, weight, effective, *ctx.options)
+            grads = _ops.call(
+                _ops.masked_linear_grad_weight, grad, input, weight, effective, *ctx.options
+            )
         if ctx.needs_input_grad[3]:
             grad_bias = flatten_batch(grad).sum(0, dtype=ctx.bias_dtype)
         return grad_input, *_wanted(ctx, 1, grads), grad_bias, None, None, None, None
 
 
+class _SparseRegularization(_Function):
+    """One node for all layers, where plain autograd makes a dozen and one more for each."""
+
+    @staticmethod
+    def compute(*thresholds):
+        flat = torch.cat([threshold.reshape(-1) for threshold in thresholds])
+        return sparse_regularization_and_slope(flat)
+
+    @staticmethod
+    def save(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+        ctx.like = [(threshold.shape, threshold.dtype) for threshold in inputs]
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx, grad, _):
+        (slope,) = ctx.saved_tensors
+        parts = (grad * slope).split([shape.numel() for shape, _ in ctx.like])
+        return tuple(
+            part.reshape(shape).to(dtype)
+            for part, (shape, dtype) in zip(parts, ctx.like, strict=True)
+        )
+
+
 class _MaskedConv(_Function):
     @staticmethod
-    def forward(
+    def compute(
         input,
         weight,
         threshold,
@@ -130,12 +172,21 @@ class _MaskedConv(_Function):
         structure_gradient,
         backend,
     ):
-        return _ops.masked_conv(
-            input, weight, effective, bias, stride, padding, dilation, groups, backend
+        return _ops.call(
+            _ops.masked_conv,
+            input,
+            weight,
+            effective,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+            backend,
         )
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def save(ctx, inputs, output):
         input, weight, _, bias, effective, *options = inputs
         ctx.geometry, ctx.options = options[:4], options[4:]
         ctx.input_shape = input.shape
@@ -148,12 +199,24 @@ class _MaskedConv(_Function):
         grad_input = grad_bias = None
         grads = (None, None)
         if ctx.needs_input_grad[0]:
-            grad_input = _ops.masked_conv_grad_input(
-                grad, ctx.input_shape, weight, effective, *ctx.geometry, ctx.options[-1]
+            grad_input = _ops.call(
+                _ops.masked_conv_grad_input,
+                grad,
+                ctx.input_shape,
+                weight,
+                effective,
+                *ctx.geometry,
+                ctx.options[-1],
             )
         if any(ctx.needs_input_grad[1:3]):
-            grads = _ops.masked_conv_grad_weight(
-                grad, input, weight, effective, *ctx.geometry, *ctx.options
+            grads = _ops.call(
+                _ops.masked_conv_grad_weight,
+                grad,
+                input,
+                weight,
+                effective,
+                *ctx.geometry,
+                *ctx.options,
             )
         if ctx.needs_input_grad[3]:
             summed = (0, *range(2, grad.dim()))
@@ -272,3 +335,8 @@ def masked_conv(
         backend,
     )
     return output if batched else output.squeeze(0)
+
+
+def sparse_regularization(thresholds: Sequence[Tensor]) -> Tensor:
+    """Sum of exp(-t) over all elements of tensors on one device."""
+    return _SparseRegularization.apply(*thresholds)[0]

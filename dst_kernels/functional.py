@@ -49,7 +49,8 @@ def effective_threshold(
     Zeros where remaining / total <= `reset_ratio` under `threshold`, else its values. Decided on
     the device, without a synchronisation.
     """
-    return _ops.effective_threshold(weight.detach(), threshold.detach(), reset_ratio, backend)
+    weight, threshold = weight.detach(), threshold.detach()
+    return _ops.call(_ops.effective_threshold, weight, threshold, reset_ratio, backend)
 
 
 def threshold_mask(
@@ -207,12 +208,11 @@ def sparse_regularization(thresholds: Tensor | Iterable[Tensor]) -> Tensor:
             key = threshold.device
         groups.setdefault(key, []).append(threshold)
     sums = [
-        sum_over_shards(group, _sum_local) if is_dtensor(group[0]) else _sum_local(group)
+        sum_over_shards(group, autograd.sparse_regularization)
+        if is_dtensor(group[0])
+        else autograd.sparse_regularization(group)
         for group in groups.values()
     ]
+    if len(sums) == 1:
+        return sums[0]
     return torch.stack([value.to(sums[0].device) for value in sums]).sum()
-
-
-def _sum_local(thresholds: list[Tensor]) -> Tensor:
-    """One concatenation, so that the number of kernels does not grow with the number of layers."""
-    return reference.sparse_regularization(torch.cat([t.reshape(-1) for t in thresholds]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["LINEAR_BEYOND", "sparse_regularization"]
+__all__ = ["LINEAR_BEYOND", "sparse_regularization", "sparse_regularization_and_slope"]
 
 # exp(-t) overflows fp32 at t = -88.7, and a sum over many thresholds sooner. From t = -64 downwards
 # the function goes on along its tangent: value and gradient stay finite and the gradient keeps
@@ -15,7 +15,13 @@ LINEAR_BEYOND = 64.0
 
 def sparse_regularization(threshold: Tensor) -> Tensor:
     """sum(exp(-t)) as a 0-dim tensor in at least fp32. Plain autograd gives its true gradient."""
+    return sparse_regularization_and_slope(threshold)[0]
+
+
+def sparse_regularization_and_slope(threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum, and its derivative by each threshold: -exp(-t), constant below -LINEAR_BEYOND."""
     threshold = threshold.to(torch.promote_types(threshold.dtype, torch.float32))
     negated = -threshold.clamp(max=1000.0)  # exp(-1000) is 0, and inf - inf never arises
     exponent = negated.clamp(max=LINEAR_BEYOND)
-    return (exponent.exp() * (1 + (negated - exponent))).sum()
+    exponential = exponent.exp()
+    return (exponential * (1 + (negated - exponent))).sum(), -exponential

@@ -62,10 +62,9 @@ def effective_threshold(weight: Tensor, threshold: Tensor, reset_ratio: float | 
     """
     if reset_ratio is None or weight.numel() == 0:
         return threshold.clone()
-    pruned = weight.abs().le_(broadcast_threshold(threshold, weight)).flatten(1)  # 0 or 1
-    exact = torch.float32 if pruned.shape[1] <= 2**24 else torch.float64
-    pruned_in_row = pruned.sum(1, dtype=torch.promote_types(pruned.dtype, exact))
-    kept = weight.numel() - pruned_in_row.long().sum()
+    pruned = weight.abs().le_(broadcast_threshold(threshold, weight))  # 0 or 1
+    exact = torch.float32 if weight.numel() <= 2**24 else torch.float64
+    kept = weight.numel() - pruned.sum(dtype=torch.promote_types(pruned.dtype, exact))
     collapsed = kept <= largest_collapsed_count(weight.numel(), reset_ratio)
     return threshold.clone().masked_fill_(collapsed, 0)
 
