@@ -1,9 +1,9 @@
 """The documented result of the default preset, on the real data.
 
-Single runs scatter: over 24 seeds the final test accuracy had a standard deviation of 0.7 points and
-the remaining ratio one of 0.33, and another rounding of the same sums (other kernels, other numbers of
-threads) is as good as another seed. The bounds leave three deviations around the means of 96.7 % and
-3.4 %, so that they fail for a wrong method and not for a new kernel.
+Single runs scatter: over 24 seeds the final test accuracy had a standard deviation of 0.7 points
+and the remaining ratio one of 0.33, and another rounding of the same sums (other kernels, other
+numbers of threads) is as good as another seed. The bounds leave three deviations around the means
+of 96.7 % and 3.4 %, so that they fail for a wrong method and not for a new kernel.
 """
 
 from __future__ import annotations
