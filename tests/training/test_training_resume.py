@@ -162,6 +162,8 @@ def test_a_real_interrupt_signal_ends_with_130_and_can_be_resumed(cli, tmp_path)
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A job that a shell put into the background ignores the signal, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "stopped" / "checkpoint.pt").exists():
