@@ -1,4 +1,4 @@
-"""The op boundary: every schema, its fake and its way to a backend. Imports torch only.
+"""The op boundary: every schema, its fake and its way to a backend. Needs nothing but torch.
 
 The ops are opaque to torch.compile and know nothing of autograd (`autograd.py` wraps them).
 `threshold` is the effective one everywhere but in `effective_threshold`. Arguments are checked
