@@ -21,6 +21,8 @@ __all__ = [
     "check_linear",
     "check_linear_grad_input",
     "check_linear_grad_weight",
+    "check_masked_conv",
+    "check_masked_linear",
     "check_masked_weight",
     "check_masked_weight_backward",
     "check_same_dtype",
@@ -93,6 +95,10 @@ def check_weight_and_threshold(weight: Tensor, threshold: Tensor) -> None:
 
 def check_effective_threshold(weight: Tensor, threshold: Tensor, reset_ratio: float | None) -> None:
     check_weight_and_threshold(weight, threshold)
+    _check_reset_ratio(reset_ratio)
+
+
+def _check_reset_ratio(reset_ratio: float | None) -> None:
     if reset_ratio is not None:
         accepted = "reset_ratio must be between 0 and 1, or None for no guard"
         if not isinstance(reset_ratio, (int, float, torch.SymFloat)):
@@ -100,8 +106,10 @@ def check_effective_threshold(weight: Tensor, threshold: Tensor, reset_ratio: fl
         _check_value(0 <= reset_ratio <= 1, lambda: f"{accepted}, but is {float(reset_ratio)}")
 
 
-def check_masked_weight(weight: Tensor, threshold: Tensor, dtype: torch.dtype) -> None:
-    check_weight_and_threshold(weight, threshold)
+def check_masked_weight(
+    weight: Tensor, threshold: Tensor, reset_ratio: float | None, dtype: torch.dtype
+) -> None:
+    check_effective_threshold(weight, threshold, reset_ratio)
     _check_type(dtype in _REAL_DTYPES, lambda: f"dtype must be {_REAL}, but is {dtype}")
 
 
@@ -156,6 +164,17 @@ def _check_bias(bias: Tensor | None, weight: Tensor) -> None:
     )
 
 
+def check_masked_linear(
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None,
+    reset_ratio: float | None,
+) -> None:
+    check_linear(input, weight, threshold, bias)
+    _check_reset_ratio(reset_ratio)
+
+
 def check_linear(input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None) -> None:
     check_weight_and_threshold(weight, threshold)
     if (
@@ -198,6 +217,21 @@ def check_linear_grad_weight(
     check_linear(input, weight, threshold, None)
     check_surrogate(surrogate)
     _check_grad(grad, [*input.shape[:-1], weight.shape[0]])
+
+
+def check_masked_conv(
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None,
+    reset_ratio: float | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    check_conv(input, weight, threshold, bias, stride, padding, dilation, groups)
+    _check_reset_ratio(reset_ratio)
 
 
 def check_conv(

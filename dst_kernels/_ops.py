@@ -1,9 +1,10 @@
 """The op boundary: every schema, its fake and its way to a backend. Needs nothing but torch.
 
 The ops are opaque to torch.compile and know nothing of autograd (`autograd.py` wraps them).
-`threshold` is the effective one everywhere but in `effective_threshold`. Arguments are checked
-here, with the same messages whether the tensors are real or fake. Outputs have the strides their
-fake says: weight gradients those of the weight, activations contiguous or channels last.
+Ops with a `reset_ratio` take the stored threshold and also return the effective one; all others
+take the effective one. Arguments are checked here, with the same messages whether the tensors are
+real or fake. Outputs have the strides their fake says: masked weights and weight gradients those of
+the weight, activations contiguous or channels last.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.nn import Parameter
 
 from . import _checks as checks
 from ._autocast import autocast_enabled
-from ._backends import implementation
+from ._backends import implementation, resolve
 from .reference.conv import conv_memory_format, conv_output_shape
 
 __all__ = [
@@ -51,8 +52,9 @@ def _define(schema: str, check: Callable) -> Callable[[Callable], torch._ops.OpO
         def run(*args):
             *args, backend = args
             check(*args)
-            kernel = getattr(implementation(backend), name)
-            device_type = args[0].device.type
+            device = args[0].device
+            kernel = getattr(implementation(backend, device), name)
+            device_type = device.type
             # Gradients and dtypes are settled outside the op.
             if autocast_enabled(device_type):
                 with torch.no_grad(), torch.autocast(device_type, enabled=False):
@@ -65,7 +67,7 @@ def _define(schema: str, check: Callable) -> Callable[[Callable], torch._ops.OpO
         def run_fake(*args):
             *args, backend = args
             check(*args)
-            implementation(backend)
+            resolve(backend, args[0].device)
             return fake(*args)
 
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -98,11 +100,12 @@ def effective_threshold(weight, threshold, reset_ratio):
 
 
 @_define(
-    "masked_weight(Tensor weight, Tensor threshold, ScalarType dtype) -> Tensor",
+    "masked_weight(Tensor weight, Tensor threshold, float? reset_ratio, ScalarType dtype) "
+    "-> (Tensor, Tensor)",
     checks.check_masked_weight,
 )
-def masked_weight(weight, threshold, dtype):
-    return torch.empty_like(weight, dtype=dtype)
+def masked_weight(weight, threshold, reset_ratio, dtype):
+    return torch.empty_like(weight, dtype=dtype), torch.empty_like(threshold)
 
 
 @_define(
@@ -115,11 +118,13 @@ def masked_weight_backward(grad, weight, threshold, surrogate, structure_gradien
 
 
 @_define(
-    "masked_linear(Tensor input, Tensor weight, Tensor threshold, Tensor? bias) -> Tensor",
-    checks.check_linear,
+    "masked_linear(Tensor input, Tensor weight, Tensor threshold, Tensor? bias, "
+    "float? reset_ratio) -> (Tensor, Tensor)",
+    checks.check_masked_linear,
 )
-def masked_linear(input, weight, threshold, bias):
-    return input.new_empty([*input.shape[:-1], weight.shape[0]])
+def masked_linear(input, weight, threshold, bias, reset_ratio):
+    output = input.new_empty([*input.shape[:-1], weight.shape[0]])
+    return output, torch.empty_like(threshold)
 
 
 @_define(
@@ -140,18 +145,19 @@ def masked_linear_grad_weight(grad, input, weight, threshold, surrogate, structu
 
 
 @_define(
-    "masked_conv(Tensor input, Tensor weight, Tensor threshold, Tensor? bias, SymInt[] stride, "
-    "SymInt[] padding, SymInt[] dilation, SymInt groups) -> Tensor",
-    checks.check_conv,
+    "masked_conv(Tensor input, Tensor weight, Tensor threshold, Tensor? bias, float? reset_ratio, "
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> (Tensor, Tensor)",
+    checks.check_masked_conv,
 )
-def masked_conv(input, weight, threshold, bias, stride, padding, dilation, groups):
+def masked_conv(input, weight, threshold, bias, reset_ratio, stride, padding, dilation, groups):
     shape = conv_output_shape(input.shape, weight.shape, stride, padding, dilation)
-    return torch.empty(
+    output = torch.empty(
         shape,
         dtype=input.dtype,
         device=input.device,
         memory_format=conv_memory_format(input, weight),
     )
+    return output, torch.empty_like(threshold)
 
 
 @_define(

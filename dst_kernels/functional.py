@@ -80,6 +80,7 @@ def masked_weight(
     surrogate: str = "long_tailed",
     structure_gradient: bool = True,
     dtype: torch.dtype | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """weight * mask, in `dtype` (default: the weight's), differentiable in weight and threshold.
 
@@ -90,15 +91,14 @@ def masked_weight(
     `surrogate`: "long_tailed" (the paper's: 2 - 4|Q| up to 0.4, 0.4 up to 1, then 0),
     "rectangular" (1 up to 1/2), "triangular" (1 - |Q| up to 1) or "straight_through" (1).
     """
-    effective = effective_threshold(weight, threshold, reset_ratio=reset_ratio)
     return autograd.masked_weight(
         weight,
         threshold,
-        effective,
+        reset_ratio=reset_ratio,
         dtype=dtype,
         surrogate=surrogate,
         structure_gradient=structure_gradient,
-        backend="auto",
+        backend=backend,
     )
 
 
@@ -112,6 +112,7 @@ def masked_linear(
     surrogate: str = "long_tailed",
     structure_gradient: bool = True,
     backend: str = "auto",
+    path: str = "auto",
 ) -> Tensor:
     """input [..., in] times (weight [out, in] * mask)^T plus bias [out] -> [..., out].
 
@@ -119,18 +120,23 @@ def masked_linear(
     dtypes and the product runs in the autocast dtype; otherwise the input has the weight's dtype.
 
     `backend`: "auto" or the name of one; `DST_KERNELS_BACKEND` in the environment overrides "auto".
+
+    `path`: "fused" (each product reads the weight, masks and multiplies in one kernel), "packed"
+    (the masked weight is written once in the product's dtype and kept for the backward pass, a
+    library multiplies), "mixed" (packed, but with the weight's gradients fused), or "auto", the
+    fastest as measured or estimated. All compute the same.
     """
-    effective = effective_threshold(weight, threshold, reset_ratio=reset_ratio, backend=backend)
     return autograd.masked_linear(
         input,
         weight,
         threshold,
         bias,
-        effective,
+        reset_ratio=reset_ratio,
         surrogate=surrogate,
         structure_gradient=structure_gradient,
         backend=backend,
-    )
+        path=path,
+    )[0]
 
 
 def _conv(spatial: int):
@@ -148,27 +154,28 @@ def _conv(spatial: int):
         surrogate: str = "long_tailed",
         structure_gradient: bool = True,
         backend: str = "auto",
+        path: str = "auto",
     ) -> Tensor:
         if weight.dim() != spatial + 2:
             raise ValueError(
                 f"weight must be [out, in/groups, *kernel] with {spatial} kernel dimension(s), "
                 f"but its shape is {list(weight.shape)}"
             )
-        effective = effective_threshold(weight, threshold, reset_ratio=reset_ratio, backend=backend)
         return autograd.masked_conv(
             input,
             weight,
             threshold,
             bias,
-            effective,
             stride,
             padding,
             dilation,
             groups,
+            reset_ratio=reset_ratio,
             surrogate=surrogate,
             structure_gradient=structure_gradient,
             backend=backend,
-        )
+            path=path,
+        )[0]
 
     sizes = ", ".join({1: "L", 2: "HW", 3: "DHW"}[spatial])
     masked_conv.__name__ = masked_conv.__qualname__ = f"masked_conv{spatial}d"

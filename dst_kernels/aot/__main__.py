@@ -25,7 +25,7 @@ BASELINE = Path(__file__).parents[2] / "tests" / "triton" / "aot_baseline.json"
 def main(arguments: Sequence[str] | None = None, variants: Sequence[Variant] | None = None) -> int:
     """Run the gate on what is shipped, or on other variants. 0 is passed, 1 failed, 2 not run."""
     options = _parse(arguments)
-    reason = _unavailable()
+    reason = _unavailable(options)
     if reason is not None:
         print(f"dst_kernels.aot: {reason}", file=sys.stderr)
         return 2
@@ -84,16 +84,21 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="write what was measured as the baseline of this version of Triton, if all is well",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"argument --jobs: at least 1, not {options.jobs}")
+    return options
 
 
-def _unavailable() -> str | None:
+def _unavailable(options: argparse.Namespace) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; it has wheels for Linux on x86-64 and ARM"
     from triton import knobs
 
     if knobs.runtime.interpret:
         return "TRITON_INTERPRET is set, so that nothing would be compiled; unset it"
+    if options.update_baseline and not options.baseline.parent.is_dir():
+        return f"there is no folder {options.baseline.parent} to write the baseline into"
     return None
 
 

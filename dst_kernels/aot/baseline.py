@@ -61,7 +61,6 @@ class Baseline:
             section = new if complete else self._section(arch) | new
             entries = self._all.setdefault(self.version, {})
             entries[str(arch)] = dict(sorted(section.items()))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(_lines(self._all))
 
     def _section(self, arch: int) -> dict[str, dict[str, int]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from .._backends import check_backend
 from .._checks import check_surrogate
+from .._plan import check_path
 from ..nn import GRANULARITIES
 
 __all__ = ["SparsifyConfig"]
@@ -16,7 +17,7 @@ __all__ = ["SparsifyConfig"]
 class SparsifyConfig:
     """Options of the masked layers, and which layers stay dense.
 
-    granularity, reset_ratio, surrogate, structure_gradient, backend: see `nn.MaskedLinear`.
+    granularity, reset_ratio, surrogate, structure_gradient, backend, path: see `nn.MaskedLinear`.
     skip_first, skip_last: leave the first, the last convertible layer dense, in the order of
         `model.named_modules()`.
     skip_depthwise: leave convolutions dense in which every input channel is its own group.
@@ -30,6 +31,7 @@ class SparsifyConfig:
     surrogate: str = "long_tailed"
     structure_gradient: bool = True
     backend: str = "auto"
+    path: str = "auto"
     skip_first: bool = False
     skip_last: bool = False
     skip_depthwise: bool = False
@@ -43,6 +45,7 @@ class SparsifyConfig:
             )
         check_surrogate(self.surrogate)
         check_backend(self.backend)
+        check_path(self.path)
         if self.reset_ratio is not None and not 0 <= self.reset_ratio <= 1:
             raise ValueError(
                 f"reset_ratio must be between 0 and 1, or None for no guard, "
@@ -68,7 +71,9 @@ class SparsifyConfig:
 
     def layer_options(self) -> dict[str, Any]:
         """The keyword-only arguments of the masked layers."""
-        names = ("granularity", "reset_ratio", "surrogate", "structure_gradient", "backend")
+        names = (
+            "granularity", "reset_ratio", "surrogate", "structure_gradient", "backend", "path",
+        )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:

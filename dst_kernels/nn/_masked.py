@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from .. import autograd
 from .. import functional as F
-from .._backends import implementation
+from .._backends import resolve
 from .._checks import check_effective_threshold, check_surrogate
 from .._dtensor import full_tensor, is_dtensor, reset_shard
+from .._plan import check_path
+from ._reuse import Packs
 
 __all__ = ["GRANULARITIES", "MaskedLayer"]
 
 GRANULARITIES = ("row", "layer", "element")
+OPTIONS = ("granularity", "reset_ratio", "surrogate", "structure_gradient", "backend", "path")
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +31,12 @@ class MaskedLayer:
     Attributes:
         threshold: Parameter, float32 (float64 beside a float64 weight) whatever the weight's
             dtype, of shape [rows], [1] or the weight's, by `granularity`.
-        granularity, reset_ratio, surrogate, structure_gradient, backend: as given.
+        granularity, reset_ratio, surrogate, structure_gradient, backend, path: as given.
     """
 
     dense_type: ClassVar[type[nn.Module]]
     _sharded_threshold: Tensor | None = None
+    _packs: Packs | None = None  # while the weights are said not to change
 
     def _init_masking(
         self,
@@ -39,18 +45,21 @@ class MaskedLayer:
         surrogate: str,
         structure_gradient: bool,
         backend: str,
+        path: str,
     ) -> None:
         if granularity not in GRANULARITIES:
             raise ValueError(
                 f"granularity must be one of {', '.join(GRANULARITIES)}, but is {granularity!r}"
             )
         check_surrogate(surrogate)
-        implementation(backend)
+        resolve(backend)
+        check_path(path)
         self.granularity = granularity
         self.reset_ratio = reset_ratio
         self.surrogate = surrogate
         self.structure_gradient = structure_gradient
         self.backend = backend
+        self.path = path
         shape = {
             "row": [self._rows(self.weight).shape[0]],
             "layer": [1],  # not 0-dim: FSDP2 shards no scalars
@@ -92,7 +101,7 @@ class MaskedLayer:
         return (
             f"granularity={self.granularity}, reset_ratio={self.reset_ratio}, "
             f"surrogate={self.surrogate}, structure_gradient={self.structure_gradient}, "
-            f"backend={self.backend}"
+            f"backend={self.backend}, path={self.path}"
         )
 
     # -- for forward ---------------------------------------------------------------------------
@@ -113,29 +122,41 @@ class MaskedLayer:
     def _weight_and_threshold(self) -> tuple[Tensor, Tensor]:
         return self._rows(self.weight), self._rows(self.threshold)
 
-    def _operands(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(weight, threshold, effective threshold); in training a reset is committed first.
+    def _masked(self, operation: Callable, input: Tensor, bias: Tensor | None, *geometry) -> Tensor:
+        """The layer's output; in training a reset of the thresholds is committed.
 
         What autograd saves is the effective threshold, a tensor of its own, so that a commit
         between a forward and its backward (a layer used twice, a second forward) does no harm.
         """
         weight, threshold = self._weight_and_threshold()
-        effective = F.effective_threshold(
-            weight, threshold, reset_ratio=self.reset_ratio, backend=self.backend
+        reuse = self._packs if self._sharded_threshold is None else None
+        packed = None
+        if reuse is not None and not torch.compiler.is_compiling():
+            dtype = autograd.product_dtype(input, weight)
+            packed = reuse.get(weight, threshold, self.reset_ratio, dtype, self.backend)
+        output, effective = operation(
+            input,
+            weight,
+            threshold,
+            bias,
+            *geometry,
+            reset_ratio=self.reset_ratio,
+            surrogate=self.surrogate,
+            structure_gradient=self.structure_gradient,
+            backend=self.backend,
+            path=self.path,
+            packed=packed,
+            # FSDP2 frees the gathered weight until backward; a copy of it would undo that.
+            keep_packed=self._sharded_threshold is None,
         )
         if self.training and self.reset_ratio is not None:
             with torch.no_grad():
                 if self._sharded_threshold is not None:
                     reset_shard(self._sharded_threshold, threshold, effective)
                 threshold.copy_(effective)
-        return weight, threshold, effective
-
-    def _options(self) -> dict[str, object]:
-        return {
-            "surrogate": self.surrogate,
-            "structure_gradient": self.structure_gradient,
-            "backend": self.backend,
-        }
+            if packed is not None:
+                reuse.threshold_was_committed(threshold)
+        return output
 
     # -- torch.nn.Module machinery -------------------------------------------------------------
 
@@ -206,6 +227,7 @@ class MaskedLayer:
         surrogate: str = "long_tailed",
         structure_gradient: bool = True,
         backend: str = "auto",
+        path: str = "auto",
     ):
         """A masked layer with the same Parameters, mode, hooks and attributes; thresholds at 0.
 
@@ -216,7 +238,7 @@ class MaskedLayer:
                 f"dense must be a {cls.dense_type.__name__}, but is a {type(dense).__name__}"
             )
         layer = _retyped(dense, cls)
-        layer._init_masking(granularity, reset_ratio, surrogate, structure_gradient, backend)
+        layer._init_masking(granularity, reset_ratio, surrogate, structure_gradient, backend, path)
         return layer
 
     def to_dense(self) -> nn.Module:
@@ -231,7 +253,7 @@ class MaskedLayer:
                 "unsharded model first"
             )
         layer = _retyped(self, self.dense_type)
-        for name in ("granularity", "reset_ratio", "surrogate", "structure_gradient", "backend"):
+        for name in OPTIONS:
             del layer.__dict__[name]
         del layer._parameters["threshold"]
         with torch.no_grad():

@@ -38,6 +38,7 @@ class _MaskedConv(MaskedLayer):
         surrogate: str = "long_tailed",
         structure_gradient: bool = True,
         backend: str = "auto",
+        path: str = "auto",
     ) -> None:
         super().__init__(
             in_channels,
@@ -52,26 +53,15 @@ class _MaskedConv(MaskedLayer):
             device=device,
             dtype=dtype,
         )
-        self._init_masking(granularity, reset_ratio, surrogate, structure_gradient, backend)
+        self._init_masking(granularity, reset_ratio, surrogate, structure_gradient, backend, path)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        weight, threshold, effective = self._operands()
-        return autograd.masked_conv(
-            input,
-            weight,
-            threshold,
-            bias,
-            effective,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-            **self._options(),
-        )
+        geometry = self.stride, padding, self.dilation, self.groups
+        return self._masked(autograd.masked_conv, input, bias, *geometry)
 
 
 class MaskedConv1d(_MaskedConv, nn.Conv1d):

@@ -33,9 +33,10 @@ class MaskedTransformersConv1D(MaskedLayer, Conv1D):
         surrogate: str = "long_tailed",
         structure_gradient: bool = True,
         backend: str = "auto",
+        path: str = "auto",
     ) -> None:
         super().__init__(nf, nx)
-        self._init_masking(granularity, reset_ratio, surrogate, structure_gradient, backend)
+        self._init_masking(granularity, reset_ratio, surrogate, structure_gradient, backend, path)
 
     @staticmethod
     def _rows(tensor: Tensor) -> Tensor:
@@ -54,7 +55,4 @@ class MaskedTransformersConv1D(MaskedLayer, Conv1D):
         return f"nf={self.nf}, nx={self.nx}, {self._masking_repr()}"
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, threshold, effective = self._operands()
-        return autograd.masked_linear(
-            input, weight, threshold, self.bias, effective, **self._options()
-        )
+        return self._masked(autograd.masked_linear, input, self.bias)

@@ -23,10 +23,10 @@ class MaskedLinear(MaskedLayer, nn.Linear):
             switches it off.
         surrogate: see `dst_kernels.functional.masked_weight`.
         structure_gradient: whether the mask's surrogate gradient also reaches the weight.
-        backend: see `dst_kernels.functional.masked_linear`.
+        backend, path: see `dst_kernels.functional.masked_linear`.
 
     Raises:
-        ValueError: unknown granularity, surrogate or backend; reset_ratio outside [0, 1].
+        ValueError: unknown granularity, surrogate, backend or path; reset_ratio outside [0, 1].
         TypeError: a dtype other than float16, bfloat16, float32, float64.
         RuntimeError: a backend asked for by name that cannot serve.
     """
@@ -46,12 +46,10 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         surrogate: str = "long_tailed",
         structure_gradient: bool = True,
         backend: str = "auto",
+        path: str = "auto",
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._init_masking(granularity, reset_ratio, surrogate, structure_gradient, backend)
+        self._init_masking(granularity, reset_ratio, surrogate, structure_gradient, backend, path)
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, threshold, effective = self._operands()
-        return autograd.masked_linear(
-            input, weight, threshold, self.bias, effective, **self._options()
-        )
+        return self._masked(autograd.masked_linear, input, self.bias)

@@ -15,6 +15,9 @@ from torch.nn import functional as F
 from .weight import masked_weight, weight_gradients_
 
 __all__ = [
+    "conv",
+    "conv_dense_weight_gradient",
+    "conv_grad_input",
     "conv_memory_format",
     "conv_output_shape",
     "masked_conv",
@@ -51,21 +54,72 @@ def conv_output_shape(
     return [input_shape[0], weight_shape[0], *spatial]
 
 
-def masked_conv(
+def conv(
     input: Tensor,
     weight: Tensor,
-    threshold: Tensor,
     bias: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """input [N, C, *spatial], weight [out, C/groups, *kernel] -> [N, out, *spatial']."""
+    """input [N, C, *spatial], weight [out, C/groups, *kernel] of its dtype -> [N, out, *spatial'].
+
+    The bias may have any dtype.
+    """
     bias = None if bias is None else bias.to(input.dtype)
-    kernel = masked_weight(weight, threshold, input.dtype)
-    output = _CONV[input.dim()](input, kernel, bias, stride, padding, dilation, groups)
+    output = _CONV[input.dim()](input, weight, bias, stride, padding, dilation, groups)
     return output.contiguous(memory_format=conv_memory_format(input, weight))
+
+
+def conv_grad_input(
+    grad: Tensor,
+    input_shape: Sequence[int],
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """dX of shape `input_shape`, in the gradient's dtype, which is the weight's."""
+    memory_format = conv_memory_format(grad, weight)
+    shaped_like_input = grad.new_empty(input_shape).contiguous(memory_format=memory_format)
+    dense = _convolution_backward(
+        grad, shaped_like_input, weight, stride, padding, dilation, groups, 0
+    )
+    return dense.contiguous(memory_format=memory_format)
+
+
+def conv_dense_weight_gradient(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """G, shaped like `weight`, of which nothing but shape and strides is used."""
+    shaped_like_weight = torch.empty_like(weight, dtype=grad.dtype)
+    return _convolution_backward(
+        grad, input, shaped_like_weight, stride, padding, dilation, groups, 1
+    )
+
+
+def masked_conv(
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None,
+    reset_ratio: float | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """(`conv` with the masked weight, effective threshold)."""
+    masked, effective = masked_weight(weight, threshold, reset_ratio, input.dtype)
+    return conv(input, masked, bias, stride, padding, dilation, groups), effective
 
 
 def masked_conv_grad_input(
@@ -79,13 +133,8 @@ def masked_conv_grad_input(
     groups: int,
 ) -> Tensor:
     """dX of shape `input_shape`, in the gradient's dtype."""
-    kernel = masked_weight(weight, threshold, grad.dtype)
-    memory_format = conv_memory_format(grad, weight)
-    shaped_like_input = grad.new_empty(input_shape).contiguous(memory_format=memory_format)
-    dense = _convolution_backward(
-        grad, shaped_like_input, kernel, stride, padding, dilation, groups, 0
-    )
-    return dense.contiguous(memory_format=memory_format)
+    masked, _ = masked_weight(weight, threshold, None, grad.dtype)
+    return conv_grad_input(grad, input_shape, masked, stride, padding, dilation, groups)
 
 
 def masked_conv_grad_weight(
@@ -101,10 +150,7 @@ def masked_conv_grad_weight(
     structure_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """(dW, dt) with G the dense weight gradient."""
-    shaped_like_weight = torch.empty_like(weight, dtype=grad.dtype)
-    dense = _convolution_backward(
-        grad, input, shaped_like_weight, stride, padding, dilation, groups, 1
-    )
+    dense = conv_dense_weight_gradient(grad, input, weight, stride, padding, dilation, groups)
     return weight_gradients_(dense, weight, threshold, surrogate, structure_gradient)
 
 

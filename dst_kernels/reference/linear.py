@@ -11,7 +11,9 @@ from torch.nn import functional as F
 from .weight import masked_weight, weight_gradients_
 
 __all__ = [
+    "dense_weight_gradient",
     "flatten_batch",
+    "linear",
     "masked_linear",
     "masked_linear_grad_input",
     "masked_linear_grad_weight",
@@ -23,17 +25,34 @@ def flatten_batch(tensor: Tensor) -> Tensor:
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
-def masked_linear(input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None) -> Tensor:
-    """input [..., in], weight [out, in], bias [out] -> [..., out] in the input's dtype."""
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """input [..., in], weight [out, in] of its dtype -> [..., out], with a bias of any dtype."""
     bias = None if bias is None else bias.to(input.dtype)
-    output = F.linear(flatten_batch(input), masked_weight(weight, threshold, input.dtype), bias)
+    output = F.linear(flatten_batch(input), weight, bias)
     # Not a view in autograd's eyes, so that callers may overwrite it (`relu_`).
     return torch.ops.aten._unsafe_view(output, [*input.shape[:-1], weight.shape[0]])
 
 
+def dense_weight_gradient(grad: Tensor, input: Tensor) -> Tensor:
+    """G = dY^T X: grad [..., out], input [..., in] -> [out, in]."""
+    return flatten_batch(grad).t() @ flatten_batch(input)
+
+
+def masked_linear(
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None,
+    reset_ratio: float | None,
+) -> tuple[Tensor, Tensor]:
+    """input [..., in], weight [out, in], bias [out] -> ([..., out], effective threshold)."""
+    masked, effective = masked_weight(weight, threshold, reset_ratio, input.dtype)
+    return linear(input, masked, bias), effective
+
+
 def masked_linear_grad_input(grad: Tensor, weight: Tensor, threshold: Tensor) -> Tensor:
     """dX = dY (W * M): grad [..., out] -> [..., in]."""
-    return grad @ masked_weight(weight, threshold, grad.dtype)
+    return grad @ masked_weight(weight, threshold, None, grad.dtype)[0]
 
 
 def masked_linear_grad_weight(
@@ -45,5 +64,5 @@ def masked_linear_grad_weight(
     structure_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """(dW, dt) with G = dY^T X."""
-    dense = flatten_batch(grad).t() @ flatten_batch(input)
+    dense = dense_weight_gradient(grad, input)
     return weight_gradients_(dense, weight, threshold, surrogate, structure_gradient)

@@ -69,8 +69,18 @@ def effective_threshold(weight: Tensor, threshold: Tensor, reset_ratio: float | 
     return threshold.clone().masked_fill_(collapsed, 0)
 
 
-def masked_weight(weight: Tensor, threshold: Tensor, dtype: torch.dtype) -> Tensor:
-    """W * M in `dtype`, in the weight's memory format. A NaN in W or t comes out as NaN."""
+def masked_weight(
+    weight: Tensor, threshold: Tensor, reset_ratio: float | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(W * M in `dtype` and the weight's memory format, effective threshold).
+
+    A NaN in W or t comes out as NaN.
+    """
+    effective = effective_threshold(weight, threshold, reset_ratio)
+    return _times_mask(weight, effective, dtype), effective
+
+
+def _times_mask(weight: Tensor, threshold: Tensor, dtype: torch.dtype) -> Tensor:
     threshold = broadcast_threshold(threshold, weight)
     mask = weight.abs().gt_(threshold)
     # W * 0 keeps a NaN weight visible. A NaN threshold prunes its whole row, and the summand,

@@ -11,7 +11,7 @@ from torch import nn
 
 from dst_kernels.nn import MaskedConv2d, MaskedLayer, MaskedLinear
 
-OPTIONS = ["granularity", "reset_ratio", "surrogate", "structure_gradient", "backend"]
+OPTIONS = ["granularity", "reset_ratio", "surrogate", "structure_gradient", "backend", "path"]
 
 
 @every_layer

@@ -6,15 +6,18 @@ import pytest
 import torch
 
 import dst_kernels.functional as dst
-from dst_kernels._backends import BACKENDS, ENVIRONMENT_VARIABLE, implementation, unavailable
+from dst_kernels import _backends
+from dst_kernels._backends import ENVIRONMENT_VARIABLE, implementation, resolve, unavailable
 from dst_kernels.nn import MaskedConv2d, MaskedLinear
 
-UNAVAILABLE = [name for name in BACKENDS if unavailable(name) is not None]
+CPU = torch.device("cpu")
+UNAVAILABLE = ["triton", "cuda"]
 
 
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch):
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # it lets Triton serve CPU tensors
 
 
 def runs(**backend):
@@ -59,8 +62,9 @@ def test_unavailable_backend_says_why_and_what_to_do(name):
     for run in runs(backend=name):
         with pytest.raises(RuntimeError, match=expected):
             run()
-    with pytest.raises(RuntimeError, match=expected):
-        MaskedLinear(3, 4, backend=name)
+    if unavailable(name) is not None:  # on any device: a layer may still move to another
+        with pytest.raises(RuntimeError, match=expected):
+            MaskedLinear(3, 4, backend=name)
 
 
 def test_environment_overrides_auto(monkeypatch):
@@ -94,9 +98,30 @@ def test_a_backend_named_in_the_call_wins_over_the_environment(monkeypatch, valu
         assert run().isfinite().all()
 
 
+def test_the_devices_triton_serves(monkeypatch):
+    assert "CUDA device, but these are on cpu" in unavailable("triton", CPU)
+    assert "but these are on meta" in unavailable("triton", torch.device("meta"))
+    assert unavailable("triton", torch.device("cuda")) is None
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert unavailable("triton", CPU) is None
+
+
+def test_auto_takes_triton_on_a_gpu_and_the_reference_elsewhere(monkeypatch):
+    assert resolve("auto", torch.device("cuda")) == "triton"
+    assert resolve("auto", CPU) == "reference"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve("auto", CPU) == "reference", "an interpreter is no choice but one by name"
+
+
+def test_a_gpu_that_is_too_old_is_refused_with_its_capability(monkeypatch):
+    monkeypatch.setattr(_backends, "capability", lambda device: (7, 5))
+    assert "8.0 or higher, but cuda:1 has 7.5" in unavailable("triton", torch.device("cuda:1"))
+    assert resolve("auto", torch.device("cuda:1")) == "reference"
+
+
 def test_environment_is_read_at_the_call_not_at_import(monkeypatch):
-    first = implementation("auto")
+    first = implementation("auto", CPU)
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
-    assert implementation("auto").__name__ == "dst_kernels.reference"
+    assert implementation("auto", CPU).__name__ == "dst_kernels.reference"
     monkeypatch.delenv(ENVIRONMENT_VARIABLE)
-    assert implementation("auto") is first
+    assert implementation("auto", CPU) is first

@@ -24,6 +24,7 @@ class OpsRun(TorchDispatchMode):
 
 LINEAR = (dst.masked_linear, (3, 6), (4, 6), "masked_linear")
 CONV = (dst.masked_conv2d, (2, 3, 5, 5), (4, 3, 2, 2), "masked_conv")
+PATHS = pytest.mark.parametrize("path", ["fused", "packed", "mixed", "auto"])
 OPS = pytest.mark.parametrize(("run", "input", "weight", "name"), [LINEAR, CONV], ids=["l", "c"])
 
 
@@ -34,6 +35,7 @@ def leaves_of(input, weight, wanted):
     }
 
 
+@PATHS
 @OPS
 @pytest.mark.parametrize(
     ("wanted", "ran"),
@@ -48,29 +50,34 @@ def leaves_of(input, weight, wanted):
     ],
     ids=lambda value: "-".join(sorted(value)) if isinstance(value, set) else "",
 )
-def test_backward_runs_only_what_is_needed(run, input, weight, name, wanted, ran):
+def test_backward_runs_only_what_is_needed(run, input, weight, name, wanted, ran, path):
     leaves = leaves_of(input, weight, wanted)
-    output = run(**leaves)
+    output = run(**leaves, path=path)
     with OpsRun() as ops:
         output.sum().backward()
-    assert sorted(ops.names) == sorted(f"{name}_{suffix}" for suffix in ran)
+    expected = {
+        "grad_input": f"{name}_grad_input" if path == "fused" else None,
+        "grad_weight": "masked_weight_backward" if path == "packed" else f"{name}_grad_weight",
+    }
+    assert sorted(ops.names) == sorted(filter(None, map(expected.get, ran)))
     for leaf_name, leaf in leaves.items():
         assert (leaf.grad is not None) == (leaf_name in wanted)
 
 
+@PATHS
 @OPS
-def test_forward_is_two_ops_and_saves_nothing_without_grad(run, input, weight, name):
+def test_forward_is_one_op_and_saves_nothing_without_grad(run, input, weight, name, path):
     leaves = leaves_of(input, weight, {"weight", "threshold"})
     with OpsRun() as ops, torch.no_grad():
-        output = run(**leaves)
-    assert ops.names == ["effective_threshold", name]
+        output = run(**leaves, path=path)
+    assert ops.names == [name if path == "fused" else "masked_weight"]
     assert not output.requires_grad
 
 
-def saved_by(run, **leaves):
+def saved_by(run, **arguments):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        run(**leaves)
+        run(**arguments)
     return saved
 
 
@@ -78,27 +85,31 @@ def is_leaf(tensor, leaf):
     return tensor.data_ptr() == leaf.data_ptr() and tensor.shape == leaf.shape
 
 
+@PATHS
 @OPS
 @pytest.mark.parametrize(
     ("wanted", "kept"),
     [
-        ({"input", "weight", "threshold", "bias"}, {"input", "weight", "effective"}),
+        ({"input", "weight", "threshold", "bias"}, {"input", "weight", "effective", "packed"}),
         ({"weight", "threshold"}, {"input", "weight", "effective"}),
         ({"weight"}, {"input", "weight", "effective"}),
         ({"threshold"}, {"input", "weight", "effective"}),
-        ({"input"}, {"weight", "effective"}),
+        ({"input"}, {"packed"}),
         ({"bias"}, set()),
     ],
     ids=lambda value: "-".join(sorted(value)),
 )
-def test_what_is_saved(run, input, weight, name, wanted, kept):
+def test_what_is_saved(run, input, weight, name, wanted, kept, path):
+    if path == "fused" and "packed" in kept:
+        kept = (kept - {"packed"}) | {"weight", "effective"}
     leaves = leaves_of(input, weight, wanted)
-    saved = saved_by(run, **leaves)
     names = []
-    for tensor in saved:
+    for tensor in saved_by(run, **leaves, path=path):
         assert tensor.dtype != torch.bool
         matches = [name for name in ("input", "weight") if is_leaf(tensor, leaves[name])]
-        if not matches:
+        if not matches and tensor.shape == leaves["weight"].shape:
+            matches = ["packed"]
+        elif not matches:
             assert tensor.shape == leaves["threshold"].shape
             assert not is_leaf(tensor, leaves["threshold"]), "a commit would change what is saved"
             matches = ["effective"]
@@ -120,7 +131,7 @@ def test_masked_weight_gradients_only_where_wanted():
         threshold = torch.rand(4, requires_grad="threshold" in wanted)
         with OpsRun() as ops:
             dst.masked_weight(weight, threshold).sum().backward()
-        assert ops.names == ["effective_threshold", "masked_weight", "masked_weight_backward"]
+        assert ops.names == ["masked_weight", "masked_weight_backward"]
         assert (weight.grad is None) == ("weight" not in wanted)
         assert (threshold.grad is None) == ("threshold" not in wanted)
 

@@ -49,7 +49,7 @@ def test_effective_threshold(dtype, granularity):
 def test_masked_weight(dtype, granularity):
     weight, threshold = rand(4, 6, dtype=dtype), torch.rand(SHAPES[granularity])
     for out in (dtype, torch.float32):
-        opcheck(_ops.masked_weight, (weight, threshold, out, BACKEND))
+        opcheck(_ops.masked_weight, (weight, threshold, 0.01, out, BACKEND))
     grad = rand(4, 6, dtype=dtype)
     opcheck(_ops.masked_weight_backward, (grad, weight, threshold, *SURROGATE, BACKEND))
 
@@ -68,11 +68,11 @@ def test_layouts_of_weight_and_threshold(layout):
     weight, grad = arrange(rand(4, 6)), arrange(rand(4, 6))
     for threshold in (torch.rand(4), arrange(torch.rand(4, 6)), torch.rand(8)[::2]):
         opcheck(_ops.effective_threshold, (weight, threshold, 0.01, BACKEND))
-        opcheck(_ops.masked_weight, (weight, threshold, torch.float32, BACKEND))
+        opcheck(_ops.masked_weight, (weight, threshold, None, torch.float32, BACKEND))
         opcheck(_ops.masked_weight_backward, (grad, weight, threshold, *SURROGATE, BACKEND))
     input = arrange(rand(5, 6))
     threshold = torch.rand(8)[::2]
-    opcheck(_ops.masked_linear, (input, weight, threshold, None, BACKEND))
+    opcheck(_ops.masked_linear, (input, weight, threshold, None, 0.01, BACKEND))
     grad = arrange(rand(5, 4))
     opcheck(_ops.masked_linear_grad_input, (grad, weight, threshold, BACKEND))
     opcheck(_ops.masked_linear_grad_weight, (grad, input, weight, threshold, *SURROGATE, BACKEND))
@@ -84,7 +84,7 @@ def test_linear(dtype, batch):
     input, weight = rand(*batch, 6, dtype=dtype), rand(4, 6, dtype=dtype)
     grad, threshold = rand(*batch, 4, dtype=dtype), torch.rand(4)
     for bias in (None, rand(4, dtype=dtype)):
-        opcheck(_ops.masked_linear, (input, weight, threshold, bias, BACKEND))
+        opcheck(_ops.masked_linear, (input, weight, threshold, bias, None, BACKEND))
     opcheck(_ops.masked_linear_grad_input, (grad, weight, threshold, BACKEND))
     opcheck(_ops.masked_linear_grad_weight, (grad, input, weight, threshold, *SURROGATE, BACKEND))
 
@@ -93,8 +93,8 @@ def test_linear(dtype, batch):
 def test_linear_without_features(rows, columns):
     input, weight, threshold = rand(5, columns), rand(rows, columns), torch.rand(rows)
     opcheck(_ops.effective_threshold, (weight, threshold, 0.01, BACKEND))
-    opcheck(_ops.masked_weight, (weight, threshold, torch.float32, BACKEND))
-    opcheck(_ops.masked_linear, (input, weight, threshold, rand(rows), BACKEND))
+    opcheck(_ops.masked_weight, (weight, threshold, None, torch.float32, BACKEND))
+    opcheck(_ops.masked_linear, (input, weight, threshold, rand(rows), 0.01, BACKEND))
     opcheck(_ops.masked_linear_grad_input, (rand(5, rows), weight, threshold, BACKEND))
     opcheck(
         _ops.masked_linear_grad_weight,
@@ -112,10 +112,9 @@ CONVOLUTIONS = {
 
 
 def check_convolution(input, weight, threshold, bias, geometry, arrange_grad=lambda t: t):
-    grad = arrange_grad(
-        torch.randn_like(_ops.masked_conv(input, weight, threshold, bias, *geometry, BACKEND))
-    )
-    opcheck(_ops.masked_conv, (input, weight, threshold, bias, *geometry, BACKEND))
+    arguments = (input, weight, threshold, bias, 0.01, *geometry, BACKEND)
+    grad = arrange_grad(torch.randn_like(_ops.masked_conv(*arguments)[0]))
+    opcheck(_ops.masked_conv, arguments)
     opcheck(
         _ops.masked_conv_grad_input,
         (grad, list(input.shape), weight, threshold, *geometry, BACKEND),

@@ -1,0 +1,166 @@
+"""Which path each product of a masked layer takes: a pure function of shapes, dtypes and the GPU.
+
+The products of a linear layer are y = x (W * M)^T, dX = dY (W * M) and G = dY^T X, from which
+dW and dt follow. Each runs *fused* (one kernel reads W and t, masks and multiplies; or multiplies and
+makes dW and dt in its epilogue) or *packed* (one pass writes W * M in the compute dtype, or reads
+G and W, and the vendor's library multiplies in between).
+
+Costs come from the GPU's table (`tables/`, written by `python -m bench plan` from measurements)
+where it has a case nearby, else from a roofline estimate.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from ._plan_table import measured_costs
+
+__all__ = ["FUSED", "PACKED", "PATHS", "PLANS", "Plan", "check_path", "plan_linear"]
+
+FUSED, PACKED = "fused", "packed"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How each product runs: "fused" or "packed"."""
+
+    forward: str
+    grad_input: str
+    grad_weight: str
+
+
+PLANS = {
+    "fused": Plan(FUSED, FUSED, FUSED),
+    "packed": Plan(PACKED, PACKED, PACKED),
+    "mixed": Plan(PACKED, PACKED, FUSED),
+}
+PATHS = ("auto", *PLANS)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of each product on each path; `packed_forward` includes the pack, which the backward
+    pass then finds done."""
+
+    fused_forward: float
+    packed_forward: float
+    fused_grad_input: float
+    packed_grad_input: float
+    fused_grad_weight: float
+    packed_grad_weight: float
+
+
+def check_path(path: str) -> None:
+    """Raise ValueError for an unknown name."""
+    if path not in PATHS:
+        raise ValueError(f"path must be one of {', '.join(PATHS)}, but is {path!r}")
+
+
+def plan_linear(
+    M: int,
+    N: int,
+    K: int,
+    input_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    *,
+    gpu: str | None = None,
+    tf32: bool = False,
+    needs_grad_input: bool = True,
+    packed_available: bool = False,
+) -> Plan:
+    """The fastest plan on a GPU for M tokens and a weight [N, K].
+
+    `gpu` is the device's name as torch reports it, `tf32` whether float32 products may round to
+    it. With `packed_available` the masked copy exists already.
+    """
+    if torch.float64 in (input_dtype, weight_dtype):
+        return PLANS["packed"]  # no tensor-core kernels for it
+    costs = _costs(M, N, K, input_dtype, weight_dtype, gpu, tf32)
+    grad_weight = FUSED if costs.fused_grad_weight < costs.packed_grad_weight else PACKED
+    if packed_available:
+        return Plan(PACKED, PACKED, grad_weight)
+    candidates = {
+        (FUSED, FUSED): costs.fused_forward + needs_grad_input * costs.fused_grad_input,
+        (PACKED, PACKED): costs.packed_forward + needs_grad_input * costs.packed_grad_input,
+        (PACKED, FUSED): costs.packed_forward + needs_grad_input * costs.fused_grad_input,
+    }
+    return Plan(*min(candidates, key=candidates.get), grad_weight)
+
+
+@functools.lru_cache(maxsize=4096)
+def _costs(
+    M: int,
+    N: int,
+    K: int,
+    input_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    gpu: str | None,
+    tf32: bool,
+) -> Costs:
+    exact_float32 = input_dtype == torch.float32 and not tf32
+    if not exact_float32:
+        measured = measured_costs(gpu, M, N, K, input_dtype, weight_dtype)
+        if measured is not None:
+            return Costs(**measured)
+    return _estimated_costs(M, N, K, input_dtype, weight_dtype, exact_float32)
+
+
+# -- the estimate ----------------------------------------------------------------------------------
+
+# A Hopper GPU's order of magnitude. Only ratios matter for the choice, and those differ little
+# between GPUs: what decides is how many times a weight is read and written.
+_BYTES_PER_SECOND = 4.3e12
+_SIXTEEN_BIT_FLOPS = 790e12
+_TF32_FLOPS = 390e12
+_FLOAT32_FLOPS = 50e12
+_LAUNCH = 2e-6
+
+# Shares of the library's speed. The masked product converts and masks its left operand in
+# registers before every multiplication; the gradient's product is dense until its epilogue.
+_MASKED_PRODUCT = 0.65
+_MASKED_PRODUCT_NO_CAST = 0.85
+_GRADIENT_PRODUCT = 0.9
+_FLOAT32_PRODUCT = 0.5  # without tensor cores Triton's products are far behind
+
+
+def _estimated_costs(
+    M: int,
+    N: int,
+    K: int,
+    input_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    exact_float32: bool,
+) -> Costs:
+    """Roofline: every kernel takes the longer of its arithmetic and its traffic, plus a launch."""
+    if exact_float32:
+        flops, masked_share, gradient_share = _FLOAT32_FLOPS, _FLOAT32_PRODUCT, _FLOAT32_PRODUCT
+    else:
+        flops = _SIXTEEN_BIT_FLOPS if input_dtype.itemsize == 2 else _TF32_FLOPS
+        same = input_dtype == weight_dtype
+        masked_share = _MASKED_PRODUCT_NO_CAST if same else _MASKED_PRODUCT
+        gradient_share = _GRADIENT_PRODUCT
+    weights = N * K
+    activations = M * (N + K) * input_dtype.itemsize
+    compute, stored = weights * input_dtype.itemsize, weights * weight_dtype.itemsize
+    arithmetic = 2 * M * weights / flops
+
+    def kernel(arithmetic: float, traffic: float) -> float:
+        return max(arithmetic, traffic / _BYTES_PER_SECOND) + _LAUNCH
+
+    product = kernel(arithmetic, activations + compute)
+    pack = kernel(0, stored + compute) + _LAUNCH  # the second launch settles the guard
+    post = kernel(0, compute + 2 * stored)
+    masked_product = kernel(arithmetic / masked_share, activations + stored)
+    # The fused epilogue overlaps with nothing in its own tile.
+    epilogue = 2 * stored / _BYTES_PER_SECOND / 4
+    return Costs(
+        fused_forward=masked_product + _LAUNCH,
+        packed_forward=pack + product,
+        fused_grad_input=masked_product,
+        packed_grad_input=product,
+        fused_grad_weight=kernel(arithmetic / gradient_share, activations + 2 * stored) + epilogue,
+        packed_grad_weight=product + post,
+    )

@@ -1,0 +1,21 @@
+"""Autograd functions around the ops: what is saved, which gradients are computed, autocast.
+
+They save the input, the weight, the effective threshold and, on the packed path, the masked weight
+in the compute dtype; never a mask. They can be differentiated once: the surrogate is not a
+derivative, so there is no second one.
+"""
+
+from ._function import product_dtype
+from .conv import masked_conv
+from .linear import masked_linear
+from .regularization import sparse_regularization
+from .weight import masked_weight, pack
+
+__all__ = [
+    "masked_conv",
+    "masked_linear",
+    "masked_weight",
+    "pack",
+    "product_dtype",
+    "sparse_regularization",
+]

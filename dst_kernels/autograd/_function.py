@@ -1,0 +1,127 @@
+"""What all functions here share: the base class, a first derivative only, autocast."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .._autocast import autocast_enabled
+from .._checks import check_same_dtype
+from .._plan import FUSED
+
+__all__ = [
+    "MaskedFunction",
+    "cast_for_autocast",
+    "once_differentiable",
+    "product_dtype",
+    "save_operands",
+    "wanted",
+]
+
+
+class MaskedFunction(Function):
+    """Subclasses have `compute(*inputs)`, `save(ctx, inputs, output)` and `backward(ctx, *grads)`.
+
+    torch offers that split too, but then binds the arguments to forward's signature at every call,
+    which costs as much as a small layer. Only torch.func needs it, and gets it from a twin class.
+    """
+
+    def __init_subclass__(cls) -> None:
+        def forward(ctx, *inputs):
+            output = cls.compute(*inputs)
+            cls.save(ctx, inputs, output)
+            return output
+
+        cls.forward = staticmethod(forward)
+        members = {"forward": cls.compute, "setup_context": cls.save, "backward": cls.backward}
+        members = {name: staticmethod(function) for name, function in members.items()}
+        cls.twin = type(f"{cls.__name__}ForFunc", (Function,), members)
+
+    @classmethod
+    def apply(cls, *args):
+        if torch._C._are_functorch_transforms_active():
+            return cls.twin.apply(*args)
+        return super().apply(*args)
+
+
+class _RefuseSecondDerivative(Function):
+    """Hands gradients through; its own backward is the second derivative, which does not exist."""
+
+    @staticmethod
+    def forward(grad_output, *grads):
+        return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "dst_kernels operations can be differentiated once only: the gradient of a threshold "
+            "mask is a surrogate, not a derivative, so a second derivative (create_graph=True, "
+            "gradient penalties, Hessians) has no meaning"
+        )
+
+
+def once_differentiable(backward):
+    """As torch's decorator of that name, with an error that says why."""
+
+    @functools.wraps(backward)
+    def wrapper(ctx, grad, *others):
+        if not torch.is_grad_enabled():  # unless create_graph was given
+            return backward(ctx, grad, *others)
+        with torch.no_grad():
+            grads = backward(ctx, grad, *others)
+        return _RefuseSecondDerivative.apply(grad, *grads) if grad.requires_grad else grads
+
+    return wrapper
+
+
+def save_operands(
+    ctx, input: Tensor, weight: Tensor, effective: Tensor, packed: Tensor | None
+) -> None:
+    """Save what the wanted gradients need and no more; `packed` serves the input's alone.
+
+    ctx.grad_input_path says how that gradient runs; the first three inputs are input, weight and
+    threshold.
+    """
+    of_input, of_weight, of_threshold = ctx.needs_input_grad[:3]
+    of_mask = of_weight or of_threshold
+    if not of_input or ctx.grad_input_path == FUSED:
+        packed = None
+    from_weight = of_mask or (of_input and packed is None)
+    ctx.save_for_backward(
+        input if of_mask else None,
+        weight if from_weight else None,
+        effective if from_weight else None,
+        packed,
+    )
+
+
+def wanted(ctx, first: int, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """`grads` of the inputs from position `first` on, None where none is needed."""
+    needed = ctx.needs_input_grad[first : first + len(grads)]
+    return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+
+
+_CAST_BY_AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)  # float64 it leaves alone
+
+
+def product_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
+    """What the product runs in: under autocast its dtype, else the input's."""
+    device_type = weight.device.type
+    if autocast_enabled(device_type) and input.dtype in _CAST_BY_AUTOCAST:
+        return torch.get_autocast_dtype(device_type)
+    check_same_dtype(input, weight)
+    return input.dtype
+
+
+def cast_for_autocast(input: Tensor, weight: Tensor) -> Tensor:
+    """The input in the dtype of the product; the weight keeps its own for the comparison."""
+    dtype = product_dtype(input, weight)
+    return input if input.dtype == dtype else input.to(dtype)

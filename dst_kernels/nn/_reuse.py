@@ -1,0 +1,97 @@
+"""Packing a layer's masked weight once for several forwards.
+
+Only the user can know that weights stay as they are: writes through `.data` leave no trace, and
+fused optimizers do not count their versions up. Hence a scope, opened by name; inside it every
+change that can be seen still leads to a new pack.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .. import autograd
+from ..autograd.weight import Packed
+
+__all__ = ["Packs", "weights_unchanged"]
+
+
+class Packs:
+    """One layer's masked copies by compute dtype, and what they were made from."""
+
+    def __init__(self) -> None:
+        self._made: dict[torch.dtype, tuple[tuple, Packed]] = {}
+        self._sources: tuple[Tensor, Tensor] | None = None
+
+    def clear(self) -> None:
+        self._made.clear()
+        self._sources = None
+
+    def get(
+        self,
+        weight: Tensor,
+        threshold: Tensor,
+        reset_ratio: float | None,
+        dtype: torch.dtype,
+        backend: str,
+    ) -> Packed:
+        """The copy in `dtype`, new where weight or threshold were seen to change."""
+        state = _state(weight), _state(threshold), reset_ratio, backend
+        known = self._made.get(dtype)
+        if known is not None and known[0] == state:
+            return known[1]
+        packed = autograd.pack(weight, threshold, reset_ratio, dtype, backend)
+        # Held, so that other tensors cannot come to lie at the same addresses.
+        self._sources = weight.detach(), threshold.detach()
+        self._made = {dtype: (state, packed)}
+        return packed
+
+    def threshold_was_committed(self, threshold: Tensor) -> None:
+        """What a commit writes is what the copies were made with."""
+        self._made = {
+            dtype: ((weight, _state(threshold), *rest), packed)
+            for dtype, ((weight, _, *rest), packed) in self._made.items()
+        }
+
+
+def _state(tensor: Tensor) -> tuple:
+    # An inference tensor counts no versions and can be written to in inference mode only.
+    version = object() if tensor.is_inference() else tensor._version
+    return version, tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+@contextlib.contextmanager
+def weights_unchanged(model: nn.Module) -> Iterator[None]:
+    """Promise that inside this scope the weights and thresholds of `model` stay as they are.
+
+    Its masked layers then mask and cast each weight once, not once per forward: for the
+    micro-batches of a gradient accumulation, or an evaluation. It costs one copy of each masked
+    weight in the compute dtype while the scope is open. Results are those without the scope.
+
+    Optimizer steps, `load_state_dict`, in-place operations and new tensors inside the scope are
+    noticed and lead to new copies. Writes through `.data` or from outside PyTorch are not: leave
+    the scope before them. Layers sharded by FSDP2 and compiled ones pack at every forward.
+    """
+    from ._masked import MaskedLayer
+
+    layers = [module for module in model.modules() if isinstance(module, MaskedLayer)]
+    opened = [layer for layer in layers if layer._packs is None]  # the rest: an outer scope's
+    for layer in opened:
+        layer._packs = Packs()
+
+    def clear(*_) -> None:
+        for layer in layers:
+            if layer._packs is not None:
+                layer._packs.clear()
+
+    hook = register_optimizer_step_post_hook(clear)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for layer in opened:
+            del layer._packs
