@@ -68,9 +68,9 @@ def _narrow(found: Measurement) -> Iterator[str]:
     largest = max((access.elements for access in found.accesses), default=0)
     if not largest:
         yield "no load or store of a tile found, so that their widths are not known"
-    for access in found.accesses:
+    for access in dict.fromkeys(found.accesses):  # pipelining repeats them
         if 2 * access.elements >= largest and (problem := _problem(access, found.threads)):
-            yield f"{access.operation} in line {access.line}: {problem}"
+            yield f"{access.operation} in {access.place}: {problem}"
 
 
 def _problem(access: Access, threads: int) -> str | None:

@@ -15,7 +15,7 @@ from math import prod
 
 # `#loc36 = loc("w"(#loc9))`, `#loc9 = loc("file.py":33:9)`, `#loc40 = loc(callsite(#loc19 at ...))`
 _ALIAS = re.compile(r"^(#loc\d*) = loc\((.*)\)$", re.MULTILINE)
-_POSITION = re.compile(r'":(\d+):(\d+)')
+_POSITION = re.compile(r'([^/"]+)":(\d+):(\d+)')
 _REFERENCE = re.compile(r"#loc\d*")
 # `%x = tt.load %p, %m : tensor<8x512x!tt.ptr<f32>, #blocked> loc(#loc36)`. Scalars have no tensor.
 _TILE = re.compile(
@@ -34,7 +34,8 @@ class Access:
     """A load or store of a tile in the source of a kernel."""
 
     operation: str
-    line: int
+    place: str
+    """File and line."""
     elements: int
     element_bytes: int
     widths: tuple[int, ...]
@@ -52,34 +53,34 @@ def tile_accesses(ttgir: str, ptx: str) -> tuple[Access, ...]:
     widths = _widths(ptx)
     accesses = []
     for operation, shape, _, bits, reference in _TILE.findall(ttgir):
-        position = positions.of(reference)
+        file, *position = positions.of(reference)
         accesses.append(
             Access(
                 operation="store" if operation == "tt.store" else "load",
-                line=position[0],
+                place=f"{file}:{position[0]}",
                 elements=prod(int(size) for size in shape.rstrip("x").split("x")),
                 element_bytes=max(1, int(bits) // 8),
-                widths=tuple(widths.get(position, ())),
+                widths=tuple(widths.get(tuple(position), ())),
             )
         )
     return tuple(accesses)
 
 
 class _Positions:
-    """Resolves locations of the IR to line and column, innermost function first."""
+    """Resolves locations of the IR to file, line and column, innermost function first."""
 
     def __init__(self, ttgir: str):
         self._aliases = dict(_ALIAS.findall(ttgir))
 
-    def of(self, reference: str) -> tuple[int, int]:
+    def of(self, reference: str | None) -> tuple[str, int, int]:
         while reference is not None:
             text = self._aliases.get(reference, "")
             position = _POSITION.search(text)
             if position:
-                return int(position[1]), int(position[2])
+                return position[1], int(position[2]), int(position[3])
             inner = _REFERENCE.search(text)
             reference = inner[0] if inner else None
-        return 0, 0
+        return "unknown", 0, 0
 
 
 def _widths(ptx: str) -> dict[tuple[int, int], list[int]]:
