@@ -1,0 +1,101 @@
+"""How long a call takes: on the device, on the host, under a CUDA graph, on the wall clock.
+
+All times are in seconds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Timing", "device_time", "graph_time", "host_time", "peak_memory", "wall_time"]
+
+_CPU_BUDGET = 0.05
+_FEWEST, _MOST = 5, 200
+_CALLS_BETWEEN_SYNCHRONISATIONS = 10
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median and interquartile range of the samples."""
+
+    median: float
+    spread: float
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Timing:
+        if len(samples) < 2:
+            return cls(samples[0], 0.0)
+        low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+        return cls(middle, high - low)
+
+
+def device_time(call: Callable[[], object], device: torch.device) -> Timing:
+    """CUDA: events around each call, L2 flushed before it. CPU: the wall clock."""
+    if device.type != "cuda":
+        return wall_time(call, device)
+    from triton.testing import do_bench
+
+    return Timing.of([ms / 1e3 for ms in do_bench(call, return_mode="all")])
+
+
+def graph_time(call: Callable[[], object]) -> Timing:
+    """CUDA only: many calls in one CUDA graph, so without any host work between kernels; warm L2.
+
+    Raises what the capture raises.
+    """
+    from triton.testing import do_bench_cudagraph
+
+    return Timing.of([ms / 1e3 for ms in do_bench_cudagraph(call, return_mode="all")])
+
+
+def wall_time(call: Callable[[], object], device: torch.device) -> Timing:
+    """From one idle device to the next, a call at a time on the CPU, ten together on CUDA."""
+    together = _CALLS_BETWEEN_SYNCHRONISATIONS if device.type == "cuda" else 1
+    call()
+    call()
+    samples: list[float] = []
+    begin = time.perf_counter()
+    while len(samples) < _FEWEST or (
+        len(samples) < _MOST and time.perf_counter() - begin < _CPU_BUDGET
+    ):
+        _synchronize(device)
+        start = time.perf_counter()
+        for _ in range(together):
+            call()
+        _synchronize(device)
+        samples.append((time.perf_counter() - start) / together)
+    return Timing.of(samples)
+
+
+def host_time(call: Callable[[], object], device: torch.device) -> Timing:
+    """CUDA only: until a call has returned, its kernels being enqueued, not finished."""
+    call()
+    samples = []
+    for _ in range(_FEWEST):
+        _synchronize(device)
+        for _ in range(_CALLS_BETWEEN_SYNCHRONISATIONS):
+            start = time.perf_counter()
+            call()
+            samples.append(time.perf_counter() - start)
+    _synchronize(device)
+    return Timing.of(samples)
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> int:
+    """CUDA only: most bytes allocated during a call, beyond those allocated before it."""
+    _synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    _synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

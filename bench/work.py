@@ -1,0 +1,51 @@
+"""How much work a pass of a case is, whoever does it: the numerators of FLOP/s and bytes/s."""
+
+from __future__ import annotations
+
+import torch
+
+from .cases import MASKED_WEIGHT, Case
+
+__all__ = ["flops", "least_bytes"]
+
+_PRODUCTS = {
+    "forward": 1,
+    "backward": 2,
+    "forward_backward": 3,
+    "step": 3,
+    "grad_input": 1,
+    "grad_weight": 1,
+}
+
+
+def flops(case: Case, name: str) -> int | None:
+    """Operations in the matrix products of a pass; None for an op without any."""
+    if case.op == MASKED_WEIGHT:
+        return None
+    return 2 * case.M * case.N * case.K * _PRODUCTS[name]
+
+
+def least_bytes(case: Case, name: str) -> int | None:
+    """Bytes that must be read and written once, thresholds and biases left out; None for a step.
+
+    Masked weight: forward reads W and writes it in the compute dtype, backward reads W and the
+    gradient and writes dW. Linear: every operand of the pass once.
+    """
+    weight, compute = _width(case.mode.weight), _width(case.mode.compute)
+    weights, inputs, outputs = case.N * case.K, case.M * case.K, case.M * case.N
+    if case.op == MASKED_WEIGHT:
+        return weights * {"forward": weight + compute, "backward": compute + 2 * weight}[name]
+    forward = weights * weight + (inputs + outputs) * compute
+    # The gradients of input and weight read the gradient of the output together once.
+    backward = 2 * weights * weight + (2 * inputs + outputs) * compute
+    return {
+        "forward": forward,
+        "backward": backward,
+        "forward_backward": forward + backward,
+        "grad_input": forward,
+        "grad_weight": 2 * weights * weight + (inputs + outputs) * compute,
+    }.get(name)
+
+
+def _width(dtype: torch.dtype) -> int:
+    return torch.finfo(dtype).bits // 8
