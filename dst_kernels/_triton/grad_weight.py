@@ -1,0 +1,182 @@
+"""dW and dt of a linear layer in one pass: G = dY^T X never leaves the accumulator.
+
+Each program owns a tile of the weight, multiplies over all tokens, then reads W and t and writes dW
+and, for each row, its share of dt; the shares are added up in a fixed order, without atomics. Where
+the weight has too few tiles to fill the GPU, tokens are split: programs write slabs of G, and
+`post`, which is not linear in the slabs but in their sum, takes it from there.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import on_device_of
+from .masking import ELEMENT, SURROGATE_CODES, load_threshold, weight_gradients
+from .matrix import Matrix
+from .product import tile_of_program
+from .tiles import GradWeightTile
+
+__all__ = ["dense_slabs", "fused_grad_weight", "grad_weight_kernel", "slabs_kernel"]
+
+
+@triton.jit
+def _dense_tile(
+    grad, x, r, c, in_r, in_c, begin, end,
+    stride_gm, stride_gr, stride_xm, stride_xc,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """G over tokens begin to end."""
+    m = begin + tl.arange(0, BLOCK_M).to(tl.int64)
+    grad_tile = grad + m[:, None] * stride_gm + r[None, :] * stride_gr
+    x_tile = x + m[:, None] * stride_xm + c[None, :] * stride_xc
+    accumulator = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for start in range(begin, end, BLOCK_M):
+        in_m = start + tl.arange(0, BLOCK_M) < end
+        left = tl.load(grad_tile, mask=in_m[:, None] & in_r[None, :], other=0.0)
+        right = tl.load(x_tile, mask=in_m[:, None] & in_c[None, :], other=0.0)
+        accumulator = tl.dot(tl.trans(left), right, accumulator, input_precision=PRECISION)
+        grad_tile += BLOCK_M * stride_gm
+        x_tile += BLOCK_M * stride_xm
+    return accumulator
+
+
+@triton.jit
+def grad_weight_kernel(
+    grad, x, weight, threshold, grad_weight, grad_threshold,
+    M, R, C,
+    stride_gm, stride_gr, stride_xm, stride_xc, stride_wr, stride_wc, stride_tr, stride_tc,
+    stride_or, stride_oc, stride_hr, stride_hc,
+    THRESHOLD: tl.constexpr, SURROGATE: tl.constexpr, STRUCTURE_GRADIENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+    GROUP: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """One tile of dW [R, C]; its epilogue in PIECES, each of which fits in registers.
+
+    grad_threshold is the result where thresholds are element-wise, else partial sums
+    [tiles of C, R].
+    """
+    tile_r, tile_c = tile_of_program(tl.cdiv(R, BLOCK_R), tl.cdiv(C, BLOCK_C), GROUP)
+    r = tile_r.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = tile_c.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_r, in_c = r < R, c < C
+    accumulator = _dense_tile(
+        grad, x, r, c, in_r, in_c, 0, M, stride_gm, stride_gr, stride_xm, stride_xc,
+        PRECISION, BLOCK_R, BLOCK_C, BLOCK_M,
+    )  # fmt: skip
+    row_sum = tl.zeros((BLOCK_R,), tl.float32)
+    PIECE: tl.constexpr = BLOCK_C // PIECES
+    if PIECES == 2:
+        halves = tl.permute(tl.reshape(accumulator, (BLOCK_R, 2, PIECE)), (0, 2, 1))
+        first, second = tl.split(halves)
+    for piece in tl.static_range(PIECES):
+        if PIECES == 1:
+            g = accumulator
+        elif piece == 0:
+            g = first
+        else:
+            g = second
+        column = tile_c.to(tl.int64) * BLOCK_C + piece * PIECE + tl.arange(0, PIECE)
+        in_column = column < C
+        inside = in_r[:, None] & in_column[None, :]
+        w = tl.load(
+            weight + r[:, None] * stride_wr + column[None, :] * stride_wc, mask=inside, other=0.0
+        ).to(tl.float32)
+        t = load_threshold(
+            threshold, r, column, in_r, in_column, stride_tr, stride_tc, THRESHOLD, tl.float32
+        )  # fmt: skip
+        gw, gt = weight_gradients(g, w, t, SURROGATE, STRUCTURE_GRADIENT)
+        tl.store(
+            grad_weight + r[:, None] * stride_or + column[None, :] * stride_oc,
+            gw.to(grad_weight.dtype.element_ty),
+            mask=inside,
+        )
+        if THRESHOLD == ELEMENT:
+            tl.store(
+                grad_threshold + r[:, None] * stride_hr + column[None, :] * stride_hc,
+                gt.to(grad_threshold.dtype.element_ty),
+                mask=inside,
+            )
+        else:
+            row_sum += tl.sum(tl.where(inside, gt, 0.0), axis=1)
+    if THRESHOLD != ELEMENT:
+        tl.store(grad_threshold + tile_c.to(tl.int64) * R + r, row_sum, mask=in_r)
+
+
+@triton.jit
+def slabs_kernel(
+    grad, x, slabs, M, R, C, part,
+    stride_gm, stride_gr, stride_xm, stride_xc,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile of one slab [parts, R, C] of G: the tokens program_id(1) * part onwards."""
+    tile_r, tile_c = tile_of_program(tl.cdiv(R, BLOCK_R), tl.cdiv(C, BLOCK_C), GROUP)
+    r = tile_r.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = tile_c.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_r, in_c = r < R, c < C
+    split = tl.program_id(1)
+    accumulator = _dense_tile(
+        grad, x, r, c, in_r, in_c, split * part, tl.minimum((split + 1) * part, M),
+        stride_gm, stride_gr, stride_xm, stride_xc, PRECISION, BLOCK_R, BLOCK_C, BLOCK_M,
+    )  # fmt: skip
+    slab = slabs + split.to(tl.int64) * R * C
+    inside = in_r[:, None] & in_c[None, :]
+    tl.store(slab + r[:, None] * C + c[None, :], accumulator, mask=inside)
+
+
+def fused_grad_weight(
+    grad: Tensor,
+    x: Tensor,
+    weight: Matrix,
+    threshold: Matrix,
+    grad_weight: Matrix,
+    grad_threshold: Matrix | None,
+    surrogate: str,
+    structure_gradient: bool,
+    tile: GradWeightTile,
+    precision: str,
+) -> Tensor | None:
+    """Fill `grad_weight` from grad [M, R] and x [M, C]; of dt as `post` does."""
+    (M, R), C = grad.shape, x.shape[1]
+    tiles_c = triton.cdiv(C, tile.block_c)
+    partial = None
+    if grad_threshold is None:
+        partial = torch.empty((tiles_c, R), dtype=torch.float32, device=x.device)
+        grad_threshold = Matrix(partial, R, C, 0, 0)
+    with on_device_of(x):
+        grad_weight_kernel[(triton.cdiv(R, tile.block_r) * tiles_c,)](
+            grad, x, weight.tensor, threshold.tensor, grad_weight.tensor, grad_threshold.tensor,
+            M, R, C,
+            *grad.stride(), *x.stride(), weight.row_stride, weight.column_stride,
+            threshold.row_stride, threshold.column_stride,
+            grad_weight.row_stride, grad_weight.column_stride,
+            grad_threshold.row_stride, grad_threshold.column_stride,
+            THRESHOLD=threshold.axis, SURROGATE=SURROGATE_CODES[surrogate],
+            STRUCTURE_GRADIENT=structure_gradient, PRECISION=precision,
+            BLOCK_R=tile.block_r, BLOCK_C=tile.block_c, BLOCK_M=tile.block_m,
+            GROUP=tile.group, PIECES=tile.pieces,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return partial
+
+
+def dense_slabs(grad: Tensor, x: Tensor, tile: GradWeightTile, precision: str) -> Tensor:
+    """G as float32 partial sums [parts, R, C] over the tokens."""
+    (M, R), C = grad.shape, x.shape[1]
+    part = triton.cdiv(triton.cdiv(M, tile.split), tile.block_m) * tile.block_m
+    parts = triton.cdiv(M, part)
+    slabs = torch.empty((parts, R, C), dtype=torch.float32, device=x.device)
+    tiles = triton.cdiv(R, tile.block_r) * triton.cdiv(C, tile.block_c)
+    with on_device_of(x):
+        slabs_kernel[(tiles, parts)](
+            grad, x, slabs, M, R, C, part, *grad.stride(), *x.stride(),
+            PRECISION=precision,
+            BLOCK_R=tile.block_r, BLOCK_C=tile.block_c, BLOCK_M=tile.block_m, GROUP=tile.group,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return slabs

@@ -1,0 +1,28 @@
+"""What every launcher needs: the tensors' device, Triton's names of dtypes."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["TRITON_DTYPES", "on_device_of"]
+
+TRITON_DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+_NOTHING = contextlib.nullcontext()
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors'."""
+    device = tensor.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(device)

@@ -1,0 +1,118 @@
+"""Ops of the linear layer, each in one pass over the weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._device import tf32_allowed
+from ..reference.linear import flatten_batch
+from .grad_weight import dense_slabs, fused_grad_weight
+from .matrix import Matrix, as_matrices, as_threshold
+from .post import finish_threshold_gradient, post
+from .product import masked_product
+from .tiles import grad_weight_tile, product_tile, stream_tile
+
+__all__ = ["masked_linear", "masked_linear_grad_input", "masked_linear_grad_weight"]
+
+
+def masked_linear(
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None,
+    reset_ratio: float | None,
+) -> tuple[Tensor, Tensor]:
+    """As the reference's; TypeError for float64."""
+    _refuse_float64(input, weight, threshold)
+    x = flatten_batch(input)
+    effective = threshold.clone(memory_format=torch.contiguous_format)
+    if 0 in x.shape or 0 in weight.shape:
+        output = x.new_zeros((x.shape[0], weight.shape[0]))
+        output = output if bias is None else output.add_(bias)
+        guard = None
+    else:
+        guard = reset_ratio
+        tf32 = tf32_allowed()
+        (matrix, stored) = _operands(weight, threshold)
+        tile = product_tile(x.shape[0], *weight.shape, x.dtype, tf32)
+        output = masked_product(
+            x, matrix, stored, None if bias is None else bias.contiguous(), tile, _precision(tf32),
+            reset_ratio=guard, effective=effective,
+        )  # fmt: skip
+    if effective.stride() != threshold.stride():
+        effective = torch.empty_like(threshold).copy_(effective)
+    return output.view(*input.shape[:-1], weight.shape[0]), effective
+
+
+def masked_linear_grad_input(grad: Tensor, weight: Tensor, threshold: Tensor) -> Tensor:
+    """As the reference's; TypeError for float64."""
+    _refuse_float64(grad, weight, threshold)
+    dy = flatten_batch(grad)
+    if 0 in dy.shape or 0 in weight.shape:
+        return grad.new_zeros((*grad.shape[:-1], weight.shape[1]))
+    tf32 = tf32_allowed()
+    matrix, stored = (operand.t() for operand in _operands(weight, threshold))
+    tile = product_tile(dy.shape[0], matrix.rows, matrix.columns, dy.dtype, tf32)
+    output = masked_product(dy, matrix, stored, None, tile, _precision(tf32))
+    return output.view(*grad.shape[:-1], weight.shape[1])
+
+
+def masked_linear_grad_weight(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    surrogate: str,
+    structure_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """As the reference's; TypeError for float64."""
+    _refuse_float64(grad, weight, threshold)
+    dy, x = flatten_batch(grad), flatten_batch(input)
+    grad_weight = torch.empty_like(weight)
+    if 0 in weight.shape:
+        return grad_weight, torch.zeros_like(threshold)
+    matrix, stored = _operands(weight, threshold)
+    (written,) = as_matrices(grad_weight)
+    element_wise = threshold.shape == weight.shape
+    grad_threshold = torch.empty_like(threshold) if element_wise else None
+    (into,) = as_matrices(grad_threshold) if element_wise else (None,)
+    tf32 = tf32_allowed()
+    tile = grad_weight_tile(len(x), *weight.shape, x.dtype, tf32)
+    precision = _precision(tf32)
+    if tile.split > 1:
+        slabs = dense_slabs(dy, x, tile, precision)
+        partial = post(
+            Matrix(slabs, matrix.rows, matrix.columns, matrix.columns, 1),
+            matrix, stored, written, into, surrogate, structure_gradient,
+            stream_tile(matrix.columns, 1), slabs=len(slabs), slab_stride=weight.numel(),
+        )  # fmt: skip
+    else:
+        partial = fused_grad_weight(
+            dy, x, matrix, stored, written, into, surrogate, structure_gradient, tile, precision
+        )
+    if partial is None:
+        return grad_weight, grad_threshold
+    return grad_weight, finish_threshold_gradient(partial, threshold, stored.axis)
+
+
+def _operands(weight: Tensor, threshold: Tensor) -> tuple[Matrix, Matrix]:
+    if threshold.shape == weight.shape:
+        matrix, stored = as_matrices(weight, threshold)
+        return matrix, stored
+    return as_matrices(weight)[0], as_threshold(threshold, weight)
+
+
+def _precision(tf32: bool) -> str:
+    """How float32 products round; without effect on 16-bit ones."""
+    return "tf32" if tf32 else "ieee"
+
+
+def _refuse_float64(activation: Tensor, weight: Tensor, threshold: Tensor) -> None:
+    tensors = {"input": activation, "weight": weight, "threshold": threshold}
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.float64:
+            raise TypeError(
+                f"{name} must be float16, bfloat16 or float32 for Triton's fused products, but its "
+                "dtype is torch.float64. Use path='packed' or 'auto', or backend='reference'."
+            )

@@ -1,0 +1,89 @@
+"""Device functions all kernels share: thresholds, masking, the surrogate derivatives.
+
+Tiles of the weight are [R, C]. Numbers are compared in float32, or float64 where the weight or the
+threshold is; the order of operations is the reference's, so masks agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "ALONG_C",
+    "ALONG_R",
+    "ELEMENT",
+    "LAYER",
+    "SURROGATE_CODES",
+    "load_threshold",
+    "masked",
+    "weight_gradients",
+]
+
+# Along which axis of a tile thresholds vary: the kernels' THRESHOLD.
+LAYER = tl.constexpr(0)
+ALONG_R = tl.constexpr(1)
+ALONG_C = tl.constexpr(2)
+ELEMENT = tl.constexpr(3)
+
+# The kernels' SURROGATE.
+SURROGATE_CODES = {"long_tailed": 0, "rectangular": 1, "triangular": 2, "straight_through": 3}
+
+
+@triton.jit
+def load_threshold(
+    threshold, r, c, in_r, in_c, stride_tr, stride_tc,
+    THRESHOLD: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Thresholds of the tile with rows r and columns c, broadcastable against it."""
+    if THRESHOLD == LAYER:
+        return tl.load(threshold).to(COMPUTE)
+    elif THRESHOLD == ALONG_R:
+        return tl.load(threshold + r * stride_tr, mask=in_r, other=0.0).to(COMPUTE)[:, None]
+    elif THRESHOLD == ALONG_C:
+        return tl.load(threshold + c * stride_tc, mask=in_c, other=0.0).to(COMPUTE)[None, :]
+    else:
+        offsets = r[:, None] * stride_tr + c[None, :] * stride_tc
+        return tl.load(threshold + offsets, mask=in_r[:, None] & in_c[None, :], other=0.0).to(
+            COMPUTE
+        )
+
+
+@triton.jit
+def masked(weight, threshold):
+    """W * M; NaN where either is, for only |W| <= t prunes."""
+    nan_or_zero = tl.where(threshold != threshold, threshold, 0.0)
+    return tl.where(tl.abs(weight) <= threshold, 0.0, weight + nan_or_zero)
+
+
+@triton.jit
+def _surrogate(margin, SURROGATE: tl.constexpr):
+    """H(margin); NaN stays NaN."""
+    distance = tl.abs(margin)
+    if SURROGATE == 0:  # 2 - 4|x| meets the tail at 0.4, so both pieces are one maximum
+        slope = 2.0 - 4.0 * distance
+        height = tl.maximum(slope, 0.4, propagate_nan=tl.PropagateNan.ALL)
+        return tl.where(distance > 1.0, 0.0, height)
+    elif SURROGATE == 1:
+        return tl.where(distance > 0.5, 0.0, 1.0 + (distance - distance))
+    elif SURROGATE == 2:
+        return tl.maximum(1.0 - distance, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        return tl.where(distance != distance, distance, 1.0)
+
+
+@triton.jit
+def weight_gradients(
+    dense, weight, threshold, SURROGATE: tl.constexpr, STRUCTURE_GRADIENT: tl.constexpr
+):
+    """(dW, each weight's summand of dt) from G; all in one dtype, broadcastable.
+
+    dW = G M + G |W| H(Q), the second term only with STRUCTURE_GRADIENT; dt = -sum(G W H(Q)).
+    """
+    magnitude = tl.abs(weight)
+    margin = magnitude - threshold
+    through_mask = dense * _surrogate(margin, SURROGATE)
+    grad_weight = tl.where(margin <= 0.0, 0.0, dense)
+    if STRUCTURE_GRADIENT:
+        grad_weight += through_mask * magnitude
+    return grad_weight, -(through_mask * weight)

@@ -1,0 +1,84 @@
+"""Host side: how weights and thresholds look to kernels, which know nothing but matrices."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .masking import ALONG_C, ALONG_R, ELEMENT, LAYER
+
+__all__ = ["Matrix", "as_matrices", "as_threshold", "compute_dtype", "like_weight"]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A tensor as rows x columns; strides count elements.
+
+    `axis` says along which of them the values vary (for thresholds).
+    """
+
+    tensor: Tensor
+    rows: int
+    columns: int
+    row_stride: int
+    column_stride: int
+    axis: int = ELEMENT.value
+
+    def t(self) -> Matrix:
+        """The transpose, without a copy."""
+        axis = {ALONG_R.value: ALONG_C.value, ALONG_C.value: ALONG_R.value}.get(
+            self.axis, self.axis
+        )
+        return Matrix(
+            self.tensor, self.columns, self.rows, self.column_stride, self.row_stride, axis
+        )
+
+
+def as_matrices(*tensors: Tensor) -> list[Matrix] | None:
+    """Tensors of one shape [out, ...] as [out, everything else], element for element.
+
+    None where that takes a copy: with more than two dimensions, each row must be one piece of
+    memory, in the same order in all of them.
+    """
+    shape = tensors[0].shape
+    rows, columns = shape[0], math.prod(shape[1:])
+    if len(shape) == 2:
+        return [Matrix(tensor, rows, columns, *tensor.stride()) for tensor in tensors]
+    for tensor in tensors:
+        expected = 1
+        for stride, size in sorted(zip(tensor.stride()[1:], shape[1:], strict=True)):
+            if size != 1 and stride != expected:
+                return None
+            expected *= size
+    orders = {
+        tuple(
+            stride for stride, size in zip(tensor.stride()[1:], shape[1:], strict=True) if size > 1
+        )
+        for tensor in tensors
+    }
+    if len(orders) > 1:
+        return None
+    return [Matrix(tensor, rows, columns, tensor.stride(0), 1) for tensor in tensors]
+
+
+def like_weight(tensor: Tensor, weight: Tensor) -> Tensor:
+    """`tensor` with the strides that new tensors like `weight` get: the one copy layouts may cost."""
+    wanted = torch.empty_like(weight, dtype=tensor.dtype)
+    return tensor if tensor.stride() == wanted.stride() else wanted.copy_(tensor)
+
+
+def as_threshold(threshold: Tensor, weight: Tensor) -> Matrix:
+    """A threshold that is no element-wise one: one value for each row, or one for all."""
+    rows, columns = weight.shape[0], math.prod(weight.shape[1:])
+    if threshold.dim() == 1 and threshold.shape[0] == rows:
+        return Matrix(threshold, rows, columns, threshold.stride(0), 0, ALONG_R.value)
+    return Matrix(threshold, rows, columns, 0, 0, LAYER.value)
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """What comparisons and gradients are computed in: float64 where a tensor is, else float32."""
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32

@@ -1,0 +1,122 @@
+"""post: dW and dt from the dense gradient G in one streaming pass, each row's sum in a fixed order.
+
+G may come as several slabs (partial sums of a split product), which are added up in order first.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import TRITON_DTYPES, on_device_of
+from .masking import ELEMENT, LAYER, SURROGATE_CODES, load_threshold, weight_gradients
+from .matrix import Matrix, compute_dtype
+from .tiles import StreamTile
+
+__all__ = ["finish_threshold_gradient", "post", "post_kernel"]
+
+
+@triton.jit
+def post_kernel(
+    dense, weight, threshold, grad_weight, grad_threshold,
+    R, C, chunk, slabs, slab_stride,
+    stride_dr, stride_dc, stride_wr, stride_wc, stride_tr, stride_tc,
+    stride_gr, stride_gc, stride_hr, stride_hc,
+    THRESHOLD: tl.constexpr, COMPUTE: tl.constexpr,
+    SURROGATE: tl.constexpr, STRUCTURE_GRADIENT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows program_id(0), columns program_id(1) * chunk onwards.
+
+    grad_threshold is the result where thresholds are element-wise, else partial sums [chunks, R].
+    """
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    in_r = r < R
+    begin = tl.program_id(1).to(tl.int64) * chunk
+    end = tl.minimum(begin + chunk, C)
+    row_sum = tl.zeros((ROWS,), COMPUTE)
+    for start in range(begin, end, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        in_c = c < end
+        inside = in_r[:, None] & in_c[None, :]
+        w = tl.load(
+            weight + r[:, None] * stride_wr + c[None, :] * stride_wc, mask=inside, other=0.0
+        ).to(COMPUTE)
+        from_dense = dense + r[:, None] * stride_dr + c[None, :] * stride_dc
+        g = tl.load(from_dense, mask=inside, other=0.0).to(COMPUTE)
+        for slab in range(1, slabs):
+            g += tl.load(from_dense + slab * slab_stride, mask=inside, other=0.0).to(COMPUTE)
+        t = load_threshold(
+            threshold, r, c, in_r, in_c, stride_tr, stride_tc, THRESHOLD, COMPUTE
+        )  # fmt: skip
+        gw, gt = weight_gradients(g, w, t, SURROGATE, STRUCTURE_GRADIENT)
+        tl.store(
+            grad_weight + r[:, None] * stride_gr + c[None, :] * stride_gc,
+            gw.to(grad_weight.dtype.element_ty),
+            mask=inside,
+        )
+        if THRESHOLD == ELEMENT:
+            tl.store(
+                grad_threshold + r[:, None] * stride_hr + c[None, :] * stride_hc,
+                gt.to(grad_threshold.dtype.element_ty),
+                mask=inside,
+            )
+        else:
+            # Outside the tile g is 0, but 0 * NaN is not.
+            row_sum += tl.sum(tl.where(inside, gt, 0.0), axis=1)
+    if THRESHOLD != ELEMENT:
+        tl.store(grad_threshold + tl.program_id(1).to(tl.int64) * R + r, row_sum, mask=in_r)
+
+
+def post(
+    dense: Matrix,
+    weight: Matrix,
+    threshold: Matrix,
+    grad_weight: Matrix,
+    grad_threshold: Matrix | None,
+    surrogate: str,
+    structure_gradient: bool,
+    tile: StreamTile,
+    *,
+    slabs: int = 1,
+    slab_stride: int = 0,
+) -> Tensor | None:
+    """Fill `grad_weight`, and `grad_threshold` where thresholds are element-wise.
+
+    Otherwise returns dt's partial sums [chunks, rows] for `finish_threshold_gradient`.
+    """
+    R, C = weight.rows, weight.columns
+    row_blocks = triton.cdiv(R, tile.rows)
+    chunk, chunks = tile.chunk(row_blocks, C)
+    dtype = compute_dtype(weight.tensor, threshold.tensor)
+    partial = None
+    if grad_threshold is None:
+        partial = torch.empty((chunks, R), dtype=dtype, device=weight.tensor.device)
+        grad_threshold = Matrix(partial, R, C, 0, 0)
+    with on_device_of(weight.tensor):
+        post_kernel[(row_blocks, chunks)](
+            dense.tensor, weight.tensor, threshold.tensor,
+            grad_weight.tensor, grad_threshold.tensor,
+            R, C, chunk, slabs, slab_stride,
+            dense.row_stride, dense.column_stride, weight.row_stride, weight.column_stride,
+            threshold.row_stride, threshold.column_stride,
+            grad_weight.row_stride, grad_weight.column_stride,
+            grad_threshold.row_stride, grad_threshold.column_stride,
+            THRESHOLD=threshold.axis, COMPUTE=TRITON_DTYPES[dtype],
+            SURROGATE=SURROGATE_CODES[surrogate], STRUCTURE_GRADIENT=structure_gradient,
+            ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps,
+        )  # fmt: skip
+    return partial
+
+
+def finish_threshold_gradient(partial: Tensor, threshold: Tensor, axis: int) -> Tensor:
+    """dt from partial sums [parts, rows]: torch's sum has a fixed order on one device."""
+    if axis == LAYER.value:
+        total = partial.sum()
+    elif len(partial) == 1:
+        total = partial[0]
+    else:
+        total = partial.sum(0)
+    return total.reshape(threshold.shape).to(threshold.dtype)

@@ -1,0 +1,216 @@
+"""y = x (W * M)^T + b and dX = dY (W * M), each in one pass over the weight as it is stored.
+
+Both are computed transposed, out^T [R, M] = A [R, C] in^T [C, M], with the masked weight (A = W * M,
+or its transpose for dX) as the left operand: on Hopper it then goes from registers straight into
+wgmma, while as the right operand every masked tile would go back to shared memory first.
+
+The forward pass multiplies before it knows whether the collapse guard fires, and counts what it
+prunes. A second launch adds up the counts; unless the layer has collapsed it only adds up the
+slabs of a split product, or leaves at once. That spares reading the weight twice.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference.weight import largest_collapsed_count
+from .launch import on_device_of
+from .masking import ALONG_R, LAYER, load_threshold, masked
+from .matrix import Matrix
+from .pack import has_collapsed
+from .tiles import ProductTile
+
+__all__ = ["finish_kernel", "masked_product", "product_kernel"]
+
+
+@triton.jit
+def tile_of_program(outer_tiles, inner_tiles, GROUP: tl.constexpr):
+    """Program number -> (outer, inner) tile, in bands of GROUP outer tiles, which share L2."""
+    program = tl.program_id(0)
+    band = GROUP * inner_tiles
+    first = (program // band) * GROUP
+    height = tl.minimum(outer_tiles - first, GROUP)
+    return first + (program % band) % height, (program % band) // height
+
+
+@triton.jit
+def _accumulate(
+    x, weight, threshold, r, m, in_r, in_m, begin, end,
+    stride_xm, stride_xc, stride_wr, stride_wc, stride_tr, stride_tc,
+    THRESHOLD: tl.constexpr, COUNT: tl.constexpr, RESET: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """(A in^T over columns begin to end, weights pruned in each row); RESET: with t = 0."""
+    c = begin + tl.arange(0, BLOCK_C).to(tl.int64)
+    w_tile = weight + r[:, None] * stride_wr + c[None, :] * stride_wc
+    x_tile = x + m[None, :] * stride_xm + c[:, None] * stride_xc
+    accumulator = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
+    pruned = tl.zeros((BLOCK_R,), tl.int32)
+    if THRESHOLD == LAYER or THRESHOLD == ALONG_R:
+        t = load_threshold(
+            threshold, r, c, in_r, in_r, stride_tr, stride_tc, THRESHOLD, tl.float32
+        )  # fmt: skip
+    for start in range(begin, end, BLOCK_C):
+        column = start + tl.arange(0, BLOCK_C)
+        in_c = column < end
+        inside = in_r[:, None] & in_c[None, :]
+        w = tl.load(w_tile, mask=inside, other=0.0).to(tl.float32)
+        xt = tl.load(x_tile, mask=in_m[None, :] & in_c[:, None], other=0.0)
+        if RESET:
+            t = tl.zeros((), tl.float32)
+        elif THRESHOLD != LAYER and THRESHOLD != ALONG_R:
+            t = load_threshold(
+                threshold, r, column, in_r, in_c, stride_tr, stride_tc, THRESHOLD, tl.float32
+            )  # fmt: skip
+        if COUNT:
+            pruned += tl.sum(((tl.abs(w) <= t) & inside).to(tl.int32), axis=1)
+        left = masked(w, t).to(x.dtype.element_ty)
+        accumulator = tl.dot(left, xt, accumulator, input_precision=PRECISION)
+        w_tile += BLOCK_C * stride_wc
+        x_tile += BLOCK_C * stride_xc
+    return accumulator, pruned
+
+
+@triton.jit
+def _store(out, accumulator, bias, r, m, in_r, in_m, R, HAS_BIAS: tl.constexpr):
+    """out [M, R], contiguous, from its transpose."""
+    if HAS_BIAS:
+        accumulator += tl.load(bias + r, mask=in_r, other=0.0).to(tl.float32)[:, None]
+    tl.store(
+        out + m[:, None] * R + r[None, :],
+        tl.trans(accumulator.to(out.dtype.element_ty)),
+        mask=in_m[:, None] & in_r[None, :],
+    )
+
+
+@triton.jit
+def product_kernel(
+    x, weight, threshold, bias, out, pruned_counts,
+    M, R, C, part,
+    stride_xm, stride_xc, stride_wr, stride_wc, stride_tr, stride_tc,
+    THRESHOLD: tl.constexpr, COUNT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile of out [M, R], over columns program_id(1) * part onwards.
+
+    With several parts, `out` is float32 slabs [parts, M, R] and gets no bias.
+    """
+    tiles_r = tl.cdiv(R, BLOCK_R)
+    tile_r, tile_m = tile_of_program(tiles_r, tl.cdiv(M, BLOCK_M), GROUP)
+    r = tile_r.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_r, in_m = r < R, m < M
+    split = tl.program_id(1)
+    begin = split * part
+    end = tl.minimum(begin + part, C)
+    accumulator, pruned = _accumulate(
+        x, weight, threshold, r, m, in_r, in_m, begin, end,
+        stride_xm, stride_xc, stride_wr, stride_wc, stride_tr, stride_tc,
+        THRESHOLD, COUNT, False, PRECISION, BLOCK_M, BLOCK_R, BLOCK_C,
+    )  # fmt: skip
+    if COUNT:
+        # All tiles over these rows count the same; one of them says it.
+        where = pruned_counts + split * tiles_r + tile_r
+        tl.store(where, tl.sum(pruned, axis=0), mask=tile_m == 0)
+    slab = out + split.to(tl.int64) * M * R
+    _store(slab, accumulator, bias, r, m, in_r, in_m, R, HAS_BIAS)
+
+
+@triton.jit
+def finish_kernel(
+    x, weight, slabs, bias, out, effective, pruned_counts,
+    number_of_counts, least_pruned, number_of_thresholds, M, R, C, parts,
+    stride_xm, stride_xc, stride_wr, stride_wc,
+    GUARD: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
+    COUNTS: tl.constexpr,
+):  # fmt: skip
+    """The second launch: sum the slabs in order, or, in a collapsed layer, start over with t = 0."""
+    tile_r, tile_m = tile_of_program(tl.cdiv(R, BLOCK_R), tl.cdiv(M, BLOCK_M), GROUP)
+    r = tile_r.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_r, in_m = r < R, m < M
+    collapsed = False
+    if GUARD:
+        collapsed = has_collapsed(pruned_counts, number_of_counts, least_pruned, COUNTS)
+    if collapsed:
+        accumulator, _ = _accumulate(
+            x, weight, weight, r, m, in_r, in_m, 0, C,
+            stride_xm, stride_xc, stride_wr, stride_wc, 0, 0,
+            LAYER, False, True, PRECISION, BLOCK_M, BLOCK_R, BLOCK_C,
+        )  # fmt: skip
+        _store(out, accumulator, bias, r, m, in_r, in_m, R, HAS_BIAS)
+        step = tl.num_programs(0) * COUNTS
+        for start in range(tl.program_id(0) * COUNTS, number_of_thresholds, step):
+            i = start + tl.arange(0, COUNTS)
+            zero = tl.zeros((COUNTS,), effective.dtype.element_ty)
+            tl.store(effective + i, zero, mask=i < number_of_thresholds)
+    elif SPLIT:
+        accumulator = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
+        from_slab = slabs + m[None, :] * R + r[:, None]
+        for _ in range(parts):
+            accumulator += tl.load(from_slab, mask=in_m[None, :] & in_r[:, None], other=0.0)
+            from_slab += tl.cast(M, tl.int64) * R
+        _store(out, accumulator, bias, r, m, in_r, in_m, R, HAS_BIAS)
+
+
+def masked_product(
+    x: Tensor,
+    weight: Matrix,
+    threshold: Matrix,
+    bias: Tensor | None,
+    tile: ProductTile,
+    precision: str,
+    *,
+    reset_ratio: float | None = None,
+    effective: Tensor | None = None,
+) -> Tensor:
+    """x [M, C] times the masked weight [R, C], transposed: [M, R] in x's dtype.
+
+    With a `reset_ratio` the thresholds are taken as they are stored, and `effective`, a dense copy
+    of them, is zeroed where the layer has collapsed.
+    """
+    M, R, C = x.shape[0], weight.rows, weight.columns
+    guard = reset_ratio is not None
+    part = triton.cdiv(triton.cdiv(C, tile.split), tile.block_c) * tile.block_c
+    parts = triton.cdiv(C, part)
+    out = x.new_empty((M, R))
+    slabs = x.new_empty((parts, M, R), dtype=torch.float32) if parts > 1 else out
+    tiles_r = triton.cdiv(R, tile.block_r)
+    tiles = tiles_r * triton.cdiv(M, tile.block_m)
+    counts = slabs  # never touched without a guard
+    if guard:
+        counts = torch.empty(parts * tiles_r, dtype=torch.int32, device=x.device)
+    has_bias = bias is not None
+    bias = out if bias is None else bias
+    constants = {
+        "PRECISION": precision,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_R": tile.block_r,
+        "BLOCK_C": tile.block_c,
+        "GROUP": tile.group,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+    with on_device_of(x):
+        product_kernel[(tiles, parts)](
+            x, weight.tensor, threshold.tensor, bias, slabs, counts,
+            M, R, C, part,
+            *x.stride(), weight.row_stride, weight.column_stride,
+            threshold.row_stride, threshold.column_stride,
+            THRESHOLD=threshold.axis, COUNT=guard, HAS_BIAS=has_bias and parts == 1, **constants,
+        )  # fmt: skip
+        if guard or parts > 1:
+            collapsed_count = largest_collapsed_count(R * C, reset_ratio) if guard else 0
+            finish_kernel[(tiles,)](
+                x, weight.tensor, slabs, bias, out, out if effective is None else effective,
+                counts, counts.numel() if guard else 0, R * C - collapsed_count,
+                effective.numel() if guard else 0, M, R, C, parts,
+                *x.stride(), weight.row_stride, weight.column_stride,
+                GUARD=guard, SPLIT=parts > 1, HAS_BIAS=has_bias, COUNTS=1024, **constants,
+            )  # fmt: skip
+    return out

@@ -1,0 +1,95 @@
+"""Ops on the weight alone: effective threshold, packing, gradients from G."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .matrix import Matrix, as_matrices, as_threshold, like_weight
+from .pack import pack
+from .post import finish_threshold_gradient, post
+from .tiles import stream_tile
+
+__all__ = ["effective_threshold", "masked_weight", "masked_weight_backward"]
+
+
+def effective_threshold(weight: Tensor, threshold: Tensor, reset_ratio: float | None) -> Tensor:
+    """As the reference's."""
+    if reset_ratio is None or weight.numel() == 0:
+        return threshold.clone()
+    return _pack(weight, threshold, reset_ratio, None)[1]
+
+
+def masked_weight(
+    weight: Tensor, threshold: Tensor, reset_ratio: float | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """As the reference's."""
+    if weight.numel() == 0:
+        return torch.empty_like(weight, dtype=dtype), threshold.clone()
+    return _pack(weight, threshold, reset_ratio, dtype)
+
+
+def _pack(
+    weight: Tensor, threshold: Tensor, reset_ratio: float | None, dtype: torch.dtype | None
+) -> tuple[Tensor | None, Tensor]:
+    element_wise = threshold.shape == weight.shape
+    packed = None if dtype is None else torch.empty_like(weight, dtype=dtype)
+    effective = torch.empty_like(threshold)
+    tensors = [weight]
+    tensors += [threshold, effective] if element_wise else []
+    tensors += [] if packed is None else [packed]
+    seen = as_matrices(*tensors)
+    if seen is None:
+        # Rows in pieces: once more on a dense copy of the arguments.
+        dense = threshold.contiguous() if element_wise else threshold
+        results = _pack(weight.contiguous(), dense, reset_ratio, dtype)
+        packed = None if packed is None else packed.copy_(results[0])
+        return packed, effective.copy_(results[1])
+    matrix = seen[0]
+    if element_wise:
+        stored, written = seen[1:3]
+    else:
+        stored, written = as_threshold(threshold, weight), as_threshold(effective, weight)
+    tile = stream_tile(matrix.columns, matrix.column_stride)
+    pack(matrix, stored, None if packed is None else seen[-1], written, reset_ratio, tile)
+    return packed, effective
+
+
+def masked_weight_backward(
+    grad: Tensor, weight: Tensor, threshold: Tensor, surrogate: str, structure_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """As the reference's."""
+    if weight.numel() == 0:
+        return torch.empty_like(weight), torch.zeros_like(threshold)
+    return _post(grad, weight, threshold, surrogate, structure_gradient)
+
+
+def _post(
+    grad: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    surrogate: str,
+    structure_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    element_wise = threshold.shape == weight.shape
+    grad_weight = torch.empty_like(weight)
+    tensors = [weight, grad_weight, like_weight(grad, weight)]
+    if element_wise:
+        grad_threshold = torch.empty_like(threshold)
+        tensors += [threshold, grad_threshold]
+    seen = as_matrices(*tensors)
+    if seen is None:
+        # Rows in pieces: once more on a dense copy of the arguments.
+        arguments = [grad.contiguous(), weight.contiguous(), threshold.contiguous()]
+        results = _post(*arguments, surrogate, structure_gradient)
+        return grad_weight.copy_(results[0]), torch.empty_like(threshold).copy_(results[1])
+    matrix, written, dense = seen[:3]
+    tile = stream_tile(matrix.columns, matrix.column_stride)
+    stored = seen[3] if element_wise else as_threshold(threshold, weight)
+    partial = post(
+        dense, matrix, stored, written, seen[4] if element_wise else None,
+        surrogate, structure_gradient, tile,
+    )  # fmt: skip
+    if partial is None:
+        return grad_weight, grad_threshold
+    return grad_weight, finish_threshold_gradient(partial, threshold, stored.axis)
