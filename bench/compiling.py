@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch._functorch import config as functorch
 
 __all__ = ["compiled"]
 
@@ -27,7 +28,7 @@ def compiled(module: nn.Module) -> nn.Module:
     max-autotune on CUDA. On a CPU the default mode: there it is only to show that all this runs.
     """
     # Without this a compiled backward can run only once per forward, and could not be timed alone.
-    torch._functorch.config.donated_buffer = False
+    functorch.donated_buffer = False
     torch._dynamo.reset()  # each case is a program of its own, not a recompilation of the last
     options = None
     if next(module.parameters()).is_cuda:

@@ -135,7 +135,7 @@ def _exact(
 ) -> Tensor:
     # The guard looks at the whole weight, of which this may be a part; no case triggers it.
     if input is None:
-        return dst.masked_weight(weight, threshold, reset_ratio=None)
+        return dst.masked_weight(weight, threshold, reset_ratio=None, backend="reference")
     return dst.masked_linear(input, weight, threshold, bias, reset_ratio=None, backend="reference")
 
 

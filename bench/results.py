@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +14,7 @@ from .cases import Case
 from .environment import Environment
 from .errors import UsageError
 
-__all__ = ["COLUMNS", "ERROR", "SKIPPED", "ResultsFile", "Row", "Run", "read_results"]
+__all__ = ["COLUMNS", "ERROR", "SKIPPED", "ResultsFile", "Row", "Run", "read_all", "read_results"]
 
 # Metrics whose value is a reason: the provider is wrong, or cannot run here. Such a provider (or,
 # with a pass, such a measurement) has no figures.
@@ -154,6 +155,14 @@ def read_results(path: Path) -> list[Row]:
         except ValueError as error:
             raise UsageError(f"{path}, line {number}: {error}") from error
         rows.append(row)
+    return rows
+
+
+def read_all(paths: Iterable[Path]) -> list[Row]:
+    """The rows of several files. Raises UsageError where there are none at all."""
+    rows = [row for path in paths for row in read_results(path)]
+    if not rows:
+        raise UsageError(f"no figures in {', '.join(map(str, paths))}. Accepted: a run's results.")
     return rows
 
 
