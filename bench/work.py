@@ -6,7 +6,7 @@ import torch
 
 from .cases import MASKED_WEIGHT, Case
 
-__all__ = ["flops", "least_bytes"]
+__all__ = ["bytes_of", "flops", "least_bytes"]
 
 _PRODUCTS = {
     "forward": 1,
@@ -31,7 +31,7 @@ def least_bytes(case: Case, name: str) -> int | None:
     Masked weight: forward reads W and writes it in the compute dtype, backward reads W and the
     gradient and writes dW. Linear: every operand of the pass once.
     """
-    weight, compute = _width(case.mode.weight), _width(case.mode.compute)
+    weight, compute = bytes_of(case.mode.weight), bytes_of(case.mode.compute)
     weights, inputs, outputs = case.N * case.K, case.M * case.K, case.M * case.N
     if case.op == MASKED_WEIGHT:
         return weights * {"forward": weight + compute, "backward": compute + 2 * weight}[name]
@@ -47,5 +47,6 @@ def least_bytes(case: Case, name: str) -> int | None:
     }.get(name)
 
 
-def _width(dtype: torch.dtype) -> int:
+def bytes_of(dtype: torch.dtype) -> int:
+    """Of one element."""
     return torch.finfo(dtype).bits // 8
