@@ -1,0 +1,67 @@
+"""Prints each goal with its figure."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .environment import CPU
+from .errors import UsageError
+from .goals import GOALS, MET, MISSED, NOT_MEASURED, Figure
+from .measurements import Measurements, by_gpu
+from .results import Row
+
+__all__ = ["check_goals", "choose_gpu"]
+
+_STYLES = {MET: "green", MISSED: "bold red", NOT_MEASURED: "yellow"}
+_MOST_NAMED = 3
+
+
+def choose_gpu(rows: list[Row], name: str | None) -> Measurements | None:
+    """The measurements of the one GPU (whose name contains `name`); None with rows of CPUs only.
+
+    Raises UsageError where several GPUs, or none, fit.
+    """
+    found = {gpu: one for gpu, one in by_gpu(rows).items() if gpu != CPU}
+    fitting = [one for gpu, one in found.items() if name is None or name.lower() in gpu.lower()]
+    if len(fitting) > 1 or (name is not None and not fitting):
+        raise UsageError(
+            f"--gpu is {name!r}. Accepted: part of the name of one of "
+            f"{', '.join(found) or 'no GPU: all rows are of a CPU'}."
+        )
+    return fitting[0] if fitting else None
+
+
+def check_goals(measurements: Measurements | None, console: Console) -> dict[str, str]:
+    """Print the table; the verdict of each goal, by title."""
+    gpu = "no GPU: rows of a CPU say nothing about these" if measurements is None else ""
+    table = Table(title=f"Goals, {gpu or measurements.gpu}", title_justify="left")
+    for column in ("goal", "limit", "figure", "verdict", "note"):
+        number = column in ("limit", "figure")
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    verdicts = {}
+    for goal in GOALS:
+        figure = goal.figure(measurements)
+        verdicts[goal.title] = verdict = goal.verdict(figure)
+        table.add_row(
+            goal.title,
+            f"{'≥' if goal.at_least else '≤'} {goal.limit:.2f}",
+            "-" if figure.value is None else f"{figure.value:.3f}",
+            f"[{_STYLES[verdict]}]{verdict}[/]",
+            escape(_note(figure)),
+        )
+    console.print(table)
+    return verdicts
+
+
+def _note(figure: Figure) -> str:
+    parts = [f"at {figure.where}"] if figure.where else []
+    if len(figure.missing) == figure.cases:
+        return f"none of {figure.cases} cases" if figure.cases > 1 else figure.missing[0]
+    if figure.missing:
+        named = ", ".join(figure.missing[:_MOST_NAMED])
+        others = len(figure.missing) - _MOST_NAMED
+        more = f" and {others} more" if others > 0 else ""
+        parts.append(f"{len(figure.missing)} of {figure.cases} cases missing: {named}{more}")
+    return "; ".join(parts)
