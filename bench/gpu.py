@@ -1,0 +1,173 @@
+"""Everything worth ten minutes of a GPU, each part in a process of its own.
+
+A kernel that faults takes its process down, not the parts after it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .environment import ROOT
+from .errors import UsageError
+from .report import write_report
+from .results import read_results
+
+__all__ = ["LOST", "SANITIZER_TESTS", "run_everything", "run_part"]
+
+LOST = 3
+"""Exit code of a run that ended because the device faulted."""
+
+SANITIZER_TESTS = "tests/triton -m gpu"
+
+_SUITES = {"cuda": ("smoke", "streaming", "linear"), "cpu": ("cpu",)}
+_TESTS = {
+    "marked gpu": ["tests", "-m", "gpu"],
+    "kernels": ["tests/triton", "-m", "not gpu"],
+}
+_SHARE_OF_TESTS = 0.35  # of the time; the figures need the rest
+_REPORT_SECONDS = 15.0
+_GRACE = 45.0  # for what a part has begun when its time is up, such as a compilation
+_NO_TESTS_COLLECTED = 5
+_MOST_FAULTS = 5
+
+
+def run_everything(
+    folder: Path,
+    device: torch.device,
+    seconds: float,
+    *,
+    commit: str | None = None,
+    tests: bool = True,
+    sanitizer: Sequence[str] | None = None,
+) -> list[str]:
+    """Environment, tests, suites by priority and the report, into `folder`; the parts that failed.
+
+    Args:
+        seconds: for all parts together.
+        commit: recorded with the figures; by default git is asked.
+        tests: whether to run them before the suites.
+        sanitizer: arguments of pytest for what to run under compute-sanitizer as well, or None.
+
+    Writes environment.txt, tests.txt, results.csv, report.md and its plots.
+    """
+    deadline = time.monotonic() + seconds - _REPORT_SECONDS
+    folder.mkdir(parents=True, exist_ok=True)
+    failed = []
+
+    def note(part: str, problem: str | None) -> None:
+        print(f"== {part}: {problem or 'done'}", flush=True)
+        if problem:
+            failed.append(f"{part}: {problem}")
+
+    command = [sys.executable, "-m", "dst_kernels"]
+    note("environment", run_part(command, folder / "environment.txt", 120.0, fresh=True))
+    print((folder / "environment.txt").read_text(encoding="utf-8"), flush=True)
+    if tests:
+        end = time.monotonic() + _SHARE_OF_TESTS * (deadline - time.monotonic())
+        for index, (name, arguments) in enumerate(_TESTS.items()):
+            left = end - time.monotonic()
+            note(f"tests, {name}", _pytest(arguments, folder, left, fresh=index == 0))
+    for suite in _SUITES[device.type]:
+        note(f"suite {suite}", _suite(suite, folder, device, deadline, commit))
+    # Last, as it is slow and the figures do not wait for it.
+    for tool in ("memcheck", "racecheck") if sanitizer is not None else ():
+        note(f"sanitizer, {tool}", _sanitizer(tool, sanitizer, folder, deadline))
+    note("report", _report(folder))
+    return failed
+
+
+def run_part(command: list[str], log: Path, seconds: float, *, fresh: bool = False) -> str | None:
+    """Run a command from the repository's root with its output appended to `log`.
+
+    After `seconds` it and what it started are ended. Returns what went wrong, or None.
+    """
+    code = _exit_code(command, log, seconds, fresh)
+    return None if code == 0 else _reason(code, seconds)
+
+
+def _exit_code(command: list[str], log: Path, seconds: float, fresh: bool = False) -> int | None:
+    """None where the time was up."""
+    with open(log, "w" if fresh else "a", encoding="utf-8") as file:
+        file.write(f"$ {' '.join(command)}\n")
+        file.flush()
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            return process.wait(timeout=max(seconds, 1.0))
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _reason(code: int | None, seconds: float) -> str:
+    return f"not finished after {seconds:.0f} s" if code is None else f"exit code {code}"
+
+
+def _pytest(arguments: list[str], folder: Path, seconds: float, fresh: bool) -> str | None:
+    log = folder / "tests.txt"
+    if not (ROOT / arguments[0]).exists():
+        log.open("w" if fresh else "a").write(f"{arguments[0]} does not exist\n")
+        return None
+    if seconds < 1:
+        return "no time left"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    code = _exit_code(command, log, seconds, fresh)
+    if code == _NO_TESTS_COLLECTED:
+        print(f"   no tests fit {' '.join(arguments)}")
+        return None
+    return None if code == 0 else _reason(code, seconds)
+
+
+def _suite(
+    suite: str, folder: Path, device: torch.device, deadline: float, commit: str | None
+) -> str | None:
+    """A run of a suite, begun again without what faulted the device; what went wrong, or None."""
+    problem = None
+    for attempt in range(1 + _MOST_FAULTS):
+        left = deadline - time.monotonic()
+        if left < 5:
+            return problem or "no time left"
+        command = [sys.executable, "-m", "bench", "run", "--suite", suite, "--out", str(folder)]
+        command += ["--device", device.type, "--minutes", f"{left / 60:.3f}"]
+        command += ["--commit", commit] if commit else []
+        command += ["--resume"] if attempt else []
+        code = _exit_code(command, folder / "log.txt", left + _GRACE)
+        if code == 0:
+            return problem
+        problem = "the device faulted; see log.txt" if code == LOST else _reason(code, left)
+        if code != LOST:
+            return problem
+    return problem
+
+
+def _sanitizer(tool: str, tests: Sequence[str], folder: Path, deadline: float) -> str | None:
+    binary = shutil.which("compute-sanitizer")
+    if binary is None:
+        return "compute-sanitizer is not on the PATH"
+    left = deadline - time.monotonic()
+    if left < 5:
+        return "no time left"
+    command = [binary, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+    command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    return run_part(command, folder / f"{tool}.txt", left, fresh=True)
+
+
+def _report(folder: Path) -> str | None:
+    try:
+        write_report(read_results(folder / "results.csv"), folder)
+    except (UsageError, OSError) as error:
+        return str(error)
+    return None
