@@ -1,0 +1,213 @@
+"""The commands of `python -m bench`, as typer reads them."""
+
+from __future__ import annotations
+
+import functools
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from .cases import suite_named
+from .check import check_goals, choose_gpu
+from .display import Display
+from .environment import ROOT, Environment, choose_device, slug
+from .errors import UsageError
+from .goals import MISSED, NOT_MEASURED
+from .gpu import LOST, SANITIZER_TESTS, run_everything
+from .measurements import by_gpu, only_gpu
+from .plan import write_plan
+from .readme import has_markers, refresh
+from .report import readme_table, write_report
+from .results import ResultsFile, Run, read_all, read_results
+from .runner import Outcome, already_measured, run_suite
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Measure dst_kernels against dense layers and compiled and eager DST.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+WRONG, USAGE = 1, 2
+"""Exit codes: a provider is wrong, a goal missed or a part failed; unusable input."""
+
+Device = Annotated[str | None, typer.Option(help="cuda or cpu; by default CUDA if there.")]
+Minutes = Annotated[float | None, typer.Option(min=0.0, help="Begin nothing after these.")]
+
+Commit = Annotated[
+    str | None, typer.Option(help="What to record as the commit, for a copy without git.")
+]
+Csv = Annotated[list[Path], typer.Argument(help="One or more results.csv.")]
+Gpu = Annotated[str | None, typer.Option(help="Part of the GPU's name, if there are several.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Fail also where one is not measured.")]
+
+
+def _usage_errors(command: Callable) -> Callable:
+    """Show unusable input as a message."""
+
+    @functools.wraps(command)
+    def wrapper(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except UsageError as error:
+            print(f"Error: {error}", file=sys.stderr)
+            raise typer.Exit(USAGE) from None
+
+    return wrapper
+
+
+@app.command()
+@_usage_errors
+def run(
+    suite: Annotated[str, typer.Option(help="smoke, streaming, linear or cpu.")],
+    out: Annotated[Path, typer.Option(help="Folder of results.csv, appended to.")],
+    minutes: Minutes = None,
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this one; may be repeated."),
+    ] = None,
+    device: Device = None,
+    commit: Commit = None,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--again",
+            help="Leave out what results.csv has of this device, versions and commit. "
+            "By default, where the commit is known and nothing is changed since.",
+        ),
+    ] = None,
+) -> None:
+    """Measure a suite into OUT/results.csv; fails where a provider computes something wrong."""
+    begin = time.monotonic()
+    chosen, where = suite_named(suite), choose_device(device)
+    if where.type == "cpu":
+        torch.set_num_threads(1)  # tiny tensors: more threads would measure the scheduler
+    environment = Environment.now(where, commit)
+    with ResultsFile(out / "results.csv") as file, Display() as display:
+        resume = environment.identifies_code if resume is None else resume
+        rows = read_results(file.path) if resume else []
+        outcome = run_suite(
+            chosen,
+            Run(file, environment),
+            where,
+            display,
+            names=provider,
+            deadline=begin + 60 * minutes if minutes is not None else float("inf"),
+            done=already_measured(rows, chosen, environment),
+        )
+    _summarize(outcome, file.path)
+
+
+def _summarize(outcome: Outcome, path: Path) -> None:
+    print(f"{outcome.measured} measured (provider and case), in {path}")
+    for title, by_case in (
+        ("Left out, the time was up", outcome.left_out),
+        ("WRONG, so without a time", outcome.wrong),
+    ):
+        if by_case:
+            lines = [f"{case}: {', '.join(providers)}" for case, providers in by_case.items()]
+            print(f"{title}:", *lines, sep="\n  ")
+    if outcome.lost:
+        print(f"The device faulted and the run ended there: {outcome.lost}", file=sys.stderr)
+        raise typer.Exit(LOST)
+    if outcome.wrong:
+        raise typer.Exit(WRONG)
+
+
+@app.command()
+@_usage_errors
+def report(
+    csv: Csv,
+    readme: Annotated[
+        Path | None,
+        typer.Option(
+            help="Refresh the table in this file. By default the repository's README, where it "
+            "has the markers and there are rows of a GPU."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of report.md and its plots; by default the CSV's.")
+    ] = None,
+) -> None:
+    """Write Markdown tables and plots, and refresh the README's table."""
+    rows = read_all(csv)
+    written = write_report(rows, out or csv[0].parent)
+    if readme is not None:
+        refresh(readme, readme_table(by_gpu(rows).values()))
+        written.append(readme)
+    else:
+        ours, table = ROOT / "README.md", readme_table(by_gpu(only_gpu(rows)).values())
+        if table and has_markers(ours):
+            refresh(ours, table)
+            written.append(ours)
+    print(*written, sep="\n")
+
+
+@app.command()
+@_usage_errors
+def check(csv: Csv, gpu: Gpu = None, strict: Strict = False) -> None:
+    """Print each goal with its figure; fails where one is missed."""
+    verdicts = check_goals(choose_gpu(read_all(csv), gpu), Console()).values()
+    if MISSED in verdicts or (strict and NOT_MEASURED in verdicts):
+        raise typer.Exit(WRONG)
+
+
+@app.command()
+@_usage_errors
+def plan(
+    csv: Csv,
+    out: Annotated[Path, typer.Option(help="The JSON file, usually below dst_kernels/tables/.")],
+    gpu: Gpu = None,
+) -> None:
+    """Write the planner's table for a GPU from what was measured on it."""
+    measurements = choose_gpu(read_all(csv), gpu)
+    if measurements is None:
+        raise UsageError("CSV has rows of a CPU only. Accepted: results of a GPU.")
+    print(f"{write_plan(measurements, out)} cases in {out}")
+
+
+@app.command()
+@_usage_errors
+def gpu(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for everything; bench/results/<device> by default.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0.5, help="For all of it.")] = 9.0,
+    device: Device = None,
+    commit: Commit = None,
+    skip_tests: Annotated[
+        bool, typer.Option("--skip-tests", help="Leave all the time to the suites.")
+    ] = False,
+    sanitizer: Annotated[
+        bool, typer.Option("--sanitizer", help="Run tests under compute-sanitizer as well.")
+    ] = False,
+    sanitizer_tests: Annotated[
+        str, typer.Option(help="Which, as arguments of pytest.")
+    ] = SANITIZER_TESTS,
+) -> None:
+    """Everything worth ten minutes of a GPU: environment, tests, suites by priority, report.
+
+    Goes on after the failure of any part, and fails at the end if one did.
+    """
+    where = choose_device(device or "cuda")
+    folder = out or ROOT / "bench" / "results" / slug(Environment.now(where).gpu)
+    failed = run_everything(
+        folder,
+        where,
+        60 * minutes,
+        commit=commit,
+        tests=not skip_tests,
+        sanitizer=shlex.split(sanitizer_tests) if sanitizer else None,
+    )
+    if failed:
+        print("Failed: " + "; ".join(failed), file=sys.stderr)
+        raise typer.Exit(WRONG)
