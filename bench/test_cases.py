@@ -1,0 +1,54 @@
+"""The suite for this machine under pytest-benchmark: smoke on CUDA, cpu without.
+
+Forward and backward of each provider on each case, until the device is idle again.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.cases import SUITES, Case
+from bench.correctness import Expectation
+from bench.passes import prepare
+from bench.problem import Problem
+from bench.providers import Provider, available_passes, providers_for
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SUITE = SUITES["smoke" if DEVICE.type == "cuda" else "cpu"]
+CASES = [
+    pytest.param(case, provider, id=f"{case.name}-{provider.name}")
+    for case in SUITE.cases
+    for provider in providers_for(case.op)
+    if "backward" in provider.passes
+    # Compiling takes most of a minute on two cores; one case shows that it works.
+    if not provider.compiled or case in SUITE.compiled_cases[:1]
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny tensors: more would measure the scheduler
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("case", "provider"), CASES)
+def test_case(case: Case, provider: Provider, benchmark) -> None:
+    problem = Problem(case, DEVICE)
+    with problem.mode.matmul_precision():
+        module = provider.build(problem)
+        if provider.masked:
+            Expectation(problem).verify(module)
+        passes = available_passes(provider, case.op)
+        name = "forward_backward" if "forward_backward" in passes else "backward"
+        call = prepare(name, provider, module, problem).call
+
+        def until_idle() -> None:
+            call()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize(DEVICE)
+
+        benchmark.group = f"{case.name}, {name}"
+        benchmark.pedantic(until_idle, rounds=30, iterations=5, warmup_rounds=3)
