@@ -12,6 +12,7 @@ from .matrix import Matrix, as_matrices, as_threshold
 from .post import finish_threshold_gradient, post
 from .product import masked_product
 from .tiles import grad_weight_tile, product_tile, stream_tile
+from .weight import effective_threshold
 
 __all__ = ["masked_linear", "masked_linear_grad_input", "masked_linear_grad_weight"]
 
@@ -26,23 +27,22 @@ def masked_linear(
     """As the reference's; TypeError for float64."""
     _refuse_float64(input, weight, threshold)
     x = flatten_batch(input)
-    effective = threshold.clone(memory_format=torch.contiguous_format)
+    shape = *input.shape[:-1], weight.shape[0]
     if 0 in x.shape or 0 in weight.shape:
-        output = x.new_zeros((x.shape[0], weight.shape[0]))
+        output = x.new_zeros(shape)
         output = output if bias is None else output.add_(bias)
-        guard = None
-    else:
-        guard = reset_ratio
-        tf32 = tf32_allowed()
-        (matrix, stored) = _operands(weight, threshold)
-        tile = product_tile(x.shape[0], *weight.shape, x.dtype, tf32)
-        output = masked_product(
-            x, matrix, stored, None if bias is None else bias.contiguous(), tile, _precision(tf32),
-            reset_ratio=guard, effective=effective,
-        )  # fmt: skip
+        return output, effective_threshold(weight, threshold, reset_ratio)
+    effective = threshold.clone(memory_format=torch.contiguous_format)
+    tf32 = tf32_allowed()
+    matrix, stored = _operands(weight, threshold)
+    tile = product_tile(x.shape[0], *weight.shape, x.dtype, tf32)
+    output = masked_product(
+        x, matrix, stored, None if bias is None else bias.contiguous(), tile, _precision(tf32),
+        reset_ratio=reset_ratio, effective=effective,
+    )  # fmt: skip
     if effective.stride() != threshold.stride():
         effective = torch.empty_like(threshold).copy_(effective)
-    return output.view(*input.shape[:-1], weight.shape[0]), effective
+    return output.view(shape), effective
 
 
 def masked_linear_grad_input(grad: Tensor, weight: Tensor, threshold: Tensor) -> Tensor:
