@@ -1,9 +1,19 @@
-"""Shared by all tests: one thread, as the tensors are tiny, and reproducible random numbers."""
+"""Shared by all tests: one thread, as the tensors are tiny, and reproducible random numbers.
+
+Without a GPU, Triton's kernels run in its interpreter. With one, tests that take the `device`
+fixture run there and are marked `gpu`, so that `pytest -m gpu` runs all that needs one.
+"""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:  # before the kernels are decorated
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)
 
@@ -11,3 +21,18 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where Triton's kernels run."""
+    return torch.device("cuda" if GPU else "cpu")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if GPU and "device" in getattr(item, "fixturenames", ()):
+            item.add_marker("gpu")
+        elif not GPU and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

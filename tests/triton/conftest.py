@@ -1,0 +1,29 @@
+"""New memory is full of NaN and huge integers, so that whatever a kernel leaves out shows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+ALLOCATORS = (
+    (torch, ("empty", "empty_like", "empty_strided")),
+    (torch.Tensor, ("new_empty", "new_empty_strided")),
+)
+
+
+def poison_(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dtype.is_floating_point:
+        return tensor.fill_(float("nan"))
+    return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max // 2)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """What launchers get from torch's allocation functions."""
+
+    def poisoning(allocate):
+        return lambda *args, **options: poison_(allocate(*args, **options))
+
+    for owner, names in ALLOCATORS:
+        for name in names:
+            monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))

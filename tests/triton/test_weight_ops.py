@@ -1,0 +1,147 @@
+"""Effective threshold, pack and post against the reference: dtypes, shapes, the guard."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton_cases import (
+    BFLOAT16,
+    SURROGATES,
+    check,
+    every_granularity,
+    gradient_along,
+    normal,
+    run,
+    same,
+    thresholds,
+)
+
+from dst_kernels import reference
+from dst_kernels._triton import pack
+from dst_kernels._triton import weight as weight_ops
+from dst_kernels._triton.tiles import StreamTile
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+# Less than a block, a block, more than one of rows or of columns; one row, one column.
+SHAPES = [(1, 1), (3, 1), (1, 130), (17, 63), (130, 65), (2, 4099)]
+CONVOLUTIONS = [(6, 4, 3), (5, 3, 3, 2), (3, 2, 1, 2, 3), (4, 1, 1, 1), (1, 5, 7)]
+
+F16, F32, F64 = torch.float16, torch.float32, torch.float64
+# weight, threshold
+DTYPES = [(F32, F32), (F16, F32), (F16, F16), (F32, F16), (F64, F64), (F32, F64), (F16, F64)]
+every_dtype = pytest.mark.parametrize(("dtype", "of_threshold"), DTYPES, ids=str)
+every_shape = pytest.mark.parametrize("shape", SHAPES + CONVOLUTIONS, ids=str)
+
+
+@every_shape
+@every_granularity
+def test_pack_of_all_shapes(shape, granularity, device):
+    weight, threshold = normal(*shape, device=device), thresholds(shape, granularity, device=device)
+    for ratio in (None, 0.0, 1.0):
+        same(
+            run("masked_weight", weight, threshold, ratio, F32),
+            reference.masked_weight(weight, threshold, ratio, F32),
+        )
+        same(
+            run("effective_threshold", weight, threshold, ratio),
+            reference.effective_threshold(weight, threshold, ratio),
+        )
+
+
+@every_dtype
+@every_granularity
+def test_pack_in_all_dtypes(dtype, of_threshold, granularity, device):
+    weight = normal(17, 65, dtype=dtype, device=device)
+    threshold = thresholds((17, 65), granularity, dtype=of_threshold, device=device)
+    for out in (F16, F32, F64):
+        expected = reference.masked_weight(weight, threshold, 0.01, out)
+        packed, effective = run("masked_weight", weight, threshold, 0.01, out)
+        same((packed, effective), expected)
+        assert 0.2 < (packed == 0).double().mean() < 0.8, "some are pruned, some are kept"
+    same(run("effective_threshold", weight, threshold, 0.01), expected[1])
+
+
+@pytest.mark.gpu
+@every_granularity
+def test_pack_and_post_of_bfloat16(granularity, device):
+    for dtype, out in ((F32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)):
+        weight = normal(33, 130, dtype=dtype, device=device)
+        threshold = thresholds((33, 130), granularity, device=device)
+        same(
+            run("masked_weight", weight, threshold, 0.01, out),
+            reference.masked_weight(weight, threshold, 0.01, out),
+        )
+        grad = gradient_along(weight, out)
+        check("masked_weight_backward", grad, weight, threshold, "long_tailed", True)
+
+
+def test_pack_to_bfloat16_of_numbers_that_need_no_rounding(device):
+    weight = normal(17, 65, device=device).bfloat16().float()
+    threshold = thresholds((17, 65), "row", device=device)
+    for ratio in (None, 0.01, 1.0):
+        same(
+            run("masked_weight", weight, threshold, ratio, torch.bfloat16),
+            reference.masked_weight(weight, threshold, ratio, torch.bfloat16),
+        )
+
+
+@every_granularity
+@pytest.mark.parametrize("shape", [(1, 1), (3, 130), (130, 65), (2, 4099), (8, 3, 5)], ids=str)
+def test_the_guard_counts_exactly(shape, granularity, device):
+    """It fires at the ratio and not one weight above it."""
+    weight, threshold = normal(*shape, device=device), thresholds(shape, granularity, device=device)
+    kept = reference.threshold_mask(weight, threshold).sum().item()
+    for counted in {kept - 1, kept, kept + 1} & set(range(weight.numel() + 1)):
+        ratio, fires = counted / weight.numel(), counted >= kept
+        (effective,) = run("effective_threshold", weight, threshold, ratio)
+        same((effective,), torch.zeros_like(threshold) if fires else threshold)
+        masked = reference.masked_weight(weight, effective, None, F16)[0]
+        same(run("masked_weight", weight, threshold, ratio, F16), (masked, effective))
+
+
+@pytest.mark.parametrize(
+    ("shape", "tile"),
+    [((1030, 40), StreamTile(128, 32, 4)), ((20, 40), StreamTile(1, 32, 4))],
+    ids=["more counts than one block", "more row blocks than programs of the second launch"],
+)
+def test_the_guard_counts_over_blocks_and_programs(shape, tile, device, monkeypatch):
+    monkeypatch.setattr(weight_ops, "stream_tile", lambda columns, column_stride: tile)
+    monkeypatch.setattr(pack, "_SETTLE_PROGRAMS", 3)
+    weight = torch.full(shape, 0.25, device=device)
+    weight[-1, -1] = -1.0
+    threshold = torch.full(shape[:1], 0.5, device=device)
+    same(run("effective_threshold", weight, threshold, 0.0), threshold)
+    expected = (weight, torch.zeros_like(threshold))
+    same(run("masked_weight", weight, threshold, 1 / weight.numel(), F32), expected)
+
+
+@every_shape
+@every_granularity
+def test_post_of_all_shapes(shape, granularity, device):
+    weight, threshold = normal(*shape, device=device), thresholds(shape, granularity, device=device)
+    grad = gradient_along(weight)
+    check("masked_weight_backward", grad, weight, threshold, "long_tailed", True)
+
+
+@pytest.mark.parametrize("of_grad", [F16, F32, F64, BFLOAT16])
+@every_dtype
+@every_granularity
+def test_post_in_all_dtypes(of_grad, dtype, of_threshold, granularity, device):
+    shape = (17, 65)
+    weight = normal(*shape, dtype=dtype, device=device)
+    grad = gradient_along(weight, of_grad)
+    threshold = thresholds(shape, granularity, dtype=of_threshold, device=device)
+    check("masked_weight_backward", grad, weight, threshold, "long_tailed", True)
+
+
+@pytest.mark.parametrize("structure_gradient", [True, False])
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@every_granularity
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_post_with_all_surrogates(surrogate, structure_gradient, granularity, dtype, device):
+    shape = (9, 40)
+    weight = normal(*shape, dtype=dtype, device=device)
+    threshold = thresholds(shape, granularity, dtype=dtype, device=device)
+    grad = gradient_along(weight, dtype)
+    check("masked_weight_backward", grad, weight, threshold, surrogate, structure_gradient)
