@@ -62,7 +62,8 @@ def _surrogate(margin, SURROGATE: tl.constexpr):
     distance = tl.abs(margin)
     if SURROGATE == 0:  # 2 - 4|x| meets the tail at 0.4, so both pieces are one maximum
         slope = 2.0 - 4.0 * distance
-        height = tl.maximum(slope, 0.4, propagate_nan=tl.PropagateNan.ALL)
+        tail = tl.full((), 0.4, slope.dtype)  # a bare 0.4 is a float32 in Triton 3.6
+        height = tl.maximum(slope, tail, propagate_nan=tl.PropagateNan.ALL)
         return tl.where(distance > 1.0, 0.0, height)
     elif SURROGATE == 1:
         return tl.where(distance > 0.5, 0.0, 1.0 + (distance - distance))
