@@ -111,14 +111,19 @@ def _tensors(module: nn.Module, problem: Problem) -> dict[str, Tensor]:
 
 
 def gradients(module: nn.Module, problem: Problem) -> dict[str, Tensor]:
-    """One forward and backward: "output" and the gradient of each input and parameter, by name."""
+    """One forward and backward: "output" and the gradients of input and parameters, by name.
+
+    Without what the output does not depend on.
+    """
     named = _tensors(module, problem)
     for tensor in named.values():
         tensor.requires_grad_(True)
     with problem.mode.autocast(problem.device.type):
         output = module(*([named["input"]] if problem.inputs else []))
-    grads = torch.autograd.grad(output, list(named.values()), problem.grad_output)
-    return {"output": output.detach(), **dict(zip(named, grads, strict=True))}
+    sources = list(named.values())
+    grads = torch.autograd.grad(output, sources, problem.grad_output, allow_unused=True)
+    found = {name: grad for name, grad in zip(named, grads, strict=True) if grad is not None}
+    return {"output": output.detach(), **found}
 
 
 def saved_bytes(module: nn.Module, problem: Problem) -> int:
