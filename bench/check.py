@@ -36,20 +36,21 @@ def choose_gpu(rows: list[Row], name: str | None) -> Measurements | None:
 def check_goals(measurements: Measurements | None, console: Console) -> dict[str, str]:
     """Print the table; the verdict of each goal, by title."""
     gpu = "no GPU: rows of a CPU say nothing about these" if measurements is None else ""
-    table = Table(title=f"Goals, {gpu or measurements.gpu}", title_justify="left")
-    for column in ("goal", "limit", "figure", "verdict", "note"):
-        number = column in ("limit", "figure")
+    console.print(f"Goals, {gpu or measurements.gpu}", highlight=False)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("verdict", "figure", "limit", "goal"):
+        number = column in ("figure", "limit")
         table.add_column(column, justify="right" if number else "left", overflow="fold")
     verdicts = {}
     for goal in GOALS:
         figure = goal.figure(measurements)
         verdicts[goal.title] = verdict = goal.verdict(figure)
+        note = _note(figure)
         table.add_row(
-            goal.title,
-            f"{'≥' if goal.at_least else '≤'} {goal.limit:.2f}",
-            "-" if figure.value is None else f"{figure.value:.3f}",
             f"[{_STYLES[verdict]}]{verdict}[/]",
-            escape(_note(figure)),
+            "-" if figure.value is None else f"{figure.value:.3f}",
+            f"{'≥' if goal.at_least else '≤'} {goal.limit:.2f}",
+            escape(goal.title) + (note and f"\n[dim]{escape(note)}[/]"),
         )
     console.print(table)
     return verdicts

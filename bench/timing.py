@@ -55,7 +55,7 @@ def graph_time(call: Callable[[], object]) -> Timing:
 
 
 def wall_time(call: Callable[[], object], device: torch.device) -> Timing:
-    """From one idle device to the next; short calls on CUDA ten together, as a loop enqueues them."""
+    """From one idle device to the next; short calls on CUDA ten at a time, as a loop would."""
     call()
     _synchronize(device)
     begin = time.perf_counter()
