@@ -1,0 +1,185 @@
+"""Goals: met, missed, not measured; on one GPU's rows, never on a CPU's."""
+
+from __future__ import annotations
+
+import pytest
+from made_up_rows import ceilings, environment, times, write_rows
+from typer.testing import CliRunner
+
+from bench.cases import SUITES
+from bench.check import choose_gpu
+from bench.commands import app
+from bench.errors import UsageError
+from bench.goals import GOALS, MET, MISSED, NOT_MEASURED
+from bench.measurements import Measurements
+from bench.results import read_results
+
+ALL = SUITES["linear"].cases + SUITES["streaming"].cases
+FIRST = SUITES["linear"].cases[0]
+
+
+def _good(skip=()):
+    """Figures by which every goal is met, without those of the cases in `skip`."""
+    yield from ceilings(bandwidth=1000.0)
+    for case in ALL:
+        if case in skip:
+            continue
+        if case.op == "masked_weight":
+            for name in ("forward", "backward"):
+                yield (case, "auto", name, "bandwidth", 950.0)
+            continue
+        yield from times(
+            case,
+            "forward_backward",
+            dense=1.0,
+            auto=0.9,
+            dst_compiled=1.1,
+            dst_compiled_forced_prologue=1.05,
+            dst_eager=2.5,
+        )
+        for name in ("forward", "grad_weight"):
+            yield from times(case, name, gemm=0.9, fused=0.95)
+        yield (case, "auto", "forward_backward", "memory", 100)
+        yield (case, "dense", "forward_backward", "memory", 100)
+        yield (case, "auto", "forward", "saved", 2 * case.N * case.K)
+        for name in ("forward", "forward_backward"):
+            yield (case, "auto", name, "host_time", 14e-6)
+            yield (case, "dense", name, "host_time", 10e-6)
+
+
+def _verdicts(path, gpu=None):
+    found = choose_gpu(read_results(path), gpu)
+    return {goal.title: goal.verdict(goal.figure(found)) for goal in GOALS}
+
+
+def _check(*arguments):
+    result = CliRunner().invoke(app, ["check", *map(str, arguments)])
+    return result.exit_code, result.output
+
+
+def test_all_met(tmp_path):
+    path = write_rows(tmp_path / "results.csv", _good())
+    assert set(_verdicts(path).values()) == {MET}
+    assert _check(path, "--strict")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("figure", "goals"),
+    [
+        (("auto", "forward_backward", "time", 1.09), {"÷ dense, worst", "compiled DST, worst"}),
+        (("dst_compiled", "forward_backward", "time", 0.5), {"compiled DST, worst"}),
+        (("dst_eager", "forward_backward", "time", 1.7), {"eager DST"}),
+        (("auto", "forward_backward", "memory", 101), {"peak memory"}),
+        (("auto", "forward", "saved", 3 * FIRST.N * FIRST.K), {"saved for backward"}),
+        (("auto", "forward", "host_time", 16e-6), {"host cost of forward ÷"}),
+        (("auto", "forward_backward", "host_time", 16e-6), {"host cost of forward+backward"}),
+    ],
+)
+def test_one_bad_case_misses_the_goals_it_belongs_to(tmp_path, figure, goals):
+    path = write_rows(tmp_path / "results.csv", [*_good(), (FIRST, *figure)])
+    missed = {title for title, verdict in _verdicts(path).items() if verdict == MISSED}
+    assert len(missed) == len(goals)
+    assert all(any(part in title for title in missed) for part in goals)
+    code, output = _check(path)
+    assert code == 1 and "missed" in output
+
+
+def test_a_mean_is_missed_by_all_cases_together(tmp_path):
+    slower = [row for case in ALL if case.M for row in times(case, "forward_backward", auto=1.01)]
+    verdicts = _verdicts(write_rows(tmp_path / "results.csv", [*_good(), *slower]))
+    assert verdicts["forward+backward ÷ dense, mean"] == MISSED
+    assert verdicts["forward+backward ÷ dense, worst"] == MET
+
+
+_STREAMED = next(case for case in SUITES["streaming"].cases if case.N == 8192)
+_TF32 = next(case for case in SUITES["linear"].cases if case.dtype == "tf32")
+
+
+@pytest.mark.parametrize(
+    ("figure", "title"),
+    [
+        ((_STREAMED, "auto", "forward", "bandwidth", 890.0), "pack from 16 M weights"),
+        ((_STREAMED, "auto", "backward", "bandwidth", 890.0), "post from 16 M weights"),
+        ((_TF32, "fused", "forward", "time", 1.1), "fused forward in tf32"),
+    ],
+)
+def test_goals_of_at_least(tmp_path, figure, title):
+    verdicts = _verdicts(write_rows(tmp_path / "results.csv", [*_good(), figure]))
+    (missed,) = (name for name, verdict in verdicts.items() if verdict == MISSED)
+    assert missed.startswith(title)
+
+
+def test_a_missing_case_is_named_and_nothing_is_met_without_it(tmp_path):
+    path = write_rows(tmp_path / "results.csv", _good(skip=[FIRST]))
+    verdicts = _verdicts(path)
+    assert verdicts["forward+backward ÷ dense, mean"] == NOT_MEASURED
+    assert verdicts["forward+backward ÷ dense, worst"] == NOT_MEASURED
+    assert verdicts["fused dW at 8k tokens, of cuBLAS"] == MET
+    code, output = _check(path)
+    assert code == 0
+    assert "1 of 25 cases missing" in " ".join(output.split())
+    assert _check(path, "--strict")[0] == 1
+
+
+def test_a_bad_case_is_bad_whatever_else_is_missing(tmp_path):
+    rows = [*ceilings(), *times(FIRST, "forward_backward", auto=2.0, dense=1.0)]
+    verdicts = _verdicts(write_rows(tmp_path / "results.csv", rows))
+    assert verdicts["forward+backward ÷ dense, worst"] == MISSED
+    assert verdicts["forward+backward ÷ dense, mean"] == NOT_MEASURED
+
+
+def test_rows_of_a_cpu_count_for_nothing(tmp_path):
+    path = write_rows(tmp_path / "results.csv", _good(), environment("cpu"))
+    assert set(_verdicts(path).values()) == {NOT_MEASURED}
+    code, output = _check(path)
+    assert code == 0 and "no GPU" in output
+    assert _check(path, "--strict")[0] == 1
+
+
+def test_gpus_are_not_mixed(tmp_path):
+    path = write_rows(tmp_path / "results.csv", _good(), environment("Big 1"))
+    write_rows(path, times(FIRST, "forward_backward", auto=9.0), environment("Small 2"))
+    with pytest.raises(UsageError, match="part of the name of one of Big 1, Small 2"):
+        choose_gpu(read_results(path), None)
+    assert set(_verdicts(path, "big").values()) == {MET}
+    code, output = _check(path, "--gpu", "huge")
+    assert code == 2 and "--gpu is 'huge'" in output
+
+
+def test_ratios_are_of_one_run_the_newest(tmp_path):
+    path = tmp_path / "results.csv"
+    for day, seconds in (
+        ("01", {"auto": 1.0, "dense": 2.0}),
+        ("02", {"auto": 3.0, "dense": 4.0}),
+        ("03", {"auto": 9.0}),
+    ):
+        here = environment(date=f"2000-01-{day}")
+        write_rows(path, times(FIRST, "forward", **seconds), here)
+    found = Measurements("x", read_results(path))
+    assert found.time_ratio(FIRST.name, "forward", "auto", "dense") == 0.75
+    assert found.time_ratio(FIRST.name, "forward", "auto", ("dst_compiled", "dense")) == 0.75
+    assert found.time_ratio(FIRST.name, "forward", "auto", "dst_compiled") is None
+    assert found.newest(FIRST.name, "auto", "forward", "time") == 9.0
+
+
+def test_graph_time_counts_where_everybody_has_it(tmp_path):
+    path = write_rows(
+        tmp_path / "results.csv", times(FIRST, "forward", auto=4.0, dense=2.0, gemm=1.0)
+    )
+    graph = [(FIRST, name, "forward", "graph_time", 1.0) for name in ("auto", "dense")]
+    write_rows(path, graph)
+    found = Measurements("x", read_results(path))
+    assert found.time_ratio(FIRST.name, "forward", "auto", "dense") == 1.0
+    assert found.time_ratio(FIRST.name, "forward", "auto", "gemm") == 4.0
+    assert found.time_ratio(FIRST.name, "forward", "auto", ("dense", "gemm")) == 4.0
+
+
+def test_figures_of_a_provider_found_wrong_later_do_not_count(tmp_path):
+    path = write_rows(tmp_path / "results.csv", times(FIRST, "forward", auto=1.0, dense=1.0))
+    wrong = [(FIRST, "auto", "", "error", "output: error 1")]
+    write_rows(path, wrong, environment(date="2000-01-02"))
+    found = Measurements("x", read_results(path))
+    assert found.newest(FIRST.name, "auto", "forward", "time") is None
+    write_rows(path, times(FIRST, "forward", auto=3.0), environment(date="2000-01-03"))
+    found = Measurements("x", read_results(path))
+    assert found.newest(FIRST.name, "auto", "forward", "time") == 3.0
