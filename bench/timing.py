@@ -5,6 +5,7 @@ All times are in seconds.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ __all__ = ["Timing", "device_time", "graph_time", "host_time", "peak_memory", "w
 
 _SECONDS = 0.05  # to spend on the samples of a wall clock
 _SHORT = 5e-3
+_WARM_UP_MS, _REPEAT_MS = 15, 60
+_GRAPH_SECONDS, _MOST_IN_GRAPH, _REPLAYS = 0.02, 100, 10
 _FEWEST, _MOST = 5, 200
 _CALLS_BETWEEN_SYNCHRONISATIONS = 10
 
@@ -41,17 +44,44 @@ def device_time(call: Callable[[], object], device: torch.device) -> Timing:
         return wall_time(call, device)
     from triton.testing import do_bench
 
-    return Timing.of([ms / 1e3 for ms in do_bench(call, return_mode="all")])
+    samples = do_bench(call, warmup=_WARM_UP_MS, rep=_REPEAT_MS, return_mode="all")
+    return Timing.of([ms / 1e3 for ms in samples])
 
 
 def graph_time(call: Callable[[], object]) -> Timing:
     """CUDA only: many calls in one CUDA graph, so without any host work between kernels; warm L2.
 
-    Raises what the capture raises.
+    As triton's do_bench_cudagraph, but the first call, which may run a forward for a backward, is
+    on the stream that captures: autograd runs a backward where its forward ran. Raises what the
+    capture raises.
     """
-    from triton.testing import do_bench_cudagraph
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+        call()
+        estimate = _between_events(lambda: [call() for _ in range(5)]) / 5
+        count = max(1, min(_MOST_IN_GRAPH, int(_GRAPH_SECONDS / estimate)))
+        graph.capture_begin()
+        try:
+            for _ in range(count):
+                call()
+        except Exception:
+            with contextlib.suppress(Exception):  # it only says that the capture failed
+                graph.capture_end()
+            raise
+        graph.capture_end()
+        graph.replay()
+        return Timing.of([_between_events(graph.replay) / count for _ in range(_REPLAYS)])
 
-    return Timing.of([ms / 1e3 for ms in do_bench_cudagraph(call, return_mode="all")])
+
+def _between_events(work: Callable[[], object]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
+    begin.record()
+    work()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def wall_time(call: Callable[[], object], device: torch.device) -> Timing:
