@@ -97,10 +97,17 @@ def _record_failure(
     reason = what + first_line(error)
     traceback.clear_frames(error.__traceback__)  # which hold the tensors that did not fit
     if device.type == "cuda":
-        try:
-            torch.cuda.empty_cache()
-            torch.cuda.synchronize(device)
-        except Exception as fault:
+        fault = _fault(device) and _fault(device)  # what only one call reports has passed
+        if fault is not None:
             add(name, ERROR, f"the device faulted: {reason}")
             raise DeviceLostError(first_line(fault)) from error
+        torch.cuda.empty_cache()
     add(name, SKIPPED, reason)
+
+
+def _fault(device: torch.device) -> Exception | None:
+    try:
+        torch.cuda.synchronize(device)
+    except Exception as error:
+        return error
+    return None
