@@ -22,7 +22,11 @@ def require_one_of(argument: str, given: object, accepted: list[str]) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The error in one line of bounded length, so that one row of a CSV is one line."""
+    """The error in one line of bounded length, so that one row of a CSV is one line.
+
+    Two lines where the first ends in a colon: those of torch.compile name the cause in the second.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    lines = lines[:2] if lines and lines[0].endswith(":") else lines[:1]
+    text = ": ".join([type(error).__name__, " ".join(lines)]) if lines else type(error).__name__
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"

@@ -85,6 +85,9 @@ def test_a_reason_is_one_line():
         "RuntimeError: first, with comma"
     )
     assert first_line(KeyError()) == "KeyError"
+    assert first_line(RuntimeError("backend raised:\nValueError: no")) == (
+        "RuntimeError: backend raised: ValueError: no"
+    )
     assert len(first_line(RuntimeError("x" * 10_000))) == 300
 
 
