@@ -33,11 +33,12 @@ _TESTS = {
     "marked gpu": ["tests", "-m", "gpu"],
     "kernels": ["tests/triton", "-m", "not gpu"],
 }
-_SHARE_OF_TESTS = 0.35  # of the time; the figures need the rest
+_SHARE_OF_TESTS = 0.35  # of the time left, and as much for the sanitizer; figures need the rest
 _REPORT_SECONDS = 15.0
 _GRACE = 45.0  # for what a part has begun when its time is up, such as a compilation
 _NO_TESTS_COLLECTED = 5
 _MOST_FAULTS = 5
+_LINES_SHOWN = 15
 
 
 def run_everything(
@@ -49,7 +50,7 @@ def run_everything(
     tests: bool = True,
     sanitizer: Sequence[str] | None = None,
 ) -> list[str]:
-    """Environment, tests, suites by priority and the report, into `folder`; the parts that failed.
+    """Environment, tests, suites by priority and the report, into `folder`; what failed of it.
 
     Args:
         seconds: for all parts together.
@@ -57,16 +58,19 @@ def run_everything(
         tests: whether to run them before the suites.
         sanitizer: arguments of pytest for what to run under compute-sanitizer as well, or None.
 
-    Writes environment.txt, tests.txt, results.csv, report.md and its plots.
+    Writes environment.txt, tests.txt, results.csv, report.md and its plots, log.txt with what the
+    suites said, and a text for each tool of the sanitizer.
     """
     deadline = time.monotonic() + seconds - _REPORT_SECONDS
     folder.mkdir(parents=True, exist_ok=True)
     failed = []
 
-    def note(part: str, problem: str | None) -> None:
+    def note(part: str, problem: str | None, log: str = "") -> None:
         print(f"== {part}: {problem or 'done'}", flush=True)
         if problem:
             failed.append(f"{part}: {problem}")
+            if log:
+                print(_tail(folder / log), flush=True)
 
     command = [sys.executable, "-m", "dst_kernels"]
     note("environment", run_part(command, folder / "environment.txt", 120.0, fresh=True))
@@ -75,12 +79,13 @@ def run_everything(
         end = time.monotonic() + _SHARE_OF_TESTS * (deadline - time.monotonic())
         for index, (name, arguments) in enumerate(_TESTS.items()):
             left = end - time.monotonic()
-            note(f"tests, {name}", _pytest(arguments, folder, left, fresh=index == 0))
+            note(f"tests, {name}", _pytest(arguments, folder, left, fresh=index == 0), "tests.txt")
+    if sanitizer is not None:
+        end = time.monotonic() + _SHARE_OF_TESTS * (deadline - time.monotonic())
+        for tool in ("memcheck", "racecheck"):
+            note(f"sanitizer, {tool}", _sanitizer(tool, sanitizer, folder, end), f"{tool}.txt")
     for suite in _SUITES[device.type]:
-        note(f"suite {suite}", _suite(suite, folder, device, deadline, commit))
-    # Last, as it is slow and the figures do not wait for it.
-    for tool in ("memcheck", "racecheck") if sanitizer is not None else ():
-        note(f"sanitizer, {tool}", _sanitizer(tool, sanitizer, folder, deadline))
+        note(f"suite {suite}", _suite(suite, folder, device, deadline, commit), "log.txt")
     note("report", _report(folder))
     return failed
 
@@ -153,16 +158,24 @@ def _suite(
     return problem
 
 
-def _sanitizer(tool: str, tests: Sequence[str], folder: Path, deadline: float) -> str | None:
+def _sanitizer(tool: str, tests: Sequence[str], folder: Path, end: float) -> str | None:
     binary = shutil.which("compute-sanitizer")
     if binary is None:
         return "compute-sanitizer is not on the PATH"
-    left = deadline - time.monotonic()
+    left = end - time.monotonic()
     if left < 5:
         return "no time left"
     command = [binary, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
     command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    return run_part(command, folder / f"{tool}.txt", left, fresh=True)
+    code = _exit_code(command, folder / f"{tool}.txt", left, fresh=True)
+    if code == _NO_TESTS_COLLECTED:
+        return f"no tests fit {' '.join(tests)}"
+    return None if code == 0 else _reason(code, left)
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    return "\n".join(f"   {line}" for line in lines[-_LINES_SHOWN:])
 
 
 def _report(folder: Path) -> str | None:
