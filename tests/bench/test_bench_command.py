@@ -63,21 +63,21 @@ def test_run_report_check(tmp_path):
 
 def test_a_second_run_measures_what_is_missing(tmp_path):
     path = tmp_path / "results.csv"
-    first = ["run", *QUICK, "--out", tmp_path, "--commit", "abc"]
-    assert "8 measured" in _invoke(*first)[1]
+    first = ["run", *QUICK[:6], "--out", tmp_path, "--commit", "abc"]
+    assert "4 measured" in _invoke(*first)[1]
     count = len(read_results(path))
     assert "0 measured" in _invoke(*first)[1]
     assert len(read_results(path)) == count
-    assert "3 measured" in _invoke(*first, "--provider", "mixed")[1]  # of linear cases only
-    assert "8 measured" in _invoke("run", *QUICK, "--out", tmp_path, "--commit", "def")[1]
-    assert "8 measured" in _invoke(*first, "--again")[1]
-    assert "0 measured" in _invoke("run", *QUICK, "--out", tmp_path, "--commit", "def")[1]
+    assert "3 measured" in _invoke(*first, "--provider", "gemm")[1]  # of linear cases only
+    assert "4 measured" in _invoke(*first[:-1], "def")[1]
+    assert "4 measured" in _invoke(*first, "--again")[1]
+    assert "0 measured" in _invoke(*first[:-1], "def")[1]
 
 
 def test_changed_code_is_measured_again(tmp_path):
-    dirty = ["run", *QUICK, "--out", tmp_path, "--commit", "abc-dirty"]
+    dirty = ["run", *QUICK[:6], "--out", tmp_path, "--commit", "abc-dirty"]
     for _ in range(2):
-        assert "8 measured" in _invoke(*dirty)[1]
+        assert "4 measured" in _invoke(*dirty)[1]
     assert "0 measured" in _invoke(*dirty, "--resume")[1]
 
 
