@@ -50,7 +50,7 @@ def pack_kernel(
     end = tl.minimum(begin + chunk, C)
     pruned = tl.zeros((ROWS,), tl.int32)
     for start in range(begin, end, BLOCK):
-        c = start + tl.arange(0, BLOCK)
+        c = start + tl.arange(0, BLOCK).to(tl.int64)
         in_c = c < end
         inside = in_r[:, None] & in_c[None, :]
         w = tl.load(
@@ -96,7 +96,7 @@ def settle_kernel(
             r = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
             in_r = r < R
             for start in range(0, C, BLOCK):
-                c = start + tl.arange(0, BLOCK)
+                c = start + tl.arange(0, BLOCK).to(tl.int64)
                 in_c = c < C
                 inside = in_r[:, None] & in_c[None, :]
                 w = tl.load(

@@ -38,7 +38,7 @@ def post_kernel(
     end = tl.minimum(begin + chunk, C)
     row_sum = tl.zeros((ROWS,), COMPUTE)
     for start in range(begin, end, BLOCK):
-        c = start + tl.arange(0, BLOCK)
+        c = start + tl.arange(0, BLOCK).to(tl.int64)
         in_c = c < end
         inside = in_r[:, None] & in_c[None, :]
         w = tl.load(
@@ -47,7 +47,9 @@ def post_kernel(
         from_dense = dense + r[:, None] * stride_dr + c[None, :] * stride_dc
         g = tl.load(from_dense, mask=inside, other=0.0).to(COMPUTE)
         for slab in range(1, slabs):
-            g += tl.load(from_dense + slab * slab_stride, mask=inside, other=0.0).to(COMPUTE)
+            g += tl.load(
+                from_dense + tl.cast(slab, tl.int64) * slab_stride, mask=inside, other=0.0
+            ).to(COMPUTE)
         t = load_threshold(
             threshold, r, c, in_r, in_c, stride_tr, stride_tc, THRESHOLD, COMPUTE
         )  # fmt: skip
