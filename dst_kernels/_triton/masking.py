@@ -43,7 +43,7 @@ def load_threshold(
     elif THRESHOLD == ALONG_C:
         return tl.load(threshold + c * stride_tc, mask=in_c, other=0.0).to(COMPUTE)[None, :]
     else:
-        offsets = r[:, None] * stride_tr + c[None, :] * stride_tc
+        offsets = r[:, None].to(tl.int64) * stride_tr + c[None, :].to(tl.int64) * stride_tc
         return tl.load(threshold + offsets, mask=in_r[:, None] & in_c[None, :], other=0.0).to(
             COMPUTE
         )
