@@ -129,6 +129,7 @@ def _pytest(arguments: list[str], folder: Path, seconds: float, fresh: bool) -> 
     if seconds < 1:
         return "no time left"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    command.append("--continue-on-collection-errors")
     code = _exit_code(command, log, seconds, fresh)
     if code == _NO_TESTS_COLLECTED:
         print(f"   no tests fit {' '.join(arguments)}")
