@@ -35,7 +35,7 @@ def grid(limits, weights, granularity, dtype, device):
 
 
 def close(ours, expected):
-    """NaN and infinity in the same places; else a rounding apart at most (the GPU fuses a * b + c)."""
+    """NaN and infinity in the same places; else a rounding apart (a GPU fuses a * b + c)."""
     for result, truth in zip(ours, expected, strict=True):
         eps = torch.finfo(truth.dtype).eps
         torch.testing.assert_close(result, truth, rtol=4 * eps, atol=4 * eps, equal_nan=True)

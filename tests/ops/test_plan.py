@@ -1,0 +1,257 @@
+"""The planner: a pure function whose choices follow its costs, measured where there are any."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+
+from dst_kernels import _plan, _plan_table
+from dst_kernels._plan import PATHS, PLANS, Plan, plan_linear
+from dst_kernels._plan_table import measured_costs
+
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+TOKENS = (0, 1, 2, 16, 64, 128, 512, 1024, 4096, 8192, 65536, 2**20)
+WEIGHTS = ((1, 1), (1024, 1024), (4096, 4096), (4096, 14336), (8192, 1024))
+# input, weight, tf32
+DTYPES = ((BF16, F32, False), (BF16, BF16, False), (F16, F32, False), (F32, F32, True))
+VALID = {Plan(*parts) for parts in itertools.product(("fused", "packed"), repeat=3)}
+
+
+@pytest.fixture(autouse=True)
+def fresh_costs():
+    _plan._costs.cache_clear()
+    yield
+    _plan._costs.cache_clear()
+
+
+def test_names():
+    assert PATHS == ("auto", "fused", "packed", "mixed")
+    assert PLANS["fused"] == Plan("fused", "fused", "fused")
+    assert PLANS["packed"] == Plan("packed", "packed", "packed")
+    assert PLANS["mixed"] == Plan("packed", "packed", "fused")
+
+
+def every_case():
+    for M, (N, K), (of_input, of_weight, tf32) in itertools.product(TOKENS, WEIGHTS, DTYPES):
+        for needs_grad_input, packed_available in itertools.product((True, False), repeat=2):
+            yield (
+                (M, N, K, of_input, of_weight),
+                {
+                    "tf32": tf32,
+                    "needs_grad_input": needs_grad_input,
+                    "packed_available": packed_available,
+                },
+            )
+
+
+def test_every_choice_is_a_plan_and_the_same_each_time():
+    for arguments, options in every_case():
+        plan = plan_linear(*arguments, **options)
+        assert plan in VALID
+        _plan._costs.cache_clear()
+        assert plan_linear(*arguments, **options) == plan
+
+
+def test_a_plan_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PLANS["fused"].forward = "packed"
+
+
+@pytest.mark.parametrize("weight", WEIGHTS[1:], ids=str)
+def test_few_tokens_are_fused(weight):
+    """Where reading the weight is all the work, packing would read and write it once more."""
+    for M in (1, 16, 64):
+        plan = plan_linear(M, *weight, BF16, F32)
+        assert (plan.forward, plan.grad_input) == ("fused", "fused")
+
+
+@pytest.mark.parametrize("weight", WEIGHTS[1:], ids=str)
+def test_many_tokens_are_packed(weight):
+    for M in (8192, 65536):
+        plan = plan_linear(M, *weight, BF16, F32)
+        assert (plan.forward, plan.grad_input) == ("packed", "packed")
+
+
+def test_an_existing_copy_is_used():
+    for arguments, options in every_case():
+        if options["packed_available"]:
+            plan = plan_linear(*arguments, **options)
+            assert (plan.forward, plan.grad_input) == ("packed", "packed")
+
+
+def test_an_existing_copy_does_not_change_how_the_weight_s_gradient_runs():
+    for arguments, options in every_case():
+        plans = {
+            plan_linear(*arguments, **{**options, "packed_available": available}).grad_weight
+            for available in (True, False)
+        }
+        assert len(plans) == 1
+
+
+def test_float64_is_packed():
+    for M, weight, gpu in itertools.product(TOKENS, WEIGHTS, (None, "NVIDIA H200")):
+        for dtypes in ((F64, F64), (F32, F64), (F64, F32)):
+            assert plan_linear(M, *weight, *dtypes, gpu=gpu) == PLANS["packed"]
+
+
+@pytest.mark.parametrize("needs_grad_input", [True, False])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("weight", WEIGHTS, ids=str)
+def test_one_crossover_from_fused_to_packed(weight, dtypes, needs_grad_input):
+    """With more tokens a product never goes back to the fused kernel."""
+    *dtypes, tf32 = dtypes
+    plans = [
+        plan_linear(M, *weight, *dtypes, tf32=tf32, needs_grad_input=needs_grad_input)
+        for M in sorted({*TOKENS, *(2**i for i in range(21)), *(3 * 2**i for i in range(19))})
+    ]
+    for product in ("forward", "grad_input"):
+        choices = [getattr(plan, product) == "packed" for plan in plans]
+        assert choices == sorted(choices), product
+
+
+def test_what_the_input_s_gradient_saves_counts():
+    """Where the forward passes cost about the same, a copy pays if the backward pass uses it too."""
+    plans = {
+        (M, needs): plan_linear(M, 4096, 4096, BF16, F32, needs_grad_input=needs)
+        for M in range(16, 4096, 16)
+        for needs in (True, False)
+    }
+    crossover = {
+        needs: min(M for (M, n), plan in plans.items() if n == needs and plan.forward == "packed")
+        for needs in (True, False)
+    }
+    assert crossover[True] <= crossover[False]
+
+
+def test_without_the_input_s_gradient_only_the_forward_pass_decides(table):
+    """A forward pass that is cheaper packed stays packed, whatever dX would have cost."""
+    table([case(forward=(3.0, 2.0), grad_input=(1.0, 5.0))])
+    assert plan(needs_grad_input=False).forward == "packed"
+    assert plan(needs_grad_input=True).forward == "packed"
+    table([case(forward=(2.0, 3.0), grad_input=(5.0, 1.0))])
+    assert plan(needs_grad_input=False).forward == "fused"
+    assert plan(needs_grad_input=True).forward == "packed"
+
+
+# -- measurements ----------------------------------------------------------------------------------
+
+GPU = "NVIDIA Test GPU"
+
+
+def case(M=1024, N=4096, K=4096, input_dtype="bfloat16", weight_dtype="float32", **costs):
+    """A case of the table; `costs` are (fused, packed) by product."""
+    both = {"forward": (1.0, 2.0), "grad_input": (1.0, 2.0), "grad_weight": (1.0, 2.0), **costs}
+    return {
+        **{"M": M, "N": N, "K": K, "input_dtype": input_dtype, "weight_dtype": weight_dtype},
+        **{name: {"fused": fused, "packed": packed} for name, (fused, packed) in both.items()},
+    }
+
+
+PACKED_WINS = {name: (2.0, 1.0) for name in ("forward", "grad_input", "grad_weight")}
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """Write a table where the package looks for them."""
+
+    def write(cases):
+        folder = tmp_path / "tables"
+        folder.mkdir(exist_ok=True)
+        content = {
+            **{"gpu": GPU, "torch": "0", "triton": "0", "commit": "0", "date": "0"},
+            "cases": cases,
+        }
+        (folder / "test.json").write_text(json.dumps(content))
+        (folder / "README.md").write_text("not a table")
+        monkeypatch.setattr(_plan_table.resources, "files", lambda package: tmp_path)
+        _plan_table._tables.cache_clear()
+        _plan._costs.cache_clear()
+
+    yield write
+    monkeypatch.undo()
+    _plan_table._tables.cache_clear()
+
+
+def plan(M=1024, N=4096, K=4096, of_input=BF16, of_weight=F32, gpu=GPU, **options):
+    return plan_linear(M, N, K, of_input, of_weight, gpu=gpu, **options)
+
+
+def test_measurements_decide(table):
+    table([case()])
+    assert plan() == PLANS["fused"]
+    table([case(**PACKED_WINS)])
+    assert plan() == PLANS["packed"]
+    table([case(**{**PACKED_WINS, "grad_weight": (1.0, 2.0)})])
+    assert plan() == PLANS["mixed"]
+    table([case(forward=(2.0, 1.0), grad_input=(1.0, 2.0))])
+    assert plan() == Plan("packed", "fused", "fused")
+
+
+def test_all_costs_of_a_case_are_found(table):
+    table([case(forward=(1.0, 2.0), grad_input=(3.0, 4.0), grad_weight=(5.0, 6.0))])
+    assert measured_costs(GPU, 1024, 4096, 4096, BF16, F32) == {
+        "fused_forward": 1.0,
+        "packed_forward": 2.0,
+        "fused_grad_input": 3.0,
+        "packed_grad_input": 4.0,
+        "fused_grad_weight": 5.0,
+        "packed_grad_weight": 6.0,
+    }
+
+
+def test_the_nearest_case_counts(table):
+    table([case(M=16), case(M=1024, **PACKED_WINS)])
+    assert plan(M=16) == plan(M=64) == PLANS["fused"]
+    assert plan(M=512) == plan(M=1024) == plan(M=4096) == PLANS["packed"]
+    table([case(N=1024), case(N=8192, **PACKED_WINS)])
+    assert plan(N=2048) == PLANS["fused"]
+    assert plan(N=4096) == PLANS["packed"]
+
+
+def test_far_cases_and_other_gpus_and_dtypes_do_not_count(table):
+    """Then the estimate decides."""
+    table([case(forward=(1.0, 9.0), grad_input=(1.0, 9.0))])
+    assert plan(M=8 * 1024).forward == "fused", "the farthest that counts"
+    for other in (
+        {"M": 8 * 1024 + 1},
+        {"M": 2048, "N": 8192, "K": 16384},
+        {"M": 8192, "gpu": "another"},
+        {"M": 8192, "gpu": None},
+        {"M": 8192, "of_input": F16},
+        {"M": 8192, "of_weight": BF16},
+    ):
+        gpu = other.get("gpu", GPU)
+        expected = plan(**{**other, "gpu": "none such"})
+        assert plan(**other) == expected, other
+        sizes = other.get("M", 1024), other.get("N", 4096), other.get("K", 4096)
+        dtypes = other.get("of_input", BF16), other.get("of_weight", F32)
+        assert measured_costs(gpu, *sizes, *dtypes) is None
+
+
+def test_exact_float32_is_not_judged_by_tf32_measurements(table):
+    table([case(input_dtype="float32", weight_dtype="float32", **PACKED_WINS)])
+    assert plan(of_input=F32, tf32=True) == PLANS["packed"]
+    without = plan(of_input=F32, tf32=False)
+    table([case(input_dtype="float32", weight_dtype="float32")])
+    assert plan(of_input=F32, tf32=True) == PLANS["fused"]
+    assert plan(of_input=F32, tf32=False) == without
+
+
+def test_an_empty_batch_finds_a_plan(table):
+    table([case(M=1)])
+    assert plan(M=0) == PLANS["fused"]
+
+
+def test_the_shipped_tables_have_the_format():
+    for gpu, cases in _plan_table._tables().items():
+        assert gpu and cases
+        for one in cases:
+            assert all(one[name] >= 1 for name in ("M", "N", "K"))
+            assert isinstance(getattr(torch, one["input_dtype"]), torch.dtype)
+            assert isinstance(getattr(torch, one["weight_dtype"]), torch.dtype)
+            for product in ("forward", "grad_input", "grad_weight"):
+                assert all(0 < one[product][path] < 10 for path in ("fused", "packed"))

@@ -1,0 +1,101 @@
+"""opcheck of every op on Triton, fake tensors, and layers under torch.compile."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.library import opcheck
+from triton_cases import every_granularity, normal, thresholds
+
+from dst_kernels import _ops
+from dst_kernels.nn import MaskedConv2d, MaskedLinear
+
+F16, F32 = torch.float16, torch.float32
+OPTIONS = ("long_tailed", True)
+BACKEND = "triton"
+
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+    "strided": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "expanded": lambda t: t[:1].expand_as(t),
+}
+
+
+@pytest.mark.parametrize("ratio", [None, 1.0])
+@every_granularity
+@pytest.mark.parametrize("shape", [(4, 6), (3, 2, 3, 2)], ids=str)
+def test_weight_ops(shape, granularity, ratio, device):
+    weight, threshold = normal(*shape, device=device), thresholds(shape, granularity, device=device)
+    opcheck(_ops.effective_threshold, (weight, threshold, ratio, BACKEND))
+    opcheck(_ops.masked_weight, (weight, threshold, ratio, F16, BACKEND))
+    grad = normal(*shape, dtype=F16, device=device)
+    opcheck(_ops.masked_weight_backward, (grad, weight, threshold, *OPTIONS, BACKEND))
+
+
+@pytest.mark.parametrize(
+    ("batch", "layout"),
+    [*(((5,), layout) for layout in LAYOUTS), *((b, "contiguous") for b in ((), (2, 3), (0,)))],
+    ids=str,
+)
+@pytest.mark.parametrize("of_threshold", ["row", "element"])
+def test_linear_ops(batch, of_threshold, layout, device):
+    arrange = LAYOUTS[layout]
+    weight = arrange(normal(4, 6, device=device))
+    threshold = thresholds((4, 6), of_threshold, device=device)
+    input, grad = (normal(*batch, size, dtype=F16, device=device) for size in (6, 4))
+    if len(batch) == 1:
+        input, grad = arrange(input), arrange(grad)
+    bias = normal(4, device=device)
+    opcheck(_ops.masked_linear, (input, weight, threshold, bias, 0.01, BACKEND))
+    opcheck(_ops.masked_linear_grad_input, (grad, weight, threshold, BACKEND))
+    opcheck(_ops.masked_linear_grad_weight, (grad, input, weight, threshold, *OPTIONS, BACKEND))
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("path", ["auto", "fused", "packed", "mixed"])
+def test_a_compiled_linear_layer_trains_as_the_eager_one(path, device):
+    layer = MaskedLinear(6, 5, backend=BACKEND, path=path, device=device)
+    layer.reset_threshold(0.1)
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    for batch in (3, 4, 7):  # the second makes the size a symbol
+        input = normal(batch, 6, device=device)
+        for model in (layer, compiled):
+            model(input).square().sum().backward()
+    torch.testing.assert_close(twin.weight.grad, layer.weight.grad)
+    torch.testing.assert_close(twin.threshold.grad, layer.threshold.grad)
+    torch.testing.assert_close(twin.bias.grad, layer.bias.grad)
+    assert twin.threshold.grad.any()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_layer_commits_a_reset(device):
+    layer = MaskedLinear(6, 5, backend=BACKEND, path="fused", device=device)
+    layer.reset_threshold(9.0)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    input = normal(3, 6, device=device)
+    torch.testing.assert_close(compiled(input), layer.to_dense()(input))
+    assert not layer.threshold.any()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_convolution(device):
+    layer = MaskedConv2d(3, 4, 3, backend=BACKEND, device=device)
+    layer.reset_threshold(0.1)
+    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
+    input = normal(2, 3, 6, 6, device=device)
+    expected = layer(input)
+    torch.testing.assert_close(compiled(input), expected)
+    expected.square().sum().backward()
+    compiled(input).square().sum().backward()
+    torch.testing.assert_close(compiled.threshold.grad, layer.threshold.grad)
