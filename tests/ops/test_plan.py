@@ -114,7 +114,7 @@ def test_one_crossover_from_fused_to_packed(weight, dtypes, needs_grad_input):
 
 
 def test_what_the_input_s_gradient_saves_counts():
-    """Where the forward passes cost about the same, a copy pays if the backward pass uses it too."""
+    """A copy that the backward pass uses too pays at fewer tokens."""
     plans = {
         (M, needs): plan_linear(M, 4096, 4096, BF16, F32, needs_grad_input=needs)
         for M in range(16, 4096, 16)

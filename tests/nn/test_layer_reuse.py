@@ -1,0 +1,628 @@
+"""`weights_unchanged`: one pack for many forwards, the same results; and nothing stale, ever."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from layer_cases import every_granularity, every_layer
+from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch.optim.swa_utils import AveragedModel
+
+from dst_kernels import _ops, autograd
+from dst_kernels.nn import MaskedConv2d, MaskedLinear
+from dst_kernels.nn._reuse import weights_unchanged
+
+# The paths on which a layer has a use for the copy.
+packing = pytest.mark.parametrize("path", ["packed", "mixed"])
+
+
+@pytest.fixture
+def packs(monkeypatch):
+    """The dtypes of all packs so far."""
+    made = []
+    run = _ops.call
+
+    def call(op, *args):
+        if op is _ops.masked_weight:
+            made.append(args[3])
+        return run(op, *args)
+
+    monkeypatch.setattr(_ops, "call", call)
+    return made
+
+
+def layer_of(path="packed", device=None, **options):
+    torch.manual_seed(1)
+    layer = MaskedLinear(8, 6, path=path, device=device, **options)
+    layer.reset_threshold(0.1)
+    return layer
+
+
+def fresh(layer):
+    """A new layer with the same numbers, which has never packed anything."""
+    twin = MaskedLinear(
+        8, 6, path="fused", backend=layer.backend, device=layer.weight.device,
+        reset_ratio=layer.reset_ratio,
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            parameter.copy_(layer.get_parameter(name).detach().clone())
+    return twin.train(layer.training)
+
+
+def assert_as_fresh(layer, input):
+    """Output and gradients are those of a layer that cannot have anything stale."""
+    twin, results = fresh(layer), []
+    for model in (layer, twin):
+        leaf = input.clone().requires_grad_()
+        output = model(leaf)
+        leaves = leaf, model.weight, model.threshold
+        results.append((output, *torch.autograd.grad(output.square().sum(), leaves)))
+    torch.testing.assert_close(results[0], results[1])
+    assert torch.equal(layer.threshold, twin.threshold)
+
+
+# -- one pack --------------------------------------------------------------------------------------
+
+
+@packing
+@pytest.mark.parametrize("training", [True, False])
+def test_several_forwards_pack_once(path, training, packs, device):
+    layer, input = layer_of(path, device).train(training), torch.randn(3, 8, device=device)
+    with weights_unchanged(layer):
+        for _ in range(3):
+            layer(input)
+    assert len(packs) == 1
+    for _ in range(2):
+        layer(input)
+    assert len(packs) == 3, "outside the scope each forward packs"
+
+
+@every_layer
+@every_granularity
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_results_and_gradients_are_those_without_the_scope(
+    case, granularity, training, backend, device
+):
+    options = {"granularity": granularity, "backend": backend, "device": device}
+    layer = case.masked(*case.args, path="packed", **options).train(training)
+    layer.reset_threshold(0.05)
+    twin = copy.deepcopy(layer)
+    inputs = [torch.randn(case.input_shape, device=device) for _ in range(3)]
+    outputs = []
+    with weights_unchanged(layer):
+        for input in inputs:
+            outputs.append(layer(input))
+            outputs[-1].square().sum().backward()
+    for input, output in zip(inputs, outputs, strict=True):
+        expected = twin(input)
+        assert torch.equal(output, expected)
+        expected.square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert torch.equal(parameter.grad, twin.get_parameter(name).grad), name
+        assert torch.equal(parameter, twin.get_parameter(name)), name
+
+
+@packing
+def test_a_committed_reset_does_not_pack_again(path, packs, device):
+    layer, input = layer_of(path, device), torch.randn(3, 8, device=device)
+    layer.reset_threshold(9.0)
+    twin = copy.deepcopy(layer)
+    with weights_unchanged(layer):
+        outputs = [layer(input) for _ in range(3)]
+    assert len(packs) == 1
+    assert not layer.threshold.any(), "the first forward committed the reset"
+    for output in outputs:
+        torch.testing.assert_close(output, twin(input))
+    sum(output.sum() for output in outputs).backward()
+    assert layer.threshold.grad.isfinite().all() and layer.weight.grad.any()
+
+
+def test_evaluation_with_a_pending_reset_does_not_write(packs, device):
+    layer = layer_of(device=device).eval()
+    layer.reset_threshold(9.0)
+    input = torch.randn(3, 8, device=device)
+    with weights_unchanged(layer):
+        for _ in range(2):
+            assert torch.equal(layer(input), layer.to_dense()(input))
+    assert bool((layer.threshold == 9.0).all())
+    assert packs.count(torch.float32) == 3, "one for the layer, two for to_dense"
+
+
+@packing
+def test_gradients_accumulated_over_micro_batches_equal_the_big_batch(path, device):
+    model = nn.Sequential(layer_of(path, device), nn.Tanh(), MaskedLinear(6, 3, path=path))
+    model.to(device, torch.float64)
+    twin = copy.deepcopy(model)
+    batch = torch.randn(12, 8, dtype=torch.float64, device=device)
+    with weights_unchanged(model):
+        for part in batch.split(3):
+            model(part).square().sum().backward()
+    twin(batch).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, twin.get_parameter(name).grad, msg=name)
+
+
+def test_a_fused_path_takes_no_copy_it_does_not_need(packs, device):
+    """On the fused path a pack would be wasted."""
+    layer, input = layer_of("fused", device), torch.randn(3, 8, device=device)
+    with weights_unchanged(layer):
+        assert_as_fresh(layer, input)
+    assert packs == []
+
+
+# -- what leads to a new pack ----------------------------------------------------------------------
+
+
+def in_place(layer):
+    with torch.no_grad():
+        layer.weight.mul_(-1.5)
+
+
+def threshold_in_place(layer):
+    with torch.no_grad():
+        layer.threshold.fill_(0.25)
+
+
+def one_element(layer):
+    with torch.no_grad():
+        layer.weight[0, 0] = 7.0
+
+
+def load(layer):
+    layer.load_state_dict({k: v + 0.3 for k, v in layer.state_dict().items()})
+
+
+def load_assigned(layer):
+    layer.load_state_dict({k: v + 0.3 for k, v in layer.state_dict().items()}, assign=True)
+
+
+def data_exchanged(layer):
+    layer.weight.data = layer.weight.data * -2
+
+
+def threshold_data_exchanged(layer):
+    layer.threshold.data = layer.threshold.data + 0.2
+
+
+def new_parameter(layer):
+    layer.weight = nn.Parameter(layer.weight.detach() * 3)
+
+
+def swapped_by_copy(layer):
+    average = {name: parameter.detach() * 0.5 for name, parameter in layer.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            parameter.copy_(average[name])
+
+
+def initialised(layer):
+    nn.init.normal_(layer.weight)
+
+
+def reset(layer):
+    layer.reset_parameters()
+
+
+CHANGES = [
+    in_place, threshold_in_place, one_element, load, load_assigned, data_exchanged,
+    threshold_data_exchanged, new_parameter, swapped_by_copy, initialised, reset,
+]  # fmt: skip
+every_change = pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+
+
+@packing
+@every_change
+@pytest.mark.parametrize("training", [True, False])
+def test_changes_are_noticed(change, path, training, packs, device):
+    layer, input = layer_of(path, device).train(training), torch.randn(3, 8, device=device)
+    with weights_unchanged(layer):
+        before = layer(input)
+        change(layer)
+        assert_as_fresh(layer, input)
+        assert not torch.equal(layer(input), before)
+        assert len(packs) == 2
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_changes_before_a_backward_pass_leave_it_alone_or_are_an_error(change, device):
+    """The gradient of the input is that of the weight the forward pass saw, or torch says no."""
+    layer, input = layer_of(device=device), torch.randn(3, 8, device=device, requires_grad=True)
+    with weights_unchanged(layer):
+        expected = torch.autograd.grad(layer(input).sum(), input)[0]
+        output = layer(input)
+        change(layer)
+        layer(input)
+        try:
+            (actual,) = torch.autograd.grad(output.sum(), input)
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+        else:
+            torch.testing.assert_close(actual, expected)
+
+
+OPTIMIZERS = {
+    "SGD": (torch.optim.SGD, {"momentum": 0.9}),
+    "Adam": (torch.optim.Adam, {}),
+    "AdamW": (torch.optim.AdamW, {}),
+    "Adagrad": (torch.optim.Adagrad, {}),
+    "Adadelta": (torch.optim.Adadelta, {}),
+    "Adamax": (torch.optim.Adamax, {}),
+    "NAdam": (torch.optim.NAdam, {}),
+    "RAdam": (torch.optim.RAdam, {}),
+    "RMSprop": (torch.optim.RMSprop, {}),
+    "Rprop": (torch.optim.Rprop, {}),
+    "ASGD": (torch.optim.ASGD, {}),
+    "Adafactor": (torch.optim.Adafactor, {}),
+    "LBFGS": (torch.optim.LBFGS, {}),
+}
+HOW = [
+    *((name, {}) for name in OPTIMIZERS),
+    *((name, {"foreach": True}) for name in OPTIMIZERS if name not in ("LBFGS",)),
+    *((name, {"fused": True}) for name in ("SGD", "Adam", "AdamW", "Adagrad")),
+]
+every_optimizer = pytest.mark.parametrize(
+    ("name", "how"), HOW, ids=lambda value: value if isinstance(value, str) else "-".join(value)
+)
+
+
+def optimizer_of(layer, name, how):
+    kind, options = OPTIMIZERS[name]
+    return kind(layer.parameters(), lr=0.1, **options, **how)
+
+
+def step(layer, optimizer, input):
+    def closure():
+        optimizer.zero_grad()
+        loss = layer(input).square().sum()
+        loss.backward()
+        return loss
+
+    closure()
+    optimizer.step(closure if isinstance(optimizer, torch.optim.LBFGS) else None)
+
+
+@every_optimizer
+def test_an_optimizer_s_step_is_noticed(name, how, device):
+    """Fused ones do not count the versions of the parameters up."""
+    layer, input = layer_of(device=device), torch.randn(3, 8, device=device)
+    optimizer = optimizer_of(layer, name, how)
+    with weights_unchanged(layer):
+        for _ in range(3):
+            before = layer.weight.detach().clone()
+            step(layer, optimizer, input)
+            assert not torch.equal(layer.weight, before)
+            assert_as_fresh(layer, input)
+
+
+@every_optimizer
+def test_outside_a_scope_an_optimizer_s_step_is_noticed(name, how, device):
+    layer, input = layer_of(device=device), torch.randn(3, 8, device=device)
+    optimizer = optimizer_of(layer, name, how)
+    for _ in range(3):
+        step(layer, optimizer, input)
+        assert_as_fresh(layer, input)
+
+
+def written_through_data(layer):
+    layer.weight.data.mul_(-2)
+
+
+def threshold_written_through_data(layer):
+    layer.threshold.data.add_(0.2)
+
+
+def averaged_through_data(layer):
+    for parameter in layer.parameters():
+        parameter.data.copy_(0.5 * parameter.data)
+
+
+@packing
+@pytest.mark.parametrize(
+    "change",
+    [*CHANGES, written_through_data, threshold_written_through_data, averaged_through_data],
+    ids=lambda f: f.__name__,
+)
+def test_outside_a_scope_nothing_is_stale(change, path, device):
+    """Also not after a scope, nor of what only its end can notice."""
+    layer, input = layer_of(path, device), torch.randn(3, 8, device=device)
+    layer(input)
+    change(layer)
+    assert_as_fresh(layer, input)
+    with weights_unchanged(layer):
+        layer(input)
+    change(layer)
+    assert_as_fresh(layer, input)
+    with weights_unchanged(layer):
+        assert_as_fresh(layer, input)
+
+
+def test_averaged_weights(device):
+    """torch's own averaging, swapped in between evaluations."""
+    layer, input = layer_of(device=device), torch.randn(3, 8, device=device)
+    average = AveragedModel(layer)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    with weights_unchanged(layer), weights_unchanged(average):
+        for _ in range(3):
+            step(layer, optimizer, input)
+            average.update_parameters(layer)
+            assert_as_fresh(layer, input)
+            assert_as_fresh(average.module, input)
+    assert not torch.equal(average.module.weight, layer.weight)
+
+
+# -- dtypes, modes ---------------------------------------------------------------------------------
+
+
+def test_each_dtype_gets_the_copy_it_needs(device):
+    layer, input = layer_of(device=device), torch.randn(3, 8, device=device)
+    expected = {}
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast(device.type, dtype):
+            expected[dtype] = layer(input)
+    plain = layer(input)
+    with weights_unchanged(layer):
+        for _ in range(2):
+            for dtype, output in expected.items():
+                with torch.autocast(device.type, dtype):
+                    assert torch.equal(layer(input), output)
+            assert torch.equal(layer(input), plain)
+
+
+def test_under_autocast_one_pack_serves_all_forwards(packs, device):
+    layer, input = layer_of(device=device), torch.randn(3, 8, device=device)
+    with weights_unchanged(layer), torch.autocast(device.type, torch.bfloat16):
+        for _ in range(3):
+            layer(input)
+    assert packs == [torch.bfloat16]
+
+
+def test_a_backward_pass_after_a_change_of_dtype(device):
+    layer, input = layer_of(device=device), torch.randn(3, 8, device=device, requires_grad=True)
+    with weights_unchanged(layer):
+        with torch.autocast(device.type, torch.bfloat16):
+            low = layer(input)
+        high = layer(input)
+        (of_low,) = torch.autograd.grad(low.float().sum(), input)
+        (of_high,) = torch.autograd.grad(high.sum(), input)
+    (exact,) = torch.autograd.grad(fresh(layer)(input).sum(), input)
+    torch.testing.assert_close(of_high, exact)
+    torch.testing.assert_close(of_low, exact, rtol=0.05, atol=0.05)
+    assert not torch.equal(of_low, of_high)
+
+
+def test_train_and_eval_alternate(packs, device):
+    layer, input = layer_of(device=device), torch.randn(3, 8, device=device)
+    with weights_unchanged(layer):
+        for training in (True, False, True, False):
+            assert_as_fresh(layer.train(training), input)
+    assert len(packs) == 1
+
+
+@pytest.mark.parametrize("first", ["no_grad", "inference_mode", "enable_grad"])
+def test_gradient_modes_alternate(first, device):
+    layer, input = layer_of(device=device), torch.randn(3, 8, device=device)
+    with weights_unchanged(layer):
+        with getattr(torch, first)():
+            layer(input)
+        assert_as_fresh(layer, input)
+        with torch.inference_mode():
+            output = layer(input)
+        assert torch.equal(output, layer(input).detach())
+        assert_as_fresh(layer, input)
+
+
+def test_options_changed_inside_the_scope(device):
+    layer, input = layer_of(device=device, reset_ratio=None), torch.randn(3, 8, device=device)
+    layer.reset_threshold(9.0)
+    with weights_unchanged(layer):
+        assert torch.equal(layer(input), layer.bias.expand(3, 6))
+        layer.reset_ratio = 0.01
+        assert_as_fresh(layer, input)
+
+
+def test_a_layer_moved_to_another_dtype(device):
+    layer, input = layer_of(device=device), torch.randn(3, 8, device=device)
+    with weights_unchanged(layer):
+        layer(input)
+        layer.double()
+        expected = layer.to_dense()(input.double())
+        torch.testing.assert_close(layer(input.double()), expected)
+        layer.float()
+        assert_as_fresh(layer, input)
+
+
+# -- the scope itself ------------------------------------------------------------------------------
+
+
+def has_packs(model):
+    return [module for module in model.modules() if getattr(module, "_packs", None) is not None]
+
+
+def test_the_scope_leaves_nothing_behind(device):
+    layer = layer_of(device=device)
+    before = dict(layer.__dict__)
+    with weights_unchanged(layer):
+        layer(torch.randn(3, 8, device=device))
+        assert has_packs(layer)
+    assert layer.__dict__.keys() == before.keys()
+    assert not has_packs(layer)
+    assert not _global_optimizer_post_hooks
+
+
+def test_an_error_inside_closes_the_scope(device):
+    layer, input = layer_of(device=device), torch.randn(3, 8, device=device)
+    with pytest.raises(ZeroDivisionError), weights_unchanged(layer):
+        layer(input)
+        raise ZeroDivisionError
+    assert not has_packs(layer)
+    assert not _global_optimizer_post_hooks
+    layer.weight.data.mul_(-2)
+    assert_as_fresh(layer, input)
+
+
+def test_a_nested_scope_goes_on_with_the_outer_one_s_copies(packs, device):
+    model, input = nn.Sequential(layer_of(device=device)), torch.randn(3, 8, device=device)
+    with weights_unchanged(model):
+        model(input)
+        with weights_unchanged(model[0]):
+            model(input)
+        model(input)
+        assert len(packs) == 1
+    assert not has_packs(model)
+
+
+def test_an_outer_scope_over_more_layers(packs, device):
+    """The inner scope closes; what the outer one opened stays open."""
+    first = layer_of(device=device)
+    second = MaskedLinear(6, 4, path="packed", device=device)
+    model, input = nn.Sequential(first, second), torch.randn(3, 8, device=device)
+    with weights_unchanged(first):
+        with weights_unchanged(model):
+            model(input), model(input)
+            assert len(packs) == 2
+        assert has_packs(model) == [first]
+        model(input)
+        assert len(packs) == 3
+    assert not has_packs(model)
+
+
+def test_a_step_inside_a_nested_scope_is_noticed_by_both(device):
+    layer, input = layer_of(device=device), torch.randn(3, 8, device=device)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5, fused=True)
+    with weights_unchanged(layer):
+        layer(input)
+        with weights_unchanged(layer):
+            step(layer, optimizer, input)
+            assert_as_fresh(layer, input)
+        step(layer, optimizer, input)
+        assert_as_fresh(layer, input)
+
+
+def test_layers_added_later_just_pack_at_every_forward(packs, device):
+    model, input = nn.Sequential(layer_of(device=device)), torch.randn(3, 8, device=device)
+    with weights_unchanged(model):
+        model(input)
+        late = MaskedLinear(6, 4, path="packed", device=device)
+        model.append(late)
+        model(input), model(input)
+        assert len(packs) == 3
+        late.weight.data.mul_(2)
+        ones = torch.ones(1, 6, device=device)
+        torch.testing.assert_close(late(ones), late.to_dense()(ones))
+    assert not has_packs(model)
+
+
+def test_a_layer_removed_inside_is_closed_too(device):
+    model = nn.Sequential(layer_of(device=device))
+    with weights_unchanged(model):
+        layer = model[0]
+        model[0] = nn.Identity()
+    assert not has_packs(layer)
+
+
+def test_a_layer_used_twice_packs_once(packs, device):
+    layer = MaskedLinear(8, 8, path="packed", device=device)
+    model, input = nn.Sequential(layer, nn.Tanh(), layer), torch.randn(3, 8, device=device)
+    with weights_unchanged(model):
+        model(input).sum().backward()
+    assert len(packs) == 1
+    twin = copy.deepcopy(layer)
+    twin.zero_grad()
+    nn.Sequential(twin, nn.Tanh(), twin)(input).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, twin.weight.grad)
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_copy_of_the_model_stands_on_its_own(duplicate, inside, device):
+    layer, input = layer_of(device=device), torch.randn(3, 8, device=device)
+    with weights_unchanged(layer):
+        layer(input)
+        twin = duplicate(layer) if inside else None
+        layer.weight.data = layer.weight.data + 1
+        if inside:
+            twin.weight.data.mul_(-3)
+            assert_as_fresh(twin, input)
+        assert_as_fresh(layer, input)
+    if not inside:
+        twin = duplicate(layer)
+    twin.weight.data.mul_(-2)
+    assert_as_fresh(twin, input)
+    assert_as_fresh(layer, input)
+    assert not has_packs(twin)
+
+
+def test_a_dense_layer_made_inside_the_scope_is_a_plain_one(device):
+    layer = layer_of(device=device)
+    with weights_unchanged(layer):
+        layer(torch.randn(3, 8, device=device))
+        dense = layer.to_dense()
+    assert dense.__dict__.keys() == nn.Linear(8, 6).__dict__.keys()
+
+
+def test_memory_that_is_used_again_is_not_taken_for_the_old_weight(device):
+    """New tensors may come to lie where freed ones were."""
+    layer, input = layer_of(device=device), torch.randn(3, 8, device=device)
+    with weights_unchanged(layer):
+        for _ in range(20):
+            layer(input)
+            layer.weight.data = torch.randn(6, 8).to(device)
+            assert_as_fresh(layer, input)
+
+
+def test_the_state_dict_is_that_of_a_layer_outside(device):
+    layer = layer_of(device=device)
+    expected = {name: value.clone() for name, value in layer.state_dict().items()}
+    with weights_unchanged(layer):
+        layer(torch.randn(3, 8, device=device))
+        inside = layer.state_dict()
+    assert inside.keys() == expected.keys()
+    assert all(torch.equal(inside[name], value) for name, value in expected.items())
+
+
+def test_a_compiled_layer_is_right_inside_the_scope(device):
+    torch._dynamo.reset()
+    layer, input = layer_of(device=device), torch.randn(3, 8, device=device)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with weights_unchanged(layer):
+        for _ in range(2):
+            torch.testing.assert_close(compiled(input), fresh(layer)(input))
+            written_through_data(layer)
+    torch._dynamo.reset()
+
+
+def test_the_pack_is_the_product_s_dtype_and_the_effective_threshold(device):
+    layer = layer_of(device=device)
+    packed = autograd.pack(layer.weight, layer.threshold, 0.01, torch.float16, "auto")
+    assert packed.masked.dtype == torch.float16 and not packed.masked.requires_grad
+    assert torch.equal(packed.effective, layer.threshold)
+
+
+def test_a_convolution(packs, device):
+    layer = MaskedConv2d(3, 4, 3, path="packed", device=device)
+    layer.reset_threshold(0.05)
+    input = torch.randn(2, 3, 6, 6, device=device)
+    expected = layer(input)
+    packs.clear()
+    with weights_unchanged(layer):
+        for _ in range(3):
+            assert torch.equal(layer(input), expected)
+    assert len(packs) == 1
