@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device_of
+from .launch import index_dtype, on_device_of
 from .masking import ELEMENT, SURROGATE_CODES, load_threshold, weight_gradients
 from .matrix import Matrix
 from .product import tile_of_program
@@ -24,24 +24,67 @@ __all__ = ["dense_slabs", "fused_grad_weight", "grad_weight_kernel", "slabs_kern
 
 @triton.jit
 def _dense_tile(
-    grad, x, r, c, in_r, in_c, begin, end,
+    grad, x, tile_r, tile_c, in_r, in_c, begin, end,
     stride_gm, stride_gr, stride_xm, stride_xc,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """G over tokens begin to end."""
-    m = begin + tl.arange(0, BLOCK_M).to(tl.int64)
-    grad_tile = grad + m[:, None] * stride_gm + r[None, :] * stride_gr
-    x_tile = x + m[:, None] * stride_xm + c[None, :] * stride_xc
+    tokens = tl.arange(0, BLOCK_M)
+    first = tl.cast(begin, tl.int64)
+    grad_start = grad + first * stride_gm + tile_r.to(tl.int64) * BLOCK_R * stride_gr
+    x_start = x + first * stride_xm + tile_c.to(tl.int64) * BLOCK_C * stride_xc
+    grad_tile = (
+        tokens.to(INDEX)[:, None] * stride_gm + tl.arange(0, BLOCK_R).to(INDEX)[None, :] * stride_gr
+    )
+    x_tile = (
+        tokens.to(INDEX)[:, None] * stride_xm + tl.arange(0, BLOCK_C).to(INDEX)[None, :] * stride_xc
+    )
     accumulator = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for start in range(begin, end, BLOCK_M):
-        in_m = start + tl.arange(0, BLOCK_M) < end
-        left = tl.load(grad_tile, mask=in_m[:, None] & in_r[None, :], other=0.0)
-        right = tl.load(x_tile, mask=in_m[:, None] & in_c[None, :], other=0.0)
+        in_m = start + tokens < end
+        left = tl.load(grad_start + grad_tile, mask=in_m[:, None] & in_r[None, :], other=0.0)
+        right = tl.load(x_start + x_tile, mask=in_m[:, None] & in_c[None, :], other=0.0)
         accumulator = tl.dot(tl.trans(left), right, accumulator, input_precision=PRECISION)
-        grad_tile += BLOCK_M * stride_gm
-        x_tile += BLOCK_M * stride_xm
+        grad_start += BLOCK_M * stride_gm
+        x_start += BLOCK_M * stride_xm
     return accumulator
+
+
+@triton.jit
+def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of a tile."""
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _epilogue(
+    dense, first, weight, threshold, grad_weight, grad_threshold, tile_r, C, in_r,
+    stride_wr, stride_wc, stride_tr, stride_tc, stride_or, stride_oc, stride_hr, stride_hc,
+    THRESHOLD: tl.constexpr, SURROGATE: tl.constexpr, STRUCTURE_GRADIENT: tl.constexpr,
+    INDEX: tl.constexpr, BLOCK_R: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """dW of the columns `first` onwards, from G; returns each row's sum of dt."""
+    rows, columns = tl.arange(0, BLOCK_R), tl.arange(0, PIECE)
+    row = tile_r.to(tl.int64) * BLOCK_R
+    in_c = first + columns < C
+    inside = in_r[:, None] & in_c[None, :]
+    r, c = rows.to(INDEX)[:, None], columns.to(INDEX)[None, :]
+    w_start = weight + row * stride_wr + first * stride_wc
+    w = tl.load(w_start + r * stride_wr + c * stride_wc, mask=inside, other=0.0).to(tl.float32)
+    t = load_threshold(
+        threshold, row + rows, first + columns, in_r, in_c, stride_tr, stride_tc,
+        THRESHOLD, tl.float32,
+    )  # fmt: skip
+    gw, gt = weight_gradients(dense, w, t, SURROGATE, STRUCTURE_GRADIENT)
+    out_start = grad_weight + row * stride_or + first * stride_oc
+    gw = gw.to(grad_weight.dtype.element_ty)
+    tl.store(out_start + r * stride_or + c * stride_oc, gw, mask=inside)
+    if THRESHOLD == ELEMENT:
+        into = grad_threshold + row * stride_hr + first * stride_hc
+        gt_stored = gt.to(grad_threshold.dtype.element_ty)
+        tl.store(into + r * stride_hr + c * stride_hc, gt_stored, mask=inside)
+    return tl.sum(tl.where(inside, gt, 0.0), axis=1)
 
 
 @triton.jit
@@ -51,59 +94,44 @@ def grad_weight_kernel(
     stride_gm, stride_gr, stride_xm, stride_xc, stride_wr, stride_wc, stride_tr, stride_tc,
     stride_or, stride_oc, stride_hr, stride_hc,
     THRESHOLD: tl.constexpr, SURROGATE: tl.constexpr, STRUCTURE_GRADIENT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
     GROUP: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dW [R, C]; its epilogue in PIECES, each of which fits in registers.
+    """One tile of dW [R, C]; its epilogue in PIECES, so that each fits in registers.
 
     grad_threshold is the result where thresholds are element-wise, else partial sums
     [tiles of C, R].
     """
     tile_r, tile_c = tile_of_program(tl.cdiv(R, BLOCK_R), tl.cdiv(C, BLOCK_C), GROUP)
-    r = tile_r.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    c = tile_c.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_r, in_c = r < R, c < C
+    rows = tl.arange(0, BLOCK_R)
+    in_r = tile_r * BLOCK_R + rows < R
+    in_c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C) < C
     accumulator = _dense_tile(
-        grad, x, r, c, in_r, in_c, 0, M, stride_gm, stride_gr, stride_xm, stride_xc,
-        PRECISION, BLOCK_R, BLOCK_C, BLOCK_M,
+        grad, x, tile_r, tile_c, in_r, in_c, 0, M, stride_gm, stride_gr, stride_xm, stride_xc,
+        PRECISION, INDEX, BLOCK_R, BLOCK_C, BLOCK_M,
     )  # fmt: skip
-    row_sum = tl.zeros((BLOCK_R,), tl.float32)
     PIECE: tl.constexpr = BLOCK_C // PIECES
-    if PIECES == 2:
-        halves = tl.permute(tl.reshape(accumulator, (BLOCK_R, 2, PIECE)), (0, 2, 1))
-        first, second = tl.split(halves)
-    for piece in tl.static_range(PIECES):
-        if PIECES == 1:
-            g = accumulator
-        elif piece == 0:
-            g = first
-        else:
-            g = second
-        column = tile_c.to(tl.int64) * BLOCK_C + piece * PIECE + tl.arange(0, PIECE)
-        in_column = column < C
-        inside = in_r[:, None] & in_column[None, :]
-        w = tl.load(
-            weight + r[:, None] * stride_wr + column[None, :] * stride_wc, mask=inside, other=0.0
-        ).to(tl.float32)
-        t = load_threshold(
-            threshold, r, column, in_r, in_column, stride_tr, stride_tc, THRESHOLD, tl.float32
+    if PIECES == 1:
+        pieces = (accumulator,)
+    elif PIECES == 2:
+        pieces = _halves(accumulator, BLOCK_R, BLOCK_C)
+    else:
+        left, right = _halves(accumulator, BLOCK_R, BLOCK_C)
+        a, b = _halves(left, BLOCK_R, BLOCK_C // 2)
+        c, d = _halves(right, BLOCK_R, BLOCK_C // 2)
+        pieces = (a, b, c, d)
+    row_sum = tl.zeros((BLOCK_R,), tl.float32)
+    for i in tl.static_range(PIECES):
+        row_sum += _epilogue(
+            pieces[i], tile_c.to(tl.int64) * BLOCK_C + i * PIECE,
+            weight, threshold, grad_weight, grad_threshold, tile_r, C, in_r,
+            stride_wr, stride_wc, stride_tr, stride_tc,
+            stride_or, stride_oc, stride_hr, stride_hc,
+            THRESHOLD, SURROGATE, STRUCTURE_GRADIENT, INDEX, BLOCK_R, PIECE,
         )  # fmt: skip
-        gw, gt = weight_gradients(g, w, t, SURROGATE, STRUCTURE_GRADIENT)
-        tl.store(
-            grad_weight + r[:, None] * stride_or + column[None, :] * stride_oc,
-            gw.to(grad_weight.dtype.element_ty),
-            mask=inside,
-        )
-        if THRESHOLD == ELEMENT:
-            tl.store(
-                grad_threshold + r[:, None] * stride_hr + column[None, :] * stride_hc,
-                gt.to(grad_threshold.dtype.element_ty),
-                mask=inside,
-            )
-        else:
-            row_sum += tl.sum(tl.where(inside, gt, 0.0), axis=1)
     if THRESHOLD != ELEMENT:
+        r = tile_r.to(tl.int64) * BLOCK_R + rows
         tl.store(grad_threshold + tile_c.to(tl.int64) * R + r, row_sum, mask=in_r)
 
 
@@ -111,18 +139,18 @@ def grad_weight_kernel(
 def slabs_kernel(
     grad, x, slabs, M, R, C, part,
     stride_gm, stride_gr, stride_xm, stride_xc,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of one slab [parts, R, C] of G: the tokens program_id(1) * part onwards."""
     tile_r, tile_c = tile_of_program(tl.cdiv(R, BLOCK_R), tl.cdiv(C, BLOCK_C), GROUP)
     r = tile_r.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    c = tile_c.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
     in_r, in_c = r < R, c < C
     split = tl.program_id(1)
     accumulator = _dense_tile(
-        grad, x, r, c, in_r, in_c, split * part, tl.minimum((split + 1) * part, M),
-        stride_gm, stride_gr, stride_xm, stride_xc, PRECISION, BLOCK_R, BLOCK_C, BLOCK_M,
+        grad, x, tile_r, tile_c, in_r, in_c, split * part, tl.minimum((split + 1) * part, M),
+        stride_gm, stride_gr, stride_xm, stride_xc, PRECISION, INDEX, BLOCK_R, BLOCK_C, BLOCK_M,
     )  # fmt: skip
     slab = slabs + split.to(tl.int64) * R * C
     inside = in_r[:, None] & in_c[None, :]
@@ -158,6 +186,11 @@ def fused_grad_weight(
             grad_threshold.row_stride, grad_threshold.column_stride,
             THRESHOLD=threshold.axis, SURROGATE=SURROGATE_CODES[surrogate],
             STRUCTURE_GRADIENT=structure_gradient, PRECISION=precision,
+            INDEX=index_dtype(
+                *_extents(grad, x, tile),
+                tile.block_r * weight.row_stride, tile.block_c * weight.column_stride,
+                tile.block_r * grad_weight.row_stride, tile.block_c * grad_weight.column_stride,
+            ),
             BLOCK_R=tile.block_r, BLOCK_C=tile.block_c, BLOCK_M=tile.block_m,
             GROUP=tile.group, PIECES=tile.pieces,
             num_warps=tile.warps, num_stages=tile.stages,
@@ -175,8 +208,16 @@ def dense_slabs(grad: Tensor, x: Tensor, tile: GradWeightTile, precision: str) -
     with on_device_of(x):
         slabs_kernel[(tiles, parts)](
             grad, x, slabs, M, R, C, part, *grad.stride(), *x.stride(),
-            PRECISION=precision,
+            PRECISION=precision, INDEX=index_dtype(*_extents(grad, x, tile)),
             BLOCK_R=tile.block_r, BLOCK_C=tile.block_c, BLOCK_M=tile.block_m, GROUP=tile.group,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return slabs
+
+
+def _extents(grad: Tensor, x: Tensor, tile: GradWeightTile) -> tuple[int, ...]:
+    """How far a tile of either operand reaches along its axes, in elements."""
+    return (
+        tile.block_m * grad.stride(0), tile.block_r * grad.stride(1),
+        tile.block_m * x.stride(0), tile.block_c * x.stride(1),
+    )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["TRITON_DTYPES", "on_device_of"]
+__all__ = ["TRITON_DTYPES", "index_dtype", "on_device_of"]
 
 TRITON_DTYPES = {
     torch.float16: tl.float16,
@@ -26,3 +26,8 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _NOTHING
     return torch.cuda.device(device)
+
+
+def index_dtype(*extents: int) -> tl.dtype:
+    """For offsets inside one tile, which are sums of two that stay below `extents`."""
+    return tl.int32 if max(extents) < 2**30 else tl.int64

@@ -17,6 +17,7 @@ __all__ = [
     "SURROGATE_CODES",
     "load_threshold",
     "masked",
+    "transposed_axis",
     "weight_gradients",
 ]
 
@@ -28,6 +29,12 @@ ELEMENT = tl.constexpr(3)
 
 # The kernels' SURROGATE.
 SURROGATE_CODES = {"long_tailed": 0, "rectangular": 1, "triangular": 2, "straight_through": 3}
+
+
+@triton.constexpr_function
+def transposed_axis(axis):
+    """Of the same thresholds beside a transposed tile."""
+    return {1: 2, 2: 1}.get(axis, axis)
 
 
 @triton.jit

@@ -65,7 +65,7 @@ def as_matrices(*tensors: Tensor) -> list[Matrix] | None:
 
 
 def like_weight(tensor: Tensor, weight: Tensor) -> Tensor:
-    """`tensor` with the strides that new tensors like `weight` get: the one copy layouts may cost."""
+    """`tensor` with the strides new tensors like `weight` get: the one copy layouts may cost."""
     wanted = torch.empty_like(weight, dtype=tensor.dtype)
     return tensor if tensor.stride() == wanted.stride() else wanted.copy_(tensor)
 

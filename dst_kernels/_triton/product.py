@@ -1,8 +1,8 @@
 """y = x (W * M)^T + b and dX = dY (W * M), each in one pass over the weight as it is stored.
 
-Both are computed transposed, out^T [R, M] = A [R, C] in^T [C, M], with the masked weight (A = W * M,
-or its transpose for dX) as the left operand: on Hopper it then goes from registers straight into
-wgmma, while as the right operand every masked tile would go back to shared memory first.
+Both are computed transposed, out^T [R, M] = A [R, C] in^T [C, M], with the masked weight (A is
+W * M, or its transpose for dX) as the left operand: on Hopper it then goes from registers straight
+into wgmma, while as the right operand every masked tile would go back to shared memory first.
 
 The forward pass multiplies before it knows whether the collapse guard fires, and counts what it
 prunes. A second launch adds up the counts; unless the layer has collapsed it only adds up the
@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.weight import largest_collapsed_count
-from .launch import on_device_of
-from .masking import ALONG_R, LAYER, load_threshold, masked
+from .launch import index_dtype, on_device_of
+from .masking import ALONG_R, LAYER, load_threshold, masked, transposed_axis
 from .matrix import Matrix
 from .pack import has_collapsed
 from .tiles import ProductTile
@@ -38,40 +38,78 @@ def tile_of_program(outer_tiles, inner_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def _accumulate(
-    x, weight, threshold, r, m, in_r, in_m, begin, end,
+    x, weight, threshold, tile_r, tile_m, in_r, in_m, begin, end,
     stride_xm, stride_xc, stride_wr, stride_wc, stride_tr, stride_tc,
     THRESHOLD: tl.constexpr, COUNT: tl.constexpr, RESET: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    TRANSPOSED: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """(A in^T over columns begin to end, weights pruned in each row); RESET: with t = 0."""
-    c = begin + tl.arange(0, BLOCK_C).to(tl.int64)
-    w_tile = weight + r[:, None] * stride_wr + c[None, :] * stride_wc
-    x_tile = x + m[None, :] * stride_xm + c[:, None] * stride_xc
+    """(A in^T over columns begin to end, weights it pruned); RESET: with t = 0.
+
+    Offsets inside a tile are INDEX, int32 where they fit: registers are what is short. Weights are
+    counted by a second product, of the pruned ones with a tile of ones: a sum across threads in
+    the loop would make the tensor cores wait.
+    """
+    rows = tl.arange(0, BLOCK_R)
+    columns = tl.arange(0, BLOCK_C)
+    r = tile_r.to(tl.int64) * BLOCK_R + rows
+    w_start = weight + tile_r.to(tl.int64) * BLOCK_R * stride_wr
+    x_start = x + tile_m.to(tl.int64) * BLOCK_M * stride_xm
+    w_start += tl.cast(begin, tl.int64) * stride_wc
+    x_start += tl.cast(begin, tl.int64) * stride_xc
+    w_rows = rows.to(INDEX) * stride_wr
+    w_columns = columns.to(INDEX) * stride_wc
+    x_tile = (
+        tl.arange(0, BLOCK_M).to(INDEX)[None, :] * stride_xm
+        + columns.to(INDEX)[:, None] * stride_xc
+    )
     accumulator = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
-    pruned = tl.zeros((BLOCK_R,), tl.int32)
-    if THRESHOLD == LAYER or THRESHOLD == ALONG_R:
-        t = load_threshold(
-            threshold, r, c, in_r, in_r, stride_tr, stride_tc, THRESHOLD, tl.float32
-        )  # fmt: skip
-    for start in range(begin, end, BLOCK_C):
-        column = start + tl.arange(0, BLOCK_C)
-        in_c = column < end
-        inside = in_r[:, None] & in_c[None, :]
-        w = tl.load(w_tile, mask=inside, other=0.0).to(tl.float32)
-        xt = tl.load(x_tile, mask=in_m[None, :] & in_c[:, None], other=0.0)
+    pruned = tl.zeros((BLOCK_R, 16), tl.float32)
+    ones = tl.full((BLOCK_C, 16), 1.0, x.dtype.element_ty)
+    for start in tl.range(begin, end, BLOCK_C, loop_unroll_factor=UNROLL):
+        c = start + columns
+        in_c = c < end
+        # The tile as it lies in memory: [C, R] where the rows of A are contiguous.
+        if TRANSPOSED:
+            w_tile = w_columns[:, None] + w_rows[None, :]
+            inside = in_c[:, None] & in_r[None, :]
+        else:
+            w_tile = w_rows[:, None] + w_columns[None, :]
+            inside = in_r[:, None] & in_c[None, :]
+        w = tl.load(w_start + w_tile, mask=inside, other=0.0).to(tl.float32)
+        xt = tl.load(x_start + x_tile, mask=in_m[None, :] & in_c[:, None], other=0.0)
         if RESET:
             t = tl.zeros((), tl.float32)
-        elif THRESHOLD != LAYER and THRESHOLD != ALONG_R:
+        elif TRANSPOSED:
             t = load_threshold(
-                threshold, r, column, in_r, in_c, stride_tr, stride_tc, THRESHOLD, tl.float32
+                threshold, c, r, in_c, in_r, stride_tc, stride_tr,
+                transposed_axis(THRESHOLD), tl.float32,
             )  # fmt: skip
-        if COUNT:
-            pruned += tl.sum(((tl.abs(w) <= t) & inside).to(tl.int32), axis=1)
+        else:
+            t = load_threshold(
+                threshold, r, c, in_r, in_c, stride_tr, stride_tc, THRESHOLD, tl.float32
+            )  # fmt: skip
         left = masked(w, t).to(x.dtype.element_ty)
+        if TRANSPOSED:
+            left = tl.trans(left)
         accumulator = tl.dot(left, xt, accumulator, input_precision=PRECISION)
-        w_tile += BLOCK_C * stride_wc
-        x_tile += BLOCK_C * stride_xc
-    return accumulator, pruned
+        if COUNT:
+            small = tl.where(tl.abs(w) <= t, 1.0, 0.0).to(x.dtype.element_ty)
+            if TRANSPOSED:
+                small = tl.trans(small)
+            pruned = tl.dot(small, ones, pruned, input_precision="tf32")
+        w_start += BLOCK_C * stride_wc
+        x_start += BLOCK_C * stride_xc
+    # Exact: whole numbers up to 2^24 in each row, the same in all 16 columns. Zeros loaded beyond
+    # the last column count too, unless their threshold is negative.
+    of_rows = tl.max(pruned, axis=1).to(tl.int32)
+    padding = tl.cdiv(end - begin, BLOCK_C) * BLOCK_C - (end - begin)
+    of_padding = tl.zeros((BLOCK_R,), tl.int32) + padding
+    if COUNT and THRESHOLD == ALONG_R:
+        limit = tl.load(threshold + r * stride_tr, mask=in_r, other=0.0)
+        of_padding = tl.where(limit >= 0, of_padding, 0)
+    of_rows = tl.where(in_r, of_rows - of_padding, 0)
+    return accumulator, tl.sum(of_rows, axis=0)
 
 
 @triton.jit
@@ -92,8 +130,9 @@ def product_kernel(
     M, R, C, part,
     stride_xm, stride_xc, stride_wr, stride_wc, stride_tr, stride_tc,
     THRESHOLD: tl.constexpr, COUNT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    UNROLL: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of out [M, R], over columns program_id(1) * part onwards.
 
@@ -108,14 +147,14 @@ def product_kernel(
     begin = split * part
     end = tl.minimum(begin + part, C)
     accumulator, pruned = _accumulate(
-        x, weight, threshold, r, m, in_r, in_m, begin, end,
+        x, weight, threshold, tile_r, tile_m, in_r, in_m, begin, end,
         stride_xm, stride_xc, stride_wr, stride_wc, stride_tr, stride_tc,
-        THRESHOLD, COUNT, False, PRECISION, BLOCK_M, BLOCK_R, BLOCK_C,
+        THRESHOLD, COUNT, False, PRECISION, TRANSPOSED, INDEX, BLOCK_M, BLOCK_R, BLOCK_C, UNROLL,
     )  # fmt: skip
     if COUNT:
         # All tiles over these rows count the same; one of them says it.
         where = pruned_counts + split * tiles_r + tile_r
-        tl.store(where, tl.sum(pruned, axis=0), mask=tile_m == 0)
+        tl.store(where, pruned, mask=tile_m == 0)
     slab = out + split.to(tl.int64) * M * R
     _store(slab, accumulator, bias, r, m, in_r, in_m, R, HAS_BIAS)
 
@@ -125,11 +164,13 @@ def finish_kernel(
     x, weight, slabs, bias, out, effective, pruned_counts,
     number_of_counts, least_pruned, number_of_thresholds, M, R, C, parts,
     stride_xm, stride_xc, stride_wr, stride_wc,
-    GUARD: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
+    GUARD: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    UNROLL: tl.constexpr, GROUP: tl.constexpr,
     COUNTS: tl.constexpr,
 ):  # fmt: skip
-    """The second launch: sum the slabs in order, or, in a collapsed layer, start over with t = 0."""
+    """The second launch: sum the slabs in order, or start over with t = 0 in a collapsed layer."""
     tile_r, tile_m = tile_of_program(tl.cdiv(R, BLOCK_R), tl.cdiv(M, BLOCK_M), GROUP)
     r = tile_r.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -139,9 +180,9 @@ def finish_kernel(
         collapsed = has_collapsed(pruned_counts, number_of_counts, least_pruned, COUNTS)
     if collapsed:
         accumulator, _ = _accumulate(
-            x, weight, weight, r, m, in_r, in_m, 0, C,
+            x, weight, weight, tile_r, tile_m, in_r, in_m, 0, C,
             stride_xm, stride_xc, stride_wr, stride_wc, 0, 0,
-            LAYER, False, True, PRECISION, BLOCK_M, BLOCK_R, BLOCK_C,
+            ALONG_R, False, True, PRECISION, TRANSPOSED, INDEX, BLOCK_M, BLOCK_R, BLOCK_C, UNROLL,
         )  # fmt: skip
         _store(out, accumulator, bias, r, m, in_r, in_m, R, HAS_BIAS)
         step = tl.num_programs(0) * COUNTS
@@ -176,6 +217,8 @@ def masked_product(
     """
     M, R, C = x.shape[0], weight.rows, weight.columns
     guard = reset_ratio is not None
+    # One threshold for all is read as one for each row: a scalar in the loop serialises wgmma.
+    axis = ALONG_R.value if threshold.axis == LAYER.value else threshold.axis
     part = triton.cdiv(triton.cdiv(C, tile.split), tile.block_c) * tile.block_c
     parts = triton.cdiv(C, part)
     out = x.new_empty((M, R))
@@ -189,9 +232,17 @@ def masked_product(
     bias = out if bias is None else bias
     constants = {
         "PRECISION": precision,
+        "TRANSPOSED": weight.column_stride != 1,
+        "INDEX": index_dtype(
+            tile.block_r * weight.row_stride,
+            tile.block_c * weight.column_stride,
+            tile.block_m * x.stride(0),
+            tile.block_c * x.stride(1),
+        ),
         "BLOCK_M": tile.block_m,
         "BLOCK_R": tile.block_r,
         "BLOCK_C": tile.block_c,
+        "UNROLL": tile.unroll,
         "GROUP": tile.group,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
@@ -202,7 +253,7 @@ def masked_product(
             M, R, C, part,
             *x.stride(), weight.row_stride, weight.column_stride,
             threshold.row_stride, threshold.column_stride,
-            THRESHOLD=threshold.axis, COUNT=guard, HAS_BIAS=has_bias and parts == 1, **constants,
+            THRESHOLD=axis, COUNT=guard, HAS_BIAS=has_bias and parts == 1, **constants,
         )  # fmt: skip
         if guard or parts > 1:
             collapsed_count = largest_collapsed_count(R * C, reset_ratio) if guard else 0

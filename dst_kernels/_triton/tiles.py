@@ -6,11 +6,19 @@ gate in `python -m dst_kernels.aot` holds every one to that.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 
 __all__ = [
+    "FLOAT32_GRAD_WEIGHT_TILES",
+    "FLOAT32_PRODUCT_TILES",
+    "GRAD_WEIGHT_TILES",
+    "PRODUCT_TILES",
+    "SLAB_TILE",
+    "TF32_GRAD_WEIGHT_TILES",
+    "TF32_SLAB_TILE",
     "GradWeightTile",
     "ProductTile",
     "StreamTile",
@@ -27,7 +35,9 @@ MULTIPROCESSORS = 132
 class ProductTile:
     """Of a masked product: `block_m` tokens, `block_r` outputs, `block_c` summed at a time.
 
-    `split` programs share the sum of one tile; `group` outer tiles run together to share L2.
+    `unroll` steps of the sum are one iteration (where one alone would make ptxas run the tensor
+    cores step by step). `split` programs share the sum of one tile; `group` outer tiles run
+    together to share L2.
     """
 
     block_m: int
@@ -35,8 +45,13 @@ class ProductTile:
     block_c: int
     warps: int
     stages: int
+    unroll: int = 1
     split: int = 1
     group: int = 8
+
+    def __str__(self) -> str:
+        blocks = f"{self.block_m}x{self.block_r}x{self.block_c}"
+        return f"{blocks} w{self.warps} s{self.stages} u{self.unroll}"
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,9 @@ class GradWeightTile:
     pieces: int = 1
     split: int = 1
     group: int = 8
+
+    def __str__(self) -> str:
+        return f"{self.block_r}x{self.block_c}x{self.block_m} w{self.warps} s{self.stages}"
 
 
 @dataclass(frozen=True)
@@ -85,33 +103,71 @@ def stream_tile(columns: int, column_stride: int) -> StreamTile:
     return StreamTile(rows=4096 // block, block=block, warps=8)
 
 
-def product_tile(M: int, R: int, C: int, dtype: torch.dtype, tf32: bool) -> ProductTile:
-    """For M tokens, R outputs and a sum over C in `dtype`."""
-    if dtype == torch.float32:
-        if not tf32:
-            return ProductTile(_power_of_two(M, 16, 64), 64, 32, 4, 2)
-        return ProductTile(_power_of_two(M, 16, 128), 128, 32, 8, 3)
-    block_m = _power_of_two(M, 16, 128)
-    tile = ProductTile(block_m, 128, 64, 4 if block_m <= 32 else 8, 4 if block_m <= 32 else 3)
-    tiles = -(-R // tile.block_r) * -(-M // block_m)
-    # Too few tiles: share each sum, but leave every program a few steps of it.
-    split = min(MULTIPROCESSORS // tiles, C // (4 * tile.block_c), 16) if tiles else 1
-    if split < 2:
-        return tile
-    return ProductTile(
-        tile.block_m, tile.block_r, tile.block_c, tile.warps, tile.stages, split=split
-    )
+# Products on tensor cores, by the tokens of a tile. On Hopper two steps of 32 in one iteration:
+# with one step, or with 64, ptxas runs wgmma one instruction at a time in some variant. On Ampere
+# one step: two spill.
+_HOPPER = {m: ProductTile(m, 128, 32, 8, 3, unroll=2) for m in (16, 32, 64, 128)}
+_AMPERE = {m: ProductTile(m, 128, 32, 8, 3) for m in (16, 32, 64, 128)}
+# Exact float32 runs on the ordinary cores.
+_FLOAT32 = {m: ProductTile(m, 64, 16, 4, 2) for m in (16, 32)}
+
+_SMALL, _MIDDLE, _LARGE = (
+    GradWeightTile(64, 64, 64, 4, 4, pieces=2),
+    GradWeightTile(128, 128, 64, 8, 3, pieces=4),
+    GradWeightTile(128, 256, 64, 8, 3, pieces=4),
+)
+_SMALL_TF32 = GradWeightTile(64, 64, 32, 4, 3)
+_MIDDLE_TF32 = GradWeightTile(128, 128, 32, 8, 3, pieces=4)
+_GRAD_FLOAT32 = GradWeightTile(64, 64, 16, 4, 2)
 
 
-def grad_weight_tile(M: int, R: int, C: int, dtype: torch.dtype, tf32: bool) -> GradWeightTile:
-    """For a weight [R, C] and M tokens in `dtype`."""
-    if dtype == torch.float32:
-        return GradWeightTile(64, 64, 32, 4, 3 if tf32 else 2)
-    tile = GradWeightTile(128, 128, 64, 8, 3)
-    tiles = -(-R // tile.block_r) * -(-C // tile.block_c)
-    split = min(MULTIPROCESSORS // tiles, M // (8 * tile.block_m), 8) if tiles else 1
-    if split >= 2:
-        return GradWeightTile(128, 128, 64, 8, 3, split=split)
-    if tiles >= 4 * MULTIPROCESSORS:
-        return GradWeightTile(128, 256, 64, 8, 4, pieces=2)
-    return tile
+def product_tile(
+    M: int, R: int, C: int, dtype: torch.dtype, *, tf32: bool, hopper: bool
+) -> ProductTile:
+    """For M tokens in `dtype`, R outputs and a sum over C."""
+    tiles = _HOPPER if hopper else _AMPERE
+    if dtype == torch.float32 and not tf32:
+        tiles = _FLOAT32
+    tile = tiles[min((size for size in tiles if size >= M), default=max(tiles))]
+    # Too few tiles to fill the GPU: share each sum, but leave every program a few steps of it.
+    programs = -(-R // tile.block_r) * -(-M // tile.block_m)
+    steps = C // (4 * tile.block_c * tile.unroll)
+    return _split(tile, programs, steps, most=16)
+
+
+def grad_weight_tile(
+    M: int,
+    R: int,
+    C: int,
+    dtype: torch.dtype,
+    *,
+    tf32: bool,
+    hopper: bool,
+    element_wise: bool,
+) -> GradWeightTile:
+    """For a weight [R, C], M tokens in `dtype` and thresholds that may be element-wise."""
+    if dtype == torch.float32 and not tf32:
+        return _GRAD_FLOAT32
+    small, middle = (_SMALL_TF32, _MIDDLE_TF32) if tf32 else (_SMALL, _MIDDLE)
+    programs = -(-R // middle.block_r) * -(-C // middle.block_c)
+    if 2 * programs < MULTIPROCESSORS and M // middle.block_m < 8:
+        return small  # neither weights nor tokens to share out
+    many = programs >= 4 * MULTIPROCESSORS
+    if many and hopper and dtype != torch.float32 and not element_wise:
+        return _LARGE
+    return _split(middle, programs, M // (8 * middle.block_m), most=8)
+
+
+def _split(tile, programs: int, steps: int, most: int):
+    split = min(MULTIPROCESSORS // programs, steps, most)
+    return dataclasses.replace(tile, split=split) if split > 1 else tile
+
+
+# What the choices above can return, by compute capability, for the gate. Split or not; of the
+# weight's gradient only the middle one is.
+PRODUCT_TILES = {90: tuple(_HOPPER.values()), 80: tuple(_AMPERE.values())}
+FLOAT32_PRODUCT_TILES = tuple(_FLOAT32.values())
+GRAD_WEIGHT_TILES = {90: (_SMALL, _MIDDLE, _LARGE), 80: (_SMALL, _MIDDLE)}
+TF32_GRAD_WEIGHT_TILES = (_SMALL_TF32, _MIDDLE_TF32)
+FLOAT32_GRAD_WEIGHT_TILES = (_GRAD_FLOAT32,)
+SLAB_TILE, TF32_SLAB_TILE = _MIDDLE, _MIDDLE_TF32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .matrix import Matrix, as_matrices, as_threshold, like_weight
+from .matrix import as_matrices, as_threshold, like_weight
 from .pack import pack
 from .post import finish_threshold_gradient, post
 from .tiles import stream_tile
