@@ -45,9 +45,8 @@ def test_linear(layout, which, device):
         if which in (name, "all"):
             tensors[name] = arranged(tensors[name], layout)
     input, weight, threshold, grad = tensors.values()
-    for limit in (threshold, threshold[:, 0]):
-        check("masked_linear", input, weight, limit, None, 0.01)
-        check("masked_linear", input, weight, limit, None, 1.0)
+    for limit, ratio in ((threshold, 0.01), (threshold[:, 0], 1.0)):
+        check("masked_linear", input, weight, limit, None, ratio)
         check("masked_linear_grad_input", grad, weight, limit)
         check("masked_linear_grad_weight", grad, input, weight, limit, "triangular", True)
 
