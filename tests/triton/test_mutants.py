@@ -1,0 +1,132 @@
+"""The tests of the kernels turn red when a kernel is wrong: each mistake below, made on purpose."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dst_kernels
+
+pytest.importorskip("triton.language")
+pytestmark = pytest.mark.slow
+
+HERE = Path(__file__).parent
+
+# file, what is right, what is wrong, the tests that must notice
+MUTANTS = {
+    "the mask is dropped": (
+        "masking.py",
+        r"return tl\.where\(tl\.abs\(weight\) <= threshold, 0\.0, (.+)\)",
+        r"return \1",
+        "special_values",
+    ),
+    "ties are kept": (
+        "masking.py",
+        r"tl\.abs\(weight\) <= threshold",
+        "tl.abs(weight) < threshold",
+        "special_values",
+    ),
+    "gradients of ties are kept": (
+        "masking.py",
+        r"margin <= 0\.0",
+        "margin < 0.0",
+        "special_values",
+    ),
+    "the surrogate ends before 1": (
+        "masking.py",
+        r"distance > 1\.0",
+        "distance >= 1.0",
+        "special_values",
+    ),
+    "NaN is pruned": ("masking.py", r"weight \+ nan_or_zero", "weight", "special_values"),
+    "the structure gradient is left out": (
+        "masking.py",
+        r"if STRUCTURE_GRADIENT:",
+        "if False:",
+        "linear_ops",
+    ),
+    "the product skips the tail of K": (
+        "product.py",
+        r"range\(begin, end, BLOCK_C",
+        "range(begin, end - (end - begin) % BLOCK_C, BLOCK_C",
+        "linear_ops",
+    ),
+    "the weight's gradient skips the tail of M": (
+        "grad_weight.py",
+        r"range\(begin, end, BLOCK_M",
+        "range(begin, end - (end - begin) % BLOCK_M, BLOCK_M",
+        "linear_ops",
+    ),
+    "the last slab is not added": ("product.py", r"range\(parts\)", "range(parts - 1)", "tiles"),
+    "a slab of the gradient is not added": (
+        "post.py",
+        r"range\(1, slabs\)",
+        "range(2, slabs)",
+        "tiles",
+    ),
+    "the product counts ties as kept": (
+        "product.py",
+        r"tl\.abs\(w\) <= t",
+        "tl.abs(w) < t",
+        "special_values",
+    ),
+    "pack counts ties as kept": (
+        "pack.py",
+        r"tl\.abs\(w\) <= t",
+        "tl.abs(w) < t",
+        "special_values",
+    ),
+    "the guard fires one weight late": (
+        "pack.py",
+        r">= least_pruned",
+        "> least_pruned",
+        "weight_ops",
+    ),
+    "pack leaves a hole": (
+        "pack.py",
+        r"(masked\(w, t\)\.to\(packed\.dtype\.element_ty\),\s+mask=inside)",
+        r"\1 & (c[None, :] > 0)",
+        "weight_ops",
+    ),
+}
+
+
+def run_tests(root: Path, tests: str) -> int:
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    result = subprocess.run(
+        [*command, str(HERE / f"test_{tests}.py")],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    return result.returncode
+
+
+def copied(root: Path) -> Path:
+    package = Path(dst_kernels.__file__).parent
+    shutil.copytree(package, root / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    return root / package.name / "_triton"
+
+
+@pytest.mark.parametrize("name", list(MUTANTS))
+def test_a_mistake_is_noticed(name, tmp_path):
+    file, right, wrong, tests = MUTANTS[name]
+    path = copied(tmp_path) / file
+    source, replaced = re.subn(right, wrong, path.read_text())
+    assert replaced, "the mutation must follow the kernel"
+    path.write_text(source)
+    assert run_tests(tmp_path, tests) == pytest.ExitCode.TESTS_FAILED
+
+
+def test_a_copy_without_a_mistake_passes(tmp_path):
+    copied(tmp_path)
+    assert run_tests(tmp_path, "special_values") == pytest.ExitCode.OK
