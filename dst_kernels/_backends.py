@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from types import ModuleType
+from collections.abc import Callable
 
 import torch
 
@@ -99,10 +99,19 @@ def resolve(backend: str, device: torch.device | None = None) -> str:
     return backend
 
 
-def implementation(backend: str, device: torch.device) -> ModuleType:
-    """The module whose functions serve `backend` on `device`; errors as in `resolve`."""
-    if resolve(backend, device) == "triton":
-        from . import _triton
+def implementation(backend: str, device: torch.device, op: str) -> Callable:
+    """The function that serves `op` for `backend` on `device`.
 
-        return _triton
-    return reference
+    Errors as in `resolve`; RuntimeError also where the backend has no such op.
+    """
+    backend = resolve(backend, device)
+    if backend == "triton":
+        from . import _triton as module
+    else:
+        module = reference
+    function = getattr(module, op, None)
+    if function is None:
+        raise RuntimeError(
+            f"the {backend} backend has no fused {op}: use path='packed' or path='auto'"
+        )
+    return function

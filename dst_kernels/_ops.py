@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from . import _checks as checks
 from ._autocast import autocast_enabled
-from ._backends import implementation, resolve
+from ._backends import implementation
 from .reference.conv import conv_memory_format, conv_output_shape
 
 __all__ = [
@@ -53,7 +53,7 @@ def _define(schema: str, check: Callable) -> Callable[[Callable], torch._ops.OpO
             *args, backend = args
             check(*args)
             device = args[0].device
-            kernel = getattr(implementation(backend, device), name)
+            kernel = implementation(backend, device, name)
             device_type = device.type
             # Gradients and dtypes are settled outside the op.
             if autocast_enabled(device_type):
@@ -67,7 +67,7 @@ def _define(schema: str, check: Callable) -> Callable[[Callable], torch._ops.OpO
         def run_fake(*args):
             *args, backend = args
             check(*args)
-            resolve(backend, args[0].device)
+            implementation(backend, args[0].device, name)
             return fake(*args)
 
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

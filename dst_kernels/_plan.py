@@ -1,9 +1,9 @@
 """Which path each product of a masked layer takes: a pure function of shapes, dtypes and the GPU.
 
 The products of a linear layer are y = x (W * M)^T, dX = dY (W * M) and G = dY^T X, from which
-dW and dt follow. Each runs *fused* (one kernel reads W and t, masks and multiplies; or multiplies and
-makes dW and dt in its epilogue) or *packed* (one pass writes W * M in the compute dtype, or reads
-G and W, and the vendor's library multiplies in between).
+dW and dt follow. Each runs *fused* (one kernel reads W and t, masks and multiplies; or multiplies
+and makes dW and dt in its epilogue) or *packed* (one pass writes W * M in the compute dtype, or
+reads G and W, and the vendor's library multiplies in between).
 
 Costs come from the GPU's table (`tables/`, written by `python -m bench plan` from measurements)
 where it has a case nearby, else from a roofline estimate.

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import index_dtype, on_device_of
+from .launch import OPTIONS, index_dtype, on_device_of
 from .masking import ELEMENT, SURROGATE_CODES, load_threshold, weight_gradients
 from .matrix import Matrix
 from .product import tile_of_program
@@ -193,7 +193,7 @@ def fused_grad_weight(
             ),
             BLOCK_R=tile.block_r, BLOCK_C=tile.block_c, BLOCK_M=tile.block_m,
             GROUP=tile.group, PIECES=tile.pieces,
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
         )  # fmt: skip
     return partial
 
@@ -210,7 +210,7 @@ def dense_slabs(grad: Tensor, x: Tensor, tile: GradWeightTile, precision: str) -
             grad, x, slabs, M, R, C, part, *grad.stride(), *x.stride(),
             PRECISION=precision, INDEX=index_dtype(*_extents(grad, x, tile)),
             BLOCK_R=tile.block_r, BLOCK_C=tile.block_c, BLOCK_M=tile.block_m, GROUP=tile.group,
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
         )  # fmt: skip
     return slabs
 

@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["TRITON_DTYPES", "index_dtype", "on_device_of"]
+__all__ = ["OPTIONS", "TRITON_DTYPES", "index_dtype", "on_device_of"]
 
 TRITON_DTYPES = {
     torch.float16: tl.float16,
@@ -16,6 +16,9 @@ TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
+
+# Of every launch. Triton 3.10 changes this default, and 3.9 warns who does not say.
+OPTIONS = {"enable_fp_fusion": True}
 
 _NOTHING = contextlib.nullcontext()
 

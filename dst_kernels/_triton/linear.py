@@ -11,7 +11,17 @@ from .grad_weight import dense_slabs, fused_grad_weight
 from .matrix import Matrix, as_matrices, as_threshold
 from .post import finish_threshold_gradient, post
 from .product import masked_product
-from .tiles import grad_weight_tile, product_tile, stream_tile
+from .tiles import (
+    GradWeightTile,
+    ProductTile,
+    Traits,
+    grad_weight_candidates,
+    grad_weight_tile,
+    post_tile,
+    product_candidates,
+    product_tile,
+)
+from .tuning import token_bucket, tuned, tuning_is_on
 from .weight import effective_threshold
 
 __all__ = ["masked_linear", "masked_linear_grad_input", "masked_linear_grad_weight"]
@@ -33,16 +43,36 @@ def masked_linear(
         output = output if bias is None else output.add_(bias)
         return output, effective_threshold(weight, threshold, reset_ratio)
     effective = threshold.clone(memory_format=torch.contiguous_format)
-    tf32 = tf32_allowed()
-    matrix, stored = _operands(weight, threshold)
-    tile = product_tile(len(x), *weight.shape, x.dtype, tf32=tf32, hopper=_is_hopper(weight))
-    output = masked_product(
-        x, matrix, stored, None if bias is None else bias.contiguous(), tile, _precision(tf32),
-        reset_ratio=reset_ratio, effective=effective,
-    )  # fmt: skip
+    bias = None if bias is None else bias.contiguous()
+    output = _product(x, *_operands(weight, threshold), bias, reset_ratio, effective)
     if effective.stride() != threshold.stride():
         effective = torch.empty_like(threshold).copy_(effective)
     return output.view(shape), effective
+
+
+def _product(
+    x: Tensor,
+    weight: Matrix,
+    threshold: Matrix,
+    bias: Tensor | None = None,
+    reset_ratio: float | None = None,
+    effective: Tensor | None = None,
+) -> Tensor:
+    traits = _traits(x)
+
+    def run(tile: ProductTile) -> Tensor:
+        return masked_product(
+            x, weight, threshold, bias, tile, traits.precision,
+            reset_ratio=reset_ratio, effective=effective,
+        )  # fmt: skip
+
+    M, R, C = len(x), weight.rows, weight.columns
+    tile = product_tile(M, R, C, traits)
+    if tuning_is_on():
+        purpose = f"product guard={reset_ratio is not None} axis={threshold.axis}"
+        problem = f"{purpose} {token_bucket(M)}x{R}x{C} {weight.tensor.dtype} {traits}"
+        tile = tuned(problem, tile, product_candidates(tile, traits), run, x)
+    return run(tile)
 
 
 def masked_linear_grad_input(grad: Tensor, weight: Tensor, threshold: Tensor) -> Tensor:
@@ -51,12 +81,8 @@ def masked_linear_grad_input(grad: Tensor, weight: Tensor, threshold: Tensor) ->
     dy = flatten_batch(grad)
     if 0 in dy.shape or 0 in weight.shape:
         return grad.new_zeros((*grad.shape[:-1], weight.shape[1]))
-    tf32 = tf32_allowed()
     matrix, stored = (operand.t() for operand in _operands(weight, threshold))
-    tile = product_tile(
-        len(dy), matrix.rows, matrix.columns, dy.dtype, tf32=tf32, hopper=_is_hopper(weight)
-    )
-    output = masked_product(dy, matrix, stored, None, tile, _precision(tf32))
+    output = _product(dy, matrix, stored)
     return output.view(*grad.shape[:-1], weight.shape[1])
 
 
@@ -79,27 +105,29 @@ def masked_linear_grad_weight(
     element_wise = threshold.shape == weight.shape
     grad_threshold = torch.empty_like(threshold) if element_wise else None
     (into,) = as_matrices(grad_threshold) if element_wise else (None,)
-    tf32 = tf32_allowed()
-    tile = grad_weight_tile(
-        len(x),
-        *weight.shape,
-        x.dtype,
-        tf32=tf32,
-        hopper=_is_hopper(weight),
-        element_wise=element_wise,
-    )
-    precision = _precision(tf32)
-    if tile.split > 1:
-        slabs = dense_slabs(dy, x, tile, precision)
-        partial = post(
+    traits = _traits(x)
+
+    def run(tile: GradWeightTile) -> Tensor | None:
+        if tile.split == 1:
+            return fused_grad_weight(
+                dy, x, matrix, stored, written, into, surrogate, structure_gradient,
+                tile, traits.precision,
+            )  # fmt: skip
+        slabs = dense_slabs(dy, x, tile, traits.precision)
+        return post(
             Matrix(slabs, matrix.rows, matrix.columns, matrix.columns, 1),
             matrix, stored, written, into, surrogate, structure_gradient,
-            stream_tile(matrix.columns, 1), slabs=len(slabs), slab_stride=weight.numel(),
+            post_tile(matrix.columns, 1), slabs=len(slabs), slab_stride=weight.numel(),
         )  # fmt: skip
-    else:
-        partial = fused_grad_weight(
-            dy, x, matrix, stored, written, into, surrogate, structure_gradient, tile, precision
-        )
+
+    M, (R, C) = len(x), weight.shape
+    tile = grad_weight_tile(M, R, C, traits, element_wise)
+    if tuning_is_on():
+        purpose = f"grad_weight axis={stored.axis}"
+        problem = f"{purpose} {token_bucket(M)}x{R}x{C} {weight.dtype} {traits}"
+        candidates = grad_weight_candidates(tile, traits, element_wise)
+        tile = tuned(problem, tile, candidates, run, x)
+    partial = run(tile)
     if partial is None:
         return grad_weight, grad_threshold
     return grad_weight, finish_threshold_gradient(partial, threshold, stored.axis)
@@ -112,14 +140,10 @@ def _operands(weight: Tensor, threshold: Tensor) -> tuple[Matrix, Matrix]:
     return as_matrices(weight)[0], as_threshold(threshold, weight)
 
 
-def _is_hopper(tensor: Tensor) -> bool:
-    found = capability(tensor.device)
-    return found is None or found[0] == 9  # the interpreter takes what Hopper gets
-
-
-def _precision(tf32: bool) -> str:
-    """How float32 products round; without effect on 16-bit ones."""
-    return "tf32" if tf32 else "ieee"
+def _traits(activation: Tensor) -> Traits:
+    found = capability(activation.device)
+    hopper = found is None or found[0] == 9  # the interpreter takes what Hopper gets
+    return Traits(activation.dtype, tf32_allowed(), hopper)
 
 
 def _refuse_float64(activation: Tensor, weight: Tensor, threshold: Tensor) -> None:

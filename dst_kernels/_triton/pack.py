@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..reference.weight import largest_collapsed_count
-from .launch import TRITON_DTYPES, on_device_of
+from .launch import OPTIONS, TRITON_DTYPES, on_device_of
 from .masking import ALONG_R, LAYER, load_threshold, masked
 from .matrix import Matrix, compute_dtype
 from .tiles import StreamTile
@@ -145,6 +145,8 @@ def pack(
         "ROWS": tile.rows,
         "BLOCK": tile.block,
         "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        **OPTIONS,
     }
     strides = (
         target.row_stride, target.column_stride, effective.row_stride, effective.column_stride,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import TRITON_DTYPES, on_device_of
+from .launch import OPTIONS, TRITON_DTYPES, on_device_of
 from .masking import ELEMENT, LAYER, SURROGATE_CODES, load_threshold, weight_gradients
 from .matrix import Matrix, compute_dtype
 from .tiles import StreamTile
@@ -108,7 +108,8 @@ def post(
             grad_threshold.row_stride, grad_threshold.column_stride,
             THRESHOLD=threshold.axis, COMPUTE=TRITON_DTYPES[dtype],
             SURROGATE=SURROGATE_CODES[surrogate], STRUCTURE_GRADIENT=structure_gradient,
-            ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps,
+            ROWS=tile.rows, BLOCK=tile.block,
+            num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
         )  # fmt: skip
     return partial
 

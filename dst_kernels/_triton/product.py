@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.weight import largest_collapsed_count
-from .launch import index_dtype, on_device_of
+from .launch import OPTIONS, index_dtype, on_device_of
 from .masking import ALONG_R, LAYER, load_threshold, masked, transposed_axis
 from .matrix import Matrix
 from .pack import has_collapsed
@@ -245,6 +245,7 @@ def masked_product(
         "UNROLL": tile.unroll,
         "GROUP": tile.group,
         "num_warps": tile.warps,
+        **OPTIONS,
         "num_stages": tile.stages,
     }
     with on_device_of(x):

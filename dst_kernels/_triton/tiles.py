@@ -7,6 +7,7 @@ gate in `python -m dst_kernels.aot` holds every one to that.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -22,13 +23,35 @@ __all__ = [
     "GradWeightTile",
     "ProductTile",
     "StreamTile",
+    "Traits",
+    "grad_weight_candidates",
     "grad_weight_tile",
+    "pack_tile",
+    "post_tile",
+    "product_candidates",
     "product_tile",
-    "stream_tile",
 ]
 
 # A Hopper GPU has 132 multiprocessors. Smaller GPUs get more programs than they need.
 MULTIPROCESSORS = 132
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a product runs on: activations of `dtype`, float32 ones perhaps as TF32; which GPU."""
+
+    dtype: torch.dtype
+    tf32: bool
+    hopper: bool
+
+    @property
+    def tensor_cores(self) -> bool:
+        return self.dtype != torch.float32 or self.tf32
+
+    @property
+    def precision(self) -> str:
+        """Triton's input_precision; without effect on 16-bit products."""
+        return "tf32" if self.tf32 else "ieee"
 
 
 @dataclass(frozen=True)
@@ -80,7 +103,11 @@ class StreamTile:
 
     rows: int
     block: int
-    warps: int
+    warps: int = 8
+    stages: int = 2
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.block} w{self.warps}"
 
     def chunk(self, row_blocks: int, columns: int) -> tuple[int, int]:
         """(columns for each program, programs side by side) so that all fill the GPU."""
@@ -95,19 +122,27 @@ def _power_of_two(size: int, least: int, most: int) -> int:
     return max(least, min(most, 1 << (size - 1).bit_length()))
 
 
-def stream_tile(columns: int, column_stride: int) -> StreamTile:
+def pack_tile(columns: int, column_stride: int) -> StreamTile:
     """4096 weights at a time, 16 for each thread, along whichever axis is contiguous."""
     if column_stride != 1:  # a transposed weight: its rows lie next to each other
-        return StreamTile(rows=128, block=32, warps=8)
+        return StreamTile(rows=128, block=32)
     block = _power_of_two(columns, 32, 4096)
-    return StreamTile(rows=4096 // block, block=block, warps=8)
+    return StreamTile(rows=4096 // block, block=block)
+
+
+def post_tile(columns: int, column_stride: int) -> StreamTile:
+    """Half as many: two tensors come in, and their arithmetic takes registers."""
+    tile = pack_tile(columns, column_stride)
+    if tile.rows > 1:
+        return dataclasses.replace(tile, rows=tile.rows // 2)
+    return dataclasses.replace(tile, block=tile.block // 2)
 
 
 # Products on tensor cores, by the tokens of a tile. On Hopper two steps of 32 in one iteration:
 # with one step, or with 64, ptxas runs wgmma one instruction at a time in some variant. On Ampere
-# one step: two spill.
+# one step and fewer shapes: others spill.
 _HOPPER = {m: ProductTile(m, 128, 32, 8, 3, unroll=2) for m in (16, 32, 64, 128)}
-_AMPERE = {m: ProductTile(m, 128, 32, 8, 3) for m in (16, 32, 64, 128)}
+_AMPERE = {m: ProductTile(m, 128, 32, 8, 3) for m in (16, 64)}
 # Exact float32 runs on the ordinary cores.
 _FLOAT32 = {m: ProductTile(m, 64, 16, 4, 2) for m in (16, 32)}
 
@@ -121,13 +156,10 @@ _MIDDLE_TF32 = GradWeightTile(128, 128, 32, 8, 3, pieces=4)
 _GRAD_FLOAT32 = GradWeightTile(64, 64, 16, 4, 2)
 
 
-def product_tile(
-    M: int, R: int, C: int, dtype: torch.dtype, *, tf32: bool, hopper: bool
-) -> ProductTile:
-    """For M tokens in `dtype`, R outputs and a sum over C."""
-    tiles = _HOPPER if hopper else _AMPERE
-    if dtype == torch.float32 and not tf32:
-        tiles = _FLOAT32
+@functools.lru_cache(maxsize=4096)
+def product_tile(M: int, R: int, C: int, traits: Traits) -> ProductTile:
+    """For M tokens, R outputs and a sum over C."""
+    tiles = _product_tiles(traits)
     tile = tiles[min((size for size in tiles if size >= M), default=max(tiles))]
     # Too few tiles to fill the GPU: share each sum, but leave every program a few steps of it.
     programs = -(-R // tile.block_r) * -(-M // tile.block_m)
@@ -135,27 +167,53 @@ def product_tile(
     return _split(tile, programs, steps, most=16)
 
 
-def grad_weight_tile(
-    M: int,
-    R: int,
-    C: int,
-    dtype: torch.dtype,
-    *,
-    tf32: bool,
-    hopper: bool,
-    element_wise: bool,
-) -> GradWeightTile:
-    """For a weight [R, C], M tokens in `dtype` and thresholds that may be element-wise."""
-    if dtype == torch.float32 and not tf32:
-        return _GRAD_FLOAT32
-    small, middle = (_SMALL_TF32, _MIDDLE_TF32) if tf32 else (_SMALL, _MIDDLE)
+def product_candidates(default: ProductTile, traits: Traits) -> list[ProductTile]:
+    """What else is worth trying."""
+    splits = {1, max(default.split // 2, 1), default.split, 2 * default.split}
+    tiles = _product_tiles(traits).values()
+    return [dataclasses.replace(tile, split=split) for tile in tiles for split in sorted(splits)]
+
+
+def _product_tiles(traits: Traits) -> dict[int, ProductTile]:
+    if not traits.tensor_cores:
+        return _FLOAT32
+    return _HOPPER if traits.hopper else _AMPERE
+
+
+@functools.lru_cache(maxsize=4096)
+def grad_weight_tile(M: int, R: int, C: int, traits: Traits, element_wise: bool) -> GradWeightTile:
+    """For a weight [R, C], M tokens and thresholds that may be element-wise."""
+    tiles = _grad_weight_tiles(traits, element_wise)
+    if len(tiles) == 1:
+        return tiles[0]
+    small, middle, *large = tiles
     programs = -(-R // middle.block_r) * -(-C // middle.block_c)
     if 2 * programs < MULTIPROCESSORS and M // middle.block_m < 8:
         return small  # neither weights nor tokens to share out
-    many = programs >= 4 * MULTIPROCESSORS
-    if many and hopper and dtype != torch.float32 and not element_wise:
-        return _LARGE
+    if large and programs >= 4 * MULTIPROCESSORS:
+        return large[0]
     return _split(middle, programs, M // (8 * middle.block_m), most=8)
+
+
+def grad_weight_candidates(
+    default: GradWeightTile, traits: Traits, element_wise: bool
+) -> list[GradWeightTile]:
+    """What else is worth trying."""
+    tiles = _grad_weight_tiles(traits, element_wise)
+    whole = [dataclasses.replace(tile, split=1) for tile in tiles]
+    if len(tiles) == 1:
+        return whole
+    splits = {max(default.split // 2, 2), max(default.split, 2), 2 * default.split}
+    return whole + [dataclasses.replace(tiles[1], split=split) for split in sorted(splits)]
+
+
+def _grad_weight_tiles(traits: Traits, element_wise: bool) -> tuple[GradWeightTile, ...]:
+    """Small, middle and, where it pays and fits, large."""
+    if not traits.tensor_cores:
+        return (_GRAD_FLOAT32,)
+    if traits.dtype == torch.float32:
+        return (_SMALL_TF32, _MIDDLE_TF32)
+    return (_SMALL, _MIDDLE, _LARGE) if traits.hopper and not element_wise else (_SMALL, _MIDDLE)
 
 
 def _split(tile, programs: int, steps: int, most: int):

@@ -28,7 +28,9 @@ from .tiles import (
     TF32_SLAB_TILE,
     GradWeightTile,
     ProductTile,
-    stream_tile,
+    StreamTile,
+    pack_tile,
+    post_tile,
 )
 
 __all__ = ["Variant", "shipped"]
@@ -83,7 +85,7 @@ def _variant(
     constexprs: dict[str, object],
     *,
     warps: int,
-    stages: int = 3,
+    stages: int,
     **expected: bool,
 ) -> Variant:
     """What is neither a pointer nor a constant is an integer."""
@@ -288,9 +290,7 @@ def _slabs() -> Iterator[Variant]:
 def _streams() -> Iterator[Variant]:
     """pack, its second launch, and post, for long rows and short ones."""
     for columns in (4096, 256):
-        tile = stream_tile(columns, 1)
-        shape = f"{tile.rows}x{tile.block} w{tile.warps}"
-        blocks = {"COMPUTE": tl.float32, "ROWS": tile.rows, "BLOCK": tile.block}
+        tile, of_post = pack_tile(columns, 1), post_tile(columns, 1)
         for weight, packed in (*_AUTOCAST, *_SIXTEEN_BIT, *_FLOAT32):
             for granularity, (axis, unit) in _granularities(False).items():
                 if granularity != "row" and (weight, packed) != ("fp32", "bf16"):
@@ -302,7 +302,7 @@ def _streams() -> Iterator[Variant]:
                     if not write and packed != weight:
                         continue
                     constants = {
-                        **blocks,
+                        **_blocks(tile),
                         **_unit("wc", "pc", *(["ec"] if element else ["er"] if axis else [])),
                         "THRESHOLD": axis,
                         "WRITE": write,
@@ -314,13 +314,14 @@ def _streams() -> Iterator[Variant]:
                         "pruned_counts": "i32",
                     }
                     purpose = f"{weight}->{packed}" if write else weight
-                    name = f"{purpose} {granularity} {shape}"
+                    name = f"{purpose} {granularity} {tile}"
                     yield _variant(
                         f"{'pack' if write else 'count'} {name}",
                         pack_kernel,
                         {**pointers, "threshold": "fp32"},
                         {**constants, **unit},
                         warps=tile.warps,
+                        stages=tile.stages,
                         wide_accesses=True,
                     )
                     yield _variant(
@@ -329,9 +330,10 @@ def _streams() -> Iterator[Variant]:
                         pointers,
                         {**constants, "COUNTS": 1024},
                         warps=tile.warps,
+                        stages=tile.stages,
                     )
                 yield _variant(
-                    f"post {packed},{weight} {granularity} {shape}",
+                    f"post {packed},{weight} {granularity} {of_post}",
                     post_kernel,
                     {
                         "dense": packed,
@@ -341,13 +343,18 @@ def _streams() -> Iterator[Variant]:
                         "grad_threshold": "fp32",
                     },
                     {
-                        **blocks,
+                        **_blocks(of_post),
                         **_unit("dc", "wc", "gc", *(["hc"] if element else [])),
                         **unit,
                         "THRESHOLD": axis,
                         "SURROGATE": 0,
                         "STRUCTURE_GRADIENT": True,
                     },
-                    warps=tile.warps,
+                    warps=of_post.warps,
+                    stages=of_post.stages,
                     wide_accesses=True,
                 )
+
+
+def _blocks(tile: StreamTile) -> dict[str, object]:
+    return {"COMPUTE": tl.float32, "ROWS": tile.rows, "BLOCK": tile.block}

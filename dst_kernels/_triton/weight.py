@@ -8,7 +8,7 @@ from torch import Tensor
 from .matrix import as_matrices, as_threshold, like_weight
 from .pack import pack
 from .post import finish_threshold_gradient, post
-from .tiles import stream_tile
+from .tiles import pack_tile, post_tile
 
 __all__ = ["effective_threshold", "masked_weight", "masked_weight_backward"]
 
@@ -50,7 +50,7 @@ def _pack(
         stored, written = seen[1:3]
     else:
         stored, written = as_threshold(threshold, weight), as_threshold(effective, weight)
-    tile = stream_tile(matrix.columns, matrix.column_stride)
+    tile = pack_tile(matrix.columns, matrix.column_stride)
     pack(matrix, stored, None if packed is None else seen[-1], written, reset_ratio, tile)
     return packed, effective
 
@@ -84,7 +84,7 @@ def _post(
         results = _post(*arguments, surrogate, structure_gradient)
         return grad_weight.copy_(results[0]), torch.empty_like(threshold).copy_(results[1])
     matrix, written, dense = seen[:3]
-    tile = stream_tile(matrix.columns, matrix.column_stride)
+    tile = post_tile(matrix.columns, matrix.column_stride)
     stored = seen[3] if element_wise else as_threshold(threshold, weight)
     partial = post(
         dense, matrix, stored, written, seen[4] if element_wise else None,

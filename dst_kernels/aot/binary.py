@@ -88,7 +88,11 @@ def measure(variant: Variant, arch: int) -> Measurement:
         compiled = triton.compile(
             source,
             target=GPUTarget("cuda", arch, 32),
-            options={"num_warps": variant.warps, "num_stages": variant.stages},
+            options={
+                "num_warps": variant.warps,
+                "num_stages": variant.stages,
+                "enable_fp_fusion": True,  # as the launchers say
+            },
         )
     log = printed.getvalue()
     opcodes, a_in_registers = _instructions(compiled.asm["cubin"])

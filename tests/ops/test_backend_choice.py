@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dst_kernels.functional as dst
-from dst_kernels import _backends
+from dst_kernels import _backends, reference
 from dst_kernels._backends import ENVIRONMENT_VARIABLE, implementation, resolve, unavailable
 from dst_kernels.nn import MaskedConv2d, MaskedLinear
 
@@ -120,8 +120,8 @@ def test_a_gpu_that_is_too_old_is_refused_with_its_capability(monkeypatch):
 
 
 def test_environment_is_read_at_the_call_not_at_import(monkeypatch):
-    first = implementation("auto", CPU)
+    first = implementation("auto", CPU, "masked_linear")
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
-    assert implementation("auto", CPU).__name__ == "dst_kernels.reference"
+    assert implementation("auto", CPU, "masked_linear") is reference.masked_linear
     monkeypatch.delenv(ENVIRONMENT_VARIABLE)
-    assert implementation("auto", CPU) is first
+    assert implementation("auto", CPU, "masked_linear") is first
