@@ -17,8 +17,8 @@ def split_tiles(monkeypatch):
     """Sums shared by several programs, whose order must not matter."""
     product = ProductTile(block_m=16, block_r=16, block_c=16, warps=4, stages=2, split=3)
     gradient = GradWeightTile(block_r=16, block_c=16, block_m=16, warps=4, stages=2, split=2)
-    monkeypatch.setattr(linear, "product_tile", lambda *sizes, **options: product)
-    monkeypatch.setattr(linear, "grad_weight_tile", lambda *sizes, **options: gradient)
+    monkeypatch.setattr(linear, "product_tile", lambda *_, **__: product)
+    monkeypatch.setattr(linear, "grad_weight_tile", lambda *_, **__: gradient)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import itertools
 
 import pytest
@@ -17,6 +16,7 @@ from dst_kernels._triton.tiles import (
     GradWeightTile,
     ProductTile,
     StreamTile,
+    Traits,
     grad_weight_tile,
     product_tile,
     stream_tile,
@@ -65,7 +65,7 @@ GRADIENTS = [
 @mixed_kinds
 @pytest.mark.parametrize(("tile", "shape"), PRODUCTS, ids=str)
 def test_products(tile, shape, of_input, dtype, granularity, device, monkeypatch):
-    monkeypatch.setattr(linear, "product_tile", lambda *sizes, **options: tile)
+    monkeypatch.setattr(linear, "product_tile", lambda *_, **__: tile)
     M, N, K = shape
     weight = normal(N, K, dtype=dtype, device=device)
     threshold = thresholds((N, K), granularity, device=device)
@@ -84,7 +84,7 @@ def test_products(tile, shape, of_input, dtype, granularity, device, monkeypatch
 @mixed_kinds
 @pytest.mark.parametrize(("tile", "shape"), GRADIENTS, ids=str)
 def test_weight_gradients(tile, shape, of_input, dtype, granularity, device, monkeypatch):
-    monkeypatch.setattr(linear, "grad_weight_tile", lambda *sizes, **options: tile)
+    monkeypatch.setattr(linear, "grad_weight_tile", lambda *_, **__: tile)
     M, N, K = shape
     weight = normal(N, K, dtype=dtype, device=device)
     threshold = thresholds((N, K), granularity, device=device)
@@ -125,33 +125,43 @@ def test_pack_and_post(tile, shape, granularity, multiprocessors, device, monkey
 SIZES = (1, 3, 16, 17, 100, 128, 1000, 4096, 16384)
 
 
-def choices(choose):
-    """((M, R, C), dtype, options, the tile chosen) for many sizes and all options."""
-    parameters = inspect.signature(choose).parameters.values()
-    switches = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
-    for values in itertools.product((False, True), repeat=len(switches)):
-        options = dict(zip(switches, values, strict=True))
-        for dtype in (F32,) if options["tf32"] else (F32, F16):
-            for sizes in itertools.product((*SIZES, 65536), SIZES, SIZES):
-                yield sizes, dtype, options, choose(*sizes, dtype, **options)
+TRAITS = [
+    Traits(dtype, tf32, hopper)
+    for dtype, tf32 in ((F32, False), (F32, True), (F16, False))
+    for hopper in (True, False)
+]
 
 
-def every_tile(choose):
+def product_choices():
+    """((M, R, C), traits, the tile) for many sizes."""
+    for traits in TRAITS:
+        for sizes in itertools.product((*SIZES, 65536), SIZES, SIZES):
+            yield sizes, traits, product_tile(*sizes, traits)
+
+
+def gradient_choices():
+    for traits, element_wise in itertools.product(TRAITS, (True, False)):
+        for sizes in itertools.product((*SIZES, 65536), SIZES, SIZES):
+            yield sizes, traits, grad_weight_tile(*sizes, traits, element_wise)
+
+
+def every_tile(choices):
     """With and, where that is chosen, without a sum shared by several programs."""
     found = {}  # a set, in order
-    for _, dtype, options, tile in choices(choose):
-        found[dataclasses.replace(tile, split=min(tile.split, 2)), dtype, options["tf32"]] = True
-    names = "tile", "dtype", "tf32"
-    marked = [
-        pytest.param(*one, id=" ".join(map(repr, one)), marks=[pytest.mark.gpu] * one[2])
-        for one in found
-    ]
-    return pytest.mark.parametrize(names, marked)
+    for _, traits, tile in choices():
+        found[dataclasses.replace(tile, split=min(tile.split, 2)), traits.dtype, traits.tf32] = True
+    return pytest.mark.parametrize(
+        ("tile", "dtype", "tf32"),
+        [
+            pytest.param(*one, id=" ".join(map(repr, one)), marks=[pytest.mark.gpu] * one[2])
+            for one in found
+        ],
+    )
 
 
-@every_tile(product_tile)
+@every_tile(product_choices)
 def test_products_in_every_tile_that_is_chosen(tile, dtype, tf32, device, monkeypatch):
-    monkeypatch.setattr(linear, "product_tile", lambda *sizes, **options: tile)
+    monkeypatch.setattr(linear, "product_tile", lambda *_, **__: tile)
     if tf32:
         monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
     M, N = tile.block_m + 3, tile.block_r + 5
@@ -162,9 +172,9 @@ def test_products_in_every_tile_that_is_chosen(tile, dtype, tf32, device, monkey
     check("masked_linear_grad_input", grad, weight, threshold)
 
 
-@every_tile(grad_weight_tile)
+@every_tile(gradient_choices)
 def test_weight_gradients_in_every_tile_that_is_chosen(tile, dtype, tf32, device, monkeypatch):
-    monkeypatch.setattr(linear, "grad_weight_tile", lambda *sizes, **options: tile)
+    monkeypatch.setattr(linear, "grad_weight_tile", lambda *_, **__: tile)
     if tf32:
         monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
     M, N, K = tile.block_m * (tile.split + 1) + 7, tile.block_r + 5, tile.block_c + 3
@@ -183,7 +193,7 @@ def test_chunks_cover_all_columns_once():
 
 
 def test_splits_leave_every_program_some_work():
-    for (_, _, C), _, _, tile in choices(product_tile):
+    for (_, _, C), _, tile in product_choices():
         assert 1 <= tile.split <= max(1, C // tile.block_c)
-    for (M, _, _), _, _, tile in choices(grad_weight_tile):
+    for (M, _, _), _, tile in gradient_choices():
         assert 1 <= tile.split <= max(1, M // tile.block_m)
