@@ -20,6 +20,7 @@ from .model import (
     sparsify_,
     sparsity_report,
 )
+from .nn import weights_unchanged
 
 __version__ = _version("dst_kernels")
 
@@ -37,4 +38,5 @@ __all__ = [
     "sparse_regularization",
     "sparsify_",
     "sparsity_report",
+    "weights_unchanged",
 ]

@@ -1,6 +1,7 @@
 """Masked layers: subclasses of their torch.nn parents with a trainable pruning threshold."""
 
 from ._masked import GRANULARITIES, MaskedLayer
+from ._reuse import weights_unchanged
 from .conv import MaskedConv1d, MaskedConv2d, MaskedConv3d
 from .linear import MaskedLinear
 
@@ -11,4 +12,5 @@ __all__ = [
     "MaskedConv3d",
     "MaskedLayer",
     "MaskedLinear",
+    "weights_unchanged",
 ]
