@@ -70,8 +70,7 @@ def _linear(layer: type[nn.Linear], **options) -> Callable[[Problem], nn.Module]
 
 
 def _ours(path: str) -> Callable[[Problem], nn.Module]:
-    # A version without `path` has one path, which "auto" names.
-    return _linear(dst_nn.MaskedLinear, **({} if path == "auto" else {"path": path}))
+    return _linear(dst_nn.MaskedLinear, path=path)
 
 
 def _compiled(build: Callable[[Problem], nn.Module]) -> Callable[[Problem], nn.Module]:
