@@ -29,6 +29,15 @@ def device() -> torch.device:
     return torch.device("cuda" if GPU else "cpu")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    for warning in (
+        "Conversion of an array with ndim > 0:DeprecationWarning",  # in Triton 3.6
+        "invalid value encountered:RuntimeWarning",  # it computes NaN, as it should
+    ):
+        module = r"triton\.runtime\.interpreter|numpy\._core\.fromnumeric"
+        config.addinivalue_line("filterwarnings", f"ignore:{warning}:{module}")
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:

@@ -18,8 +18,9 @@ from dst_kernels._triton.tiles import (
     StreamTile,
     Traits,
     grad_weight_tile,
+    pack_tile,
+    post_tile,
     product_tile,
-    stream_tile,
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -111,7 +112,8 @@ STREAMS = [
 def test_pack_and_post(tile, shape, granularity, multiprocessors, device, monkeypatch):
     """With one chunk of several blocks for each row block, and with several chunks."""
     monkeypatch.setattr(tiles, "MULTIPROCESSORS", multiprocessors)
-    monkeypatch.setattr(weight_ops, "stream_tile", lambda columns, column_stride: tile)
+    for name in ("pack_tile", "post_tile"):
+        monkeypatch.setattr(weight_ops, name, lambda *_: tile)
     weight, threshold = normal(*shape, device=device), thresholds(shape, granularity, device=device)
     for ratio in (None, 0.0, 1.0):
         same(
@@ -186,10 +188,11 @@ def test_weight_gradients_in_every_tile_that_is_chosen(tile, dtype, tf32, device
 
 def test_chunks_cover_all_columns_once():
     for columns, rows, column_stride in itertools.product((*SIZES, 2**20), (*SIZES, 2**20), (1, 7)):
-        tile = stream_tile(columns, column_stride)
-        chunk, chunks = tile.chunk(-(-rows // tile.rows), columns)
-        assert chunk % tile.block == 0
-        assert chunk * (chunks - 1) < columns <= chunk * chunks
+        for choose in (pack_tile, post_tile):
+            tile = choose(columns, column_stride)
+            chunk, chunks = tile.chunk(-(-rows // tile.rows), columns)
+            assert chunk % tile.block == 0
+            assert chunk * (chunks - 1) < columns <= chunk * chunks
 
 
 def test_splits_leave_every_program_some_work():

@@ -106,7 +106,7 @@ def test_the_guard_counts_exactly(shape, granularity, device):
     ids=["more counts than one block", "more row blocks than programs of the second launch"],
 )
 def test_the_guard_counts_over_blocks_and_programs(shape, tile, device, monkeypatch):
-    monkeypatch.setattr(weight_ops, "stream_tile", lambda columns, column_stride: tile)
+    monkeypatch.setattr(weight_ops, "pack_tile", lambda columns, column_stride: tile)
     monkeypatch.setattr(pack, "_SETTLE_PROGRAMS", 3)
     weight = torch.full(shape, 0.25, device=device)
     weight[-1, -1] = -1.0
