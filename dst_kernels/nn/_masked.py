@@ -15,7 +15,7 @@ from .._backends import resolve
 from .._checks import check_effective_threshold, check_surrogate
 from .._dtensor import full_tensor, is_dtensor, reset_shard
 from .._plan import check_path
-from ._reuse import Packs
+from ._reuse import packs_of
 
 __all__ = ["GRANULARITIES", "MaskedLayer"]
 
@@ -36,7 +36,6 @@ class MaskedLayer:
 
     dense_type: ClassVar[type[nn.Module]]
     _sharded_threshold: Tensor | None = None
-    _packs: Packs | None = None  # while the weights are said not to change
 
     def _init_masking(
         self,
@@ -129,9 +128,10 @@ class MaskedLayer:
         between a forward and its backward (a layer used twice, a second forward) does no harm.
         """
         weight, threshold = self._weight_and_threshold()
-        reuse = self._packs if self._sharded_threshold is None else None
-        packed = None
-        if reuse is not None and not torch.compiler.is_compiling():
+        reuse = packed = None
+        if not torch.compiler.is_compiling() and self._sharded_threshold is None:
+            reuse = packs_of(self)
+        if reuse is not None and self.path != "fused":
             dtype = autograd.product_dtype(input, weight)
             packed = reuse.get(weight, threshold, self.reset_ratio, dtype, self.backend)
         output, effective = operation(

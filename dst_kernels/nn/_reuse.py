@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .. import autograd
 from ..autograd.weight import Packed
 
-__all__ = ["Packs", "weights_unchanged"]
+__all__ = ["Packs", "packs_of", "weights_unchanged"]
 
 
 class Packs:
@@ -40,7 +41,9 @@ class Packs:
         backend: str,
     ) -> Packed:
         """The copy in `dtype`, new where weight or threshold were seen to change."""
-        state = _state(weight), _state(threshold), reset_ratio, backend
+        # A tensor made in inference mode could not be saved for a backward outside it.
+        inference = torch.is_inference_mode_enabled()
+        state = _state(weight), _state(threshold), reset_ratio, backend, inference
         known = self._made.get(dtype)
         if known is not None and known[0] == state:
             return known[1]
@@ -56,6 +59,15 @@ class Packs:
             dtype: ((weight, _state(threshold), *rest), packed)
             for dtype, ((weight, _, *rest), packed) in self._made.items()
         }
+
+
+# By layer, while a scope is open. Not an attribute of the layer: copies of it would have it too.
+_open: WeakKeyDictionary[nn.Module, Packs] = WeakKeyDictionary()
+
+
+def packs_of(layer: nn.Module) -> Packs | None:
+    """The copies of a layer in an open scope, None outside."""
+    return _open.get(layer) if _open else None
 
 
 def _state(tensor: Tensor) -> tuple:
@@ -79,14 +91,13 @@ def weights_unchanged(model: nn.Module) -> Iterator[None]:
     from ._masked import MaskedLayer
 
     layers = [module for module in model.modules() if isinstance(module, MaskedLayer)]
-    opened = [layer for layer in layers if layer._packs is None]  # the rest: an outer scope's
-    for layer in opened:
-        layer._packs = Packs()
+    # Layers of an outer scope go on with its copies.
+    opened = {layer: Packs() for layer in layers if layer not in _open}
+    _open.update(opened)
 
     def clear(*_) -> None:
-        for layer in layers:
-            if layer._packs is not None:
-                layer._packs.clear()
+        for packs in opened.values():
+            packs.clear()
 
     hook = register_optimizer_step_post_hook(clear)
     try:
@@ -94,4 +105,4 @@ def weights_unchanged(model: nn.Module) -> Iterator[None]:
     finally:
         hook.remove()
         for layer in opened:
-            del layer._packs
+            _open.pop(layer, None)

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from dst_kernels import _ops, autograd
 from dst_kernels.nn import MaskedConv2d, MaskedLinear
-from dst_kernels.nn._reuse import weights_unchanged
+from dst_kernels.nn._reuse import packs_of, weights_unchanged
 
 # The paths on which a layer has a use for the copy.
 packing = pytest.mark.parametrize("path", ["packed", "mixed"])
@@ -442,7 +442,7 @@ def test_a_layer_moved_to_another_dtype(device):
 
 
 def has_packs(model):
-    return [module for module in model.modules() if getattr(module, "_packs", None) is not None]
+    return [module for module in model.modules() if packs_of(module) is not None]
 
 
 def test_the_scope_leaves_nothing_behind(device):

@@ -89,6 +89,7 @@ def test_public_names():
         "sparse_regularization",
         "sparsify_",
         "sparsity_report",
+        "weights_unchanged",
     ]
     assert sorted(dst_kernels.functional.__all__) == [
         "effective_threshold",
@@ -108,6 +109,7 @@ def test_public_names():
         "MaskedConv3d",
         "MaskedLayer",
         "MaskedLinear",
+        "weights_unchanged",
     ]
 
 
