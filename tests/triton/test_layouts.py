@@ -54,7 +54,7 @@ def test_linear(layout, which, device):
 @poisoned
 @every_layout
 @pytest.mark.parametrize("which", ["weight", "threshold", "grad", "all"])
-@pytest.mark.parametrize("shape", [(7, 37), (5, 3, 4), (4, 3, 2, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(7, 37), (4, 3, 2, 5)], ids=str)
 def test_weight_ops(layout, which, shape, device):
     tensors = {
         "weight": normal(*shape, device=device),
