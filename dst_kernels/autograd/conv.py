@@ -136,7 +136,7 @@ def masked_conv(
 def _plan(path: str, backend: str, weight: Tensor) -> Plan:
     if path == "auto":
         if torch.compiler.is_compiling():
-            path = "packed" if weight.is_cuda else "mixed"
+            path = "packed" if weight.is_cuda or backend == "triton" else "mixed"
         else:
             path = "mixed" if resolve(backend, weight.device) == "reference" else "packed"
     return PLANS[path]

@@ -50,7 +50,8 @@ class Packs:
         packed = autograd.pack(weight, threshold, reset_ratio, dtype, backend)
         # Held, so that other tensors cannot come to lie at the same addresses.
         self._sources = weight.detach(), threshold.detach()
-        self._made = {dtype: (state, packed)}
+        still_valid = {key: made for key, made in self._made.items() if made[0] == state}
+        self._made = {**still_valid, dtype: (state, packed)}
         return packed
 
     def threshold_was_committed(self, threshold: Tensor) -> None:

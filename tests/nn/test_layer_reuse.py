@@ -13,9 +13,9 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.optim.swa_utils import AveragedModel
 
-from dst_kernels import _ops, autograd
+from dst_kernels import _ops, autograd, weights_unchanged
 from dst_kernels.nn import MaskedConv2d, MaskedLinear
-from dst_kernels.nn._reuse import packs_of, weights_unchanged
+from dst_kernels.nn._reuse import packs_of
 
 # The paths on which a layer has a use for the copy.
 packing = pytest.mark.parametrize("path", ["packed", "mixed"])

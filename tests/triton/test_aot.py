@@ -19,7 +19,7 @@ from dst_kernels.aot.baseline import Baseline
 from dst_kernels.aot.binary import Measurement
 from dst_kernels.aot.widths import tile_accesses
 
-pytest.importorskip("triton")
+pytest.importorskip("triton.language")
 
 KERNELS = str(Path(__file__).with_name("aot_kernels.py"))
 

@@ -1,0 +1,136 @@
+"""Tuning: off unless asked for, picks the fastest, remembers it on disk, loses nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton.language")
+
+from dst_kernels._triton import tuning
+from dst_kernels._triton.tiles import (
+    GradWeightTile,
+    ProductTile,
+    Traits,
+    grad_weight_candidates,
+    grad_weight_tile,
+    product_candidates,
+    product_tile,
+)
+
+DEFAULT, FAST, SLOW = (ProductTile(16, 128, 32, 8, stages) for stages in (3, 2, 4))
+TRAITS = Traits(torch.bfloat16, tf32=False, hopper=True)
+
+
+@pytest.fixture
+def timed(monkeypatch, tmp_path):
+    """A pretended GPU with a directory of its own; the list of tiles that were timed."""
+    tiles = []
+
+    def seconds(run, tile):
+        run(tile)
+        tiles.append(tile)
+        return {2: 1e-6, 3: 2e-6, 4: 3e-6}[tile.stages]
+
+    monkeypatch.setenv(tuning.CACHE_DIRECTORY, str(tmp_path))
+    monkeypatch.setattr(tuning, "_known", {})
+    monkeypatch.setattr(tuning, "_seconds", seconds)
+    monkeypatch.setattr(tuning, "gpu_name", lambda device: "Pretended GPU/1")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return tiles
+
+
+def tune(problem="problem", run=lambda tile: None):
+    return tuning.tuned(problem, DEFAULT, [SLOW, FAST], run, torch.empty(0))
+
+
+def forget(monkeypatch):
+    """As in a new process."""
+    monkeypatch.setattr(tuning, "_known", {})
+
+
+@pytest.mark.parametrize(("value", "on"), [(None, False), ("", False), ("0", False), ("1", True)])
+def test_is_off_unless_asked_for(monkeypatch, value, on):
+    monkeypatch.delenv(tuning.AUTOTUNE, raising=False)
+    if value is not None:
+        monkeypatch.setenv(tuning.AUTOTUNE, value)
+    assert tuning.tuning_is_on() is on
+
+
+def test_the_fastest_is_timed_once_and_remembered(timed, monkeypatch):
+    assert tune() == FAST
+    assert sorted(tile.stages for tile in timed) == [2, 3, 4]
+    assert tune() == FAST
+    forget(monkeypatch)
+    assert tune() == FAST
+    assert len(timed) == 3, "neither this process nor the next times it again"
+    assert tune("another problem") == FAST
+    assert len(timed) == 6
+
+
+def test_candidates_run_on_the_call_itself(timed):
+    ran = []
+    tune(run=ran.append)
+    assert set(ran) == {DEFAULT, SLOW, FAST}
+
+
+def test_without_a_gpu_or_in_a_capture_nothing_is_timed(timed, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert tune() == DEFAULT
+    monkeypatch.setattr(tuning, "gpu_name", lambda device: None)
+    assert tune() == DEFAULT
+    assert not timed
+
+
+def test_answers_of_other_processes_are_kept(timed, monkeypatch, tmp_path):
+    tune("mine")
+    (file,) = tmp_path.iterdir()
+    assert file.name.startswith("tiles-pretended-gpu-1-")
+    theirs = json.loads(file.read_text()) | {"theirs": {"from": "elsewhere"}}
+    file.write_text(json.dumps(theirs))
+    tune("mine too")
+    assert set(json.loads(file.read_text())) == {"mine", "mine too", "theirs"}
+    assert [path.name for path in tmp_path.iterdir()] == [file.name], "nothing half-written"
+
+
+def test_a_broken_file_is_replaced(timed, monkeypatch, tmp_path):
+    tune()
+    (file,) = tmp_path.iterdir()
+    file.write_text("{ half")
+    forget(monkeypatch)
+    assert tune() == FAST
+    assert list(json.loads(file.read_text())) == ["problem"]
+
+
+def test_another_source_or_version_has_another_file(timed, monkeypatch, tmp_path):
+    tune()
+    monkeypatch.setattr(tuning, "_fingerprint", lambda: "another")
+    tune()
+    assert len(list(tmp_path.iterdir())) == 2
+    assert len(timed) == 6
+
+
+@pytest.mark.parametrize(
+    ("M", "bucket"), [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128), (1000, 1024)]
+)
+def test_token_buckets(M, bucket):
+    assert tuning.token_bucket(M) == bucket
+
+
+def test_candidates_are_tiles_the_gate_knows():
+    from dst_kernels._triton.tiles import GRAD_WEIGHT_TILES, PRODUCT_TILES
+
+    def whole(tile):
+        return type(tile)(**{**vars(tile), "split": 1})
+
+    for size in (16, 300, 5000):
+        product = product_tile(size, 1024, 4096, TRAITS)
+        for tile in product_candidates(product, TRAITS):
+            assert isinstance(tile, ProductTile) and tile.split >= 1
+            assert whole(tile) in PRODUCT_TILES[90]
+        gradient = grad_weight_tile(size, 1024, 1024, TRAITS, False)
+        for tile in grad_weight_candidates(gradient, TRAITS, False):
+            assert isinstance(tile, GradWeightTile) and tile.split >= 1
+            assert whole(tile) in GRAD_WEIGHT_TILES[90]
