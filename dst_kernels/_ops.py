@@ -54,15 +54,8 @@ def _define(schema: str, check: Callable) -> Callable[[Callable], torch._ops.OpO
             check(*args)
             device = args[0].device
             kernel = implementation(backend, device, name)
-            device_type = device.type
-            # Gradients and dtypes are settled outside the op.
-            if autocast_enabled(device_type):
-                with torch.no_grad(), torch.autocast(device_type, enabled=False):
-                    return kernel(*args)
-            if torch.is_grad_enabled():
-                with torch.no_grad():
-                    return kernel(*args)
-            return kernel(*args)
+            with _Plainly(device.type):
+                return kernel(*args)
 
         def run_fake(*args):
             *args, backend = args
@@ -78,6 +71,32 @@ def _define(schema: str, check: Callable) -> Callable[[Callable], torch._ops.OpO
         return overload
 
     return bind
+
+
+class _Plainly:
+    """Without autograd and autocast: gradients and dtypes are settled outside the ops.
+
+    torch's own context managers do the same and cost as much as a launch.
+    """
+
+    __slots__ = ("autocast", "device_type", "grad")
+
+    def __init__(self, device_type: str) -> None:
+        self.device_type = device_type
+
+    def __enter__(self) -> None:
+        self.grad = torch.is_grad_enabled()
+        self.autocast = autocast_enabled(self.device_type)
+        if self.grad:
+            torch._C._set_grad_enabled(False)
+        if self.autocast:
+            torch.set_autocast_enabled(self.device_type, False)
+
+    def __exit__(self, *_) -> None:
+        if self.grad:
+            torch._C._set_grad_enabled(True)
+        if self.autocast:
+            torch.set_autocast_enabled(self.device_type, True)
 
 
 def call(op: torch._ops.OpOverload, *args):

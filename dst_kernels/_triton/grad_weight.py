@@ -34,6 +34,8 @@ def _dense_tile(
     first = tl.cast(begin, tl.int64)
     grad_start = grad + first * stride_gm + tile_r.to(tl.int64) * BLOCK_R * stride_gr
     x_start = x + first * stride_xm + tile_c.to(tl.int64) * BLOCK_C * stride_xc
+    grad_step = tl.cast(stride_gm, tl.int64) * BLOCK_M
+    x_step = tl.cast(stride_xm, tl.int64) * BLOCK_M
     grad_tile = (
         tokens.to(INDEX)[:, None] * stride_gm + tl.arange(0, BLOCK_R).to(INDEX)[None, :] * stride_gr
     )
@@ -46,8 +48,8 @@ def _dense_tile(
         left = tl.load(grad_start + grad_tile, mask=in_m[:, None] & in_r[None, :], other=0.0)
         right = tl.load(x_start + x_tile, mask=in_m[:, None] & in_c[None, :], other=0.0)
         accumulator = tl.dot(tl.trans(left), right, accumulator, input_precision=PRECISION)
-        grad_start += BLOCK_M * stride_gm
-        x_start += BLOCK_M * stride_xm
+        grad_start += grad_step
+        x_start += x_step
     return accumulator
 
 

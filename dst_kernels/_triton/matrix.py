@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from .masking import ALONG_C, ALONG_R, ELEMENT, LAYER
 __all__ = ["Matrix", "as_matrices", "as_threshold", "compute_dtype", "like_weight"]
 
 
-@dataclass(frozen=True)
-class Matrix:
+class Matrix(NamedTuple):
     """A tensor as rows x columns; strides count elements.
 
     `axis` says along which of them the values vary (for thresholds).

@@ -57,6 +57,8 @@ def _accumulate(
     x_start = x + tile_m.to(tl.int64) * BLOCK_M * stride_xm
     w_start += tl.cast(begin, tl.int64) * stride_wc
     x_start += tl.cast(begin, tl.int64) * stride_xc
+    w_step = tl.cast(stride_wc, tl.int64) * BLOCK_C
+    x_step = tl.cast(stride_xc, tl.int64) * BLOCK_C
     w_rows = rows.to(INDEX) * stride_wr
     w_columns = columns.to(INDEX) * stride_wc
     x_tile = (
@@ -98,8 +100,8 @@ def _accumulate(
             if TRANSPOSED:
                 small = tl.trans(small)
             pruned = tl.dot(small, ones, pruned, input_precision="tf32")
-        w_start += BLOCK_C * stride_wc
-        x_start += BLOCK_C * stride_xc
+        w_start += w_step
+        x_start += x_step
     # Exact: whole numbers up to 2^24 in each row, the same in all 16 columns. Zeros loaded beyond
     # the last column count too, unless their threshold is negative.
     of_rows = tl.max(pruned, axis=1).to(tl.int32)

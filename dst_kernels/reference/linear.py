@@ -22,6 +22,8 @@ __all__ = [
 
 def flatten_batch(tensor: Tensor) -> Tensor:
     """[..., features] -> [batch, features], also where there are no features."""
+    if tensor.dim() == 2:
+        return tensor
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
@@ -29,6 +31,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """input [..., in], weight [out, in] of its dtype -> [..., out], with a bias of any dtype."""
     bias = None if bias is None else bias.to(input.dtype)
     output = F.linear(flatten_batch(input), weight, bias)
+    if input.dim() == 2:
+        return output
     # Not a view in autograd's eyes, so that callers may overwrite it (`relu_`).
     return torch.ops.aten._unsafe_view(output, [*input.shape[:-1], weight.shape[0]])
 
