@@ -98,7 +98,9 @@ MUTANTS = {
 
 
 def run_tests(root: Path, tests: str) -> int:
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    options = ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER")  # those of the run around this one
+    environment = {name: value for name, value in os.environ.items() if name not in options}
+    environment["PYTHONPATH"] = str(root)
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     result = subprocess.run(
         [*command, str(HERE / f"test_{tests}.py")],
