@@ -24,8 +24,9 @@ def main() -> None:
         ("CPU threads", str(torch.get_num_threads())),
         (ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE, "not set")),
     ]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for backend in BACKENDS[1:]:
-        reason = unavailable(backend)
+        reason = unavailable(backend, device)
         rows.append((f"backend {backend}", "available" if reason is None else f"no: {reason}"))
     width = max(len(name) for name, _ in rows)
     sys.stdout.write("".join(f"{name.ljust(width)}  {value}\n" for name, value in rows))
