@@ -67,9 +67,15 @@ def conv(
 
     The bias may have any dtype.
     """
-    bias = None if bias is None else bias.to(input.dtype)
+    if bias is not None and bias.dtype != input.dtype:
+        bias = bias.to(input.dtype)
     output = _CONV[input.dim()](input, weight, bias, stride, padding, dilation, groups)
-    return output.contiguous(memory_format=conv_memory_format(input, weight))
+    memory_format = conv_memory_format(input, weight)
+    # Not left to `contiguous` to notice: torch 2.11's compiler takes what it hands through for two
+    # results of an autograd function, and drops the gradient of one.
+    if output.is_contiguous(memory_format=memory_format):
+        return output
+    return output.contiguous(memory_format=memory_format)
 
 
 def conv_grad_input(

@@ -29,7 +29,8 @@ def flatten_batch(tensor: Tensor) -> Tensor:
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """input [..., in], weight [out, in] of its dtype -> [..., out], with a bias of any dtype."""
-    bias = None if bias is None else bias.to(input.dtype)
+    if bias is not None and bias.dtype != input.dtype:
+        bias = bias.to(input.dtype)
     output = F.linear(flatten_batch(input), weight, bias)
     if input.dim() == 2:
         return output
