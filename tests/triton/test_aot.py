@@ -36,6 +36,13 @@ def test_everything_shipped_passes():
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr[-5000:]}"
 
 
+@pytest.mark.slow
+def test_sizes_of_one_unaligned_and_beyond_32_bits_compile():
+    result = run(str(Path(__file__).with_name("odd_variants.py")))
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr[-5000:]}"
+    assert "0 of" in result.stdout and not result.stdout.startswith("0 of 0")
+
+
 @pytest.fixture(scope="module")
 def gate(tmp_path_factory):
     """The gate's output on kernels that break its rules."""
