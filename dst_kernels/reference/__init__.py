@@ -1,8 +1,8 @@
 """The specification: every operation in plain PyTorch, any float dtype up to fp64, any device.
 
 Other backends offer functions of the same names and signatures and are judged against these. Here
-`threshold` is always the *effective* one (the collapse guard already applied), except in
-`effective_threshold` itself. Nothing in this folder knows about autograd, modules or dispatch.
+`threshold` is the *effective* one (the collapse guard already applied), except in functions with a
+`reset_ratio`, which apply the guard and also return the effective threshold. Nothing in this folder knows about autograd, modules or dispatch.
 """
 
 from .conv import masked_conv, masked_conv_grad_input, masked_conv_grad_weight
