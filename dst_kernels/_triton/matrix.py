@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .masking import ALONG_C, ALONG_R, ELEMENT, LAYER
 
-__all__ = ["Matrix", "as_matrices", "as_threshold", "compute_dtype", "like_weight"]
+__all__ = ["Matrix", "as_matrices", "as_threshold", "compute_dtype"]
 
 
 class Matrix(NamedTuple):
@@ -61,12 +61,6 @@ def as_matrices(*tensors: Tensor) -> list[Matrix] | None:
     if len(orders) > 1:
         return None
     return [Matrix(tensor, rows, columns, tensor.stride(0), 1) for tensor in tensors]
-
-
-def like_weight(tensor: Tensor, weight: Tensor) -> Tensor:
-    """`tensor` with the strides new tensors like `weight` get: the one copy layouts may cost."""
-    wanted = torch.empty_like(weight, dtype=tensor.dtype)
-    return tensor if tensor.stride() == wanted.stride() else wanted.copy_(tensor)
 
 
 def as_threshold(threshold: Tensor, weight: Tensor) -> Matrix:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .matrix import as_matrices, as_threshold, like_weight
+from .matrix import as_matrices, as_threshold
 from .pack import pack
 from .post import finish_threshold_gradient, post
 from .tiles import pack_tile, post_tile
@@ -73,7 +73,9 @@ def _post(
 ) -> tuple[Tensor, Tensor]:
     element_wise = threshold.shape == weight.shape
     grad_weight = torch.empty_like(weight)
-    tensors = [weight, grad_weight, like_weight(grad, weight)]
+    if grad.stride() != grad_weight.stride():  # the one copy layouts may cost
+        grad = torch.empty_like(weight, dtype=grad.dtype).copy_(grad)
+    tensors = [weight, grad_weight, grad]
     if element_wise:
         grad_threshold = torch.empty_like(threshold)
         tensors += [threshold, grad_threshold]
