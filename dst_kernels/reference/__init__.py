@@ -2,7 +2,8 @@
 
 Other backends offer functions of the same names and signatures and are judged against these. Here
 `threshold` is the *effective* one (the collapse guard already applied), except in functions with a
-`reset_ratio`, which apply the guard and also return the effective threshold. Nothing in this folder knows about autograd, modules or dispatch.
+`reset_ratio`, which apply the guard and also return the effective threshold. Nothing in this folder
+knows about autograd, modules or dispatch.
 """
 
 from .conv import masked_conv, masked_conv_grad_input, masked_conv_grad_weight
