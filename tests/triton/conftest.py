@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo import trace_rules
 
 ALLOCATORS = (
     (torch, ("empty", "empty_like", "empty_strided")),
@@ -17,8 +18,14 @@ def poison_(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max // 2)
 
 
+@pytest.fixture(scope="session")
+def compiler_knows_torch():
+    """torch's compiler lists torch's functions at first use, and must not list poisoned ones."""
+    trace_rules.get_torch_obj_rule_map()
+
+
 @pytest.fixture
-def poisoned(monkeypatch):
+def poisoned(monkeypatch, compiler_knows_torch):
     """What launchers get from torch's allocation functions."""
 
     def poisoning(allocate):
