@@ -9,6 +9,7 @@ knows about autograd, modules or dispatch.
 from .conv import masked_conv, masked_conv_grad_input, masked_conv_grad_weight
 from .linear import masked_linear, masked_linear_grad_input, masked_linear_grad_weight
 from .regularization import sparse_regularization
+from .step import adamw_step_, grad_norm_, sgd_step_
 from .surrogate import SURROGATES
 from .weight import (
     effective_threshold,
@@ -19,7 +20,9 @@ from .weight import (
 
 __all__ = [
     "SURROGATES",
+    "adamw_step_",
     "effective_threshold",
+    "grad_norm_",
     "masked_conv",
     "masked_conv_grad_input",
     "masked_conv_grad_weight",
@@ -28,6 +31,7 @@ __all__ = [
     "masked_linear_grad_weight",
     "masked_weight",
     "masked_weight_backward",
+    "sgd_step_",
     "sparse_regularization",
     "threshold_mask",
 ]

@@ -1,0 +1,234 @@
+"""The deferred optimizer step: from raw dense gradients to new weights, thresholds and W * M.
+
+G = dL/d(W * M) is linear in everything that happens to gradients between backward and step (sums
+over micro-batches and ranks, unscaling), and dW and dt are linear in G with coefficients that
+depend on W and t alone. So they can be made once, inside the step that consumes them.
+
+All functions take lists with one entry per *segment*, and absent tensors as tensors without
+elements. A segment with a threshold (one per row) is a masked weight, one without is any other
+parameter. `settings` has SETTINGS integers per segment, `hypers` (float64 [h, HYPERS] on the CPU)
+the numbers of the param groups:
+
+    settings   row of hypers for the weight (-1: it is not updated), and for the threshold;
+               surrogate (index into SURROGATES); structure gradient; largest kept count at which
+               the guard resets (-1: none); whether it is the first step of weight, of threshold
+    hypers     lr, weight decay, maximize, has alpha, alpha; then momentum, dampening, nesterov for
+               SGD and beta1, beta2, eps for AdamW
+    rates      0-dim tensors that replace lr; alphas: that replace alpha
+    scales     [grad_scale, found_inf, clip]: gradients are divided by the first, nothing at all
+               happens where the second is 1, and the third multiplies the final gradients
+
+Thresholds are effective ones on entry and on exit: a reset by the guard is written into them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .regularization import sparse_regularization_and_slope
+from .surrogate import SURROGATES
+from .weight import broadcast_threshold, masked_weight, weight_gradients_
+
+__all__ = ["HYPERS", "SETTINGS", "adamw_step_", "grad_norm_", "sgd_step_"]
+
+SETTINGS, HYPERS = 7, 8
+Tensors = Sequence[Tensor]
+
+
+def sgd_step_(
+    weights: Tensors, grads: Tensors, buffers: Tensors,
+    thresholds: Tensors, threshold_grads: Tensors, threshold_buffers: Tensors,
+    masked: Tensors, kept: Tensor, settings: Sequence[int],
+    hypers: Tensor, rates: Tensors, alphas: Tensors, scales: Tensors,
+) -> None:  # fmt: skip
+    """As `torch.optim.SGD`; without momentum the buffers are absent."""
+    run = _Run(settings, hypers, rates, alphas, scales)
+    for i, weight in enumerate(weights):
+        *_, first_weight, first_threshold = run.settings(i)
+        run.segment(
+            i, weight, grads[i], thresholds[i], threshold_grads[i], masked[i], kept,
+            lambda p, g, h, i=i, first=first_weight: run.sgd(p, g, buffers[i], first, h),
+            lambda p, g, h, i=i, first=first_threshold: run.sgd(
+                p, g, threshold_buffers[i], first, h
+            ),
+        )  # fmt: skip
+
+
+def adamw_step_(
+    weights: Tensors, grads: Tensors, averages: Tensors, squares: Tensors, steps: Tensors,
+    thresholds: Tensors, threshold_grads: Tensors,
+    threshold_averages: Tensors, threshold_squares: Tensors, threshold_steps: Tensors,
+    masked: Tensors, kept: Tensor, settings: Sequence[int],
+    hypers: Tensor, rates: Tensors, alphas: Tensors, scales: Tensors,
+) -> None:  # fmt: skip
+    """As `torch.optim.AdamW`; steps are one-element float32 tensors, counted here."""
+    run = _Run(settings, hypers, rates, alphas, scales)
+    for i, weight in enumerate(weights):
+        of_weight = averages[i], squares[i], steps[i]
+        of_threshold = threshold_averages[i], threshold_squares[i], threshold_steps[i]
+        run.segment(
+            i, weight, grads[i], thresholds[i], threshold_grads[i], masked[i], kept,
+            lambda p, g, h, state=of_weight: run.adamw(p, g, *state, h),
+            lambda p, g, h, state=of_threshold: run.adamw(p, g, *state, h),
+        )  # fmt: skip
+
+
+def grad_norm_(
+    weights: Tensors, grads: Tensors, thresholds: Tensors, threshold_grads: Tensors,
+    settings: Sequence[int], hypers: Tensor, alphas: Tensors, scales: Tensors, norm: Tensor,
+) -> None:  # fmt: skip
+    """`norm`: that of all final gradients before clipping, dW and dt among them."""
+    run = _Run(settings, hypers, alphas, alphas, scales[:2])
+    squares = []
+    for i, weight in enumerate(weights):
+        pair = run.gradients(i, weight, grads[i], thresholds[i], threshold_grads[i])
+        squares += [grad.double().square().sum() for grad in pair if grad is not None]
+    total = torch.stack(squares).sum() if squares else torch.zeros_like(norm)
+    norm.copy_(total.sqrt().reshape(norm.shape))
+
+
+class _Hyper(NamedTuple):
+    """A row of hypers. The last three mean what the update rule says."""
+
+    lr: float | Tensor
+    weight_decay: float
+    maximize: bool
+    alpha: float | Tensor | None
+    rest: tuple[float, float, float]
+
+
+class _Run:
+    """What all segments of one call share."""
+
+    def __init__(
+        self, settings: Sequence[int], hypers: Tensor, rates: Tensors, alphas: Tensors,
+        scales: Tensors,
+    ) -> None:  # fmt: skip
+        self._settings = settings
+        self._hypers = []
+        rows = zip(hypers.tolist(), rates, alphas, strict=True)
+        for (lr, weight_decay, maximize, has_alpha, alpha, *rest), rate, tensor in rows:
+            alpha = (tensor if tensor.numel() else alpha) if has_alpha else None
+            lr = rate if rate.numel() else lr
+            self._hypers.append(_Hyper(lr, weight_decay, bool(maximize), alpha, tuple(rest)))
+        given = [scale if scale.numel() else None for scale in scales]
+        self._grad_scale, self._found_inf, self._clip = (*given, None)[:3]
+
+    def settings(self, i: int) -> Sequence[int]:
+        return self._settings[i * SETTINGS : (i + 1) * SETTINGS]
+
+    def _hyper(self, row: int) -> _Hyper | None:
+        return None if row < 0 else self._hypers[row]
+
+    def gradients(
+        self, i: int, weight: Tensor, grad: Tensor, threshold: Tensor, threshold_grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Final gradients of weight and threshold, None where nothing makes one."""
+        weight_row, threshold_row, surrogate, structure, *_ = self.settings(i)
+        of_weight = of_threshold = None
+        if grad.numel():
+            of_weight = self._unscaled(grad, weight)
+            if threshold.numel():
+                real = of_weight.dtype
+                of_weight, of_threshold = weight_gradients_(
+                    of_weight, weight.to(real), threshold.to(real),
+                    SURROGATES[surrogate], bool(structure),
+                )  # fmt: skip
+        if threshold.numel():
+            if threshold_grad.numel():
+                of_threshold = _plus(of_threshold, self._unscaled(threshold_grad, weight))
+            of_threshold = self._final(of_threshold, threshold, self._hyper(threshold_row))
+            of_weight = self._final(of_weight, weight, None)
+        else:
+            of_weight = self._final(of_weight, weight, self._hyper(weight_row))
+        return (
+            None if weight_row < 0 else of_weight,
+            None if threshold_row < 0 else of_threshold,
+        )
+
+    def _unscaled(self, grad: Tensor, weight: Tensor) -> Tensor:
+        """A new tensor in the dtype of the arithmetic."""
+        grad = grad.to(_arithmetic(weight), copy=True)
+        return grad if self._grad_scale is None else grad / self._grad_scale
+
+    def _final(self, grad: Tensor | None, parameter: Tensor, hyper: _Hyper | None) -> Tensor | None:
+        """With the regulariser's share, and clipped."""
+        if hyper is not None and hyper.alpha is not None:
+            slope = sparse_regularization_and_slope(parameter)[1]
+            grad = _plus(grad, hyper.alpha * slope)
+        return grad if grad is None or self._clip is None else grad * self._clip
+
+    def segment(
+        self, i: int, weight: Tensor, grad: Tensor, threshold: Tensor, threshold_grad: Tensor,
+        masked: Tensor, kept: Tensor, update_weight: Callable, update_threshold: Callable,
+    ) -> None:  # fmt: skip
+        weight_row, threshold_row, _, _, collapsed, *_ = self.settings(i)
+        of_weight, of_threshold = self.gradients(i, weight, grad, threshold, threshold_grad)
+        if of_threshold is not None:
+            update_threshold(threshold, of_threshold, self._hyper(threshold_row))
+        if of_weight is not None:
+            update_weight(weight, of_weight, self._hyper(weight_row))
+        if masked.numel():
+            self._mask(weight, threshold, masked, kept[i], collapsed)
+
+    def _mask(
+        self, weight: Tensor, threshold: Tensor, masked: Tensor, kept: Tensor, collapsed: int
+    ) -> None:
+        """W * M under the new threshold, which the guard may reset first."""
+        count = _kept(weight, threshold)
+        effective = torch.where(count <= collapsed, torch.zeros_like(threshold), threshold)
+        self._write(masked, masked_weight(weight, effective, None, masked.dtype)[0])
+        self._write(kept, _kept(weight, effective))
+        self._write(threshold, effective)
+
+    def _write(self, target: Tensor, value: Tensor) -> None:
+        """`target` becomes `value`, unless the step is skipped: decided on the device."""
+        value = value.to(target.dtype).reshape(target.shape)
+        if self._found_inf is not None:
+            value = torch.where(self._found_inf.reshape(()) == 1, target, value)
+        target.copy_(value)
+
+    def sgd(self, parameter: Tensor, grad: Tensor, buffer: Tensor, first: int, h: _Hyper) -> None:
+        momentum, dampening, nesterov = h.rest
+        grad = -grad if h.maximize else grad
+        old = parameter.to(grad.dtype)
+        grad = grad + h.weight_decay * old
+        if momentum:
+            new = grad if first else momentum * buffer + (1 - dampening) * grad
+            self._write(buffer, new)
+            grad = grad + momentum * new if nesterov else new
+        self._write(parameter, old - h.lr * grad)
+
+    def adamw(
+        self, parameter: Tensor, grad: Tensor, average: Tensor, square: Tensor, step: Tensor,
+        h: _Hyper,
+    ) -> None:  # fmt: skip
+        beta1, beta2, eps = h.rest
+        grad = -grad if h.maximize else grad
+        real = grad.dtype
+        count = (step + 1).to(real)
+        new = parameter.to(real) * (1 - h.lr * h.weight_decay)
+        first = average.to(real).lerp(grad, 1 - beta1)
+        second = beta2 * square.to(real) + (1 - beta2) * grad.square()
+        step_size, root = h.lr / (1 - beta1**count), (1 - beta2**count).sqrt()
+        new = new - step_size * first / (second.sqrt() / root + eps)
+        for target, value in (
+            (step, count), (average, first), (square, second), (parameter, new),
+        ):  # fmt: skip
+            self._write(target, value)
+
+
+def _arithmetic(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _plus(one: Tensor | None, other: Tensor) -> Tensor:
+    return other if one is None else one + other.reshape(one.shape)
+
+
+def _kept(weight: Tensor, threshold: Tensor) -> Tensor:
+    return (~(weight.abs() <= broadcast_threshold(threshold, weight))).sum()
