@@ -102,18 +102,37 @@ struct Sgd {
   }
 };
 
-// torch.optim.AdamW on one element. `step_size` is lr / (1 - beta1^step) and `root` is
-// sqrt(1 - beta2^step), the same for a whole parameter.
+// torch.optim.AdamW on one element. Everything but the last two arguments is the same for a whole
+// parameter.
 template <typename Real>
 struct AdamW {
-  Real lr, beta1, beta2, eps, weight_decay, step_size, root;
+  Real decay;  // 1 - lr weight_decay
+  Real rest1;  // 1 - beta1
+  Real beta2;
+  Real rest2;      // 1 - beta2
+  Real step_size;  // lr / (1 - beta1^step)
+  Real root;       // sqrt(1 - beta2^step)
+  Real eps;
   bool maximize;
+
+  // In double, for in float 1 - 0.999 is off by 5e-5 of itself.
+  static DST_FUNCTION AdamW of(double lr, double weight_decay, double beta1, double beta2,
+                               double eps, bool maximize, double step) {
+    return {Real(1 - lr * weight_decay),
+            Real(1 - beta1),
+            Real(beta2),
+            Real(1 - beta2),
+            Real(lr / (1 - std::pow(beta1, step))),
+            Real(std::sqrt(1 - std::pow(beta2, step))),
+            Real(eps),
+            maximize};
+  }
 
   DST_FUNCTION Real operator()(Real parameter, Real gradient, Real& average, Real& square) const {
     const Real step = maximize ? -gradient : gradient;
-    parameter *= Real(1) - lr * weight_decay;
-    average += (Real(1) - beta1) * (step - average);
-    square = beta2 * square + (Real(1) - beta2) * step * step;
+    parameter *= decay;
+    average += rest1 * (step - average);
+    square = beta2 * square + rest2 * step * step;
     return parameter - step_size * average / (std::sqrt(square) / root + eps);
   }
 };
