@@ -20,7 +20,7 @@ from .model import (
     sparsify_,
     sparsity_report,
 )
-from .nn import weights_unchanged
+from .nn import group_, ungroup_, weights_unchanged
 
 __version__ = _version("dst_kernels")
 
@@ -31,6 +31,7 @@ __all__ = [
     "__version__",
     "finalize_",
     "functional",
+    "group_",
     "nn",
     "parameter_groups",
     "plan_sparsify",
@@ -38,5 +39,6 @@ __all__ = [
     "sparse_regularization",
     "sparsify_",
     "sparsity_report",
+    "ungroup_",
     "weights_unchanged",
 ]

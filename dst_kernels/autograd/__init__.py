@@ -7,15 +7,19 @@ derivative, so there is no second one.
 
 from ._function import product_dtype
 from .conv import masked_conv
+from .group import mask_weights, pack_weights, with_dense_gradients
 from .linear import masked_linear
 from .regularization import sparse_regularization
 from .weight import masked_weight, pack
 
 __all__ = [
+    "mask_weights",
     "masked_conv",
     "masked_linear",
     "masked_weight",
     "pack",
+    "pack_weights",
     "product_dtype",
     "sparse_regularization",
+    "with_dense_gradients",
 ]

@@ -14,6 +14,7 @@ from .._checks import check_same_dtype
 from .._plan import FUSED
 
 __all__ = [
+    "DENSE",
     "MaskedFunction",
     "cast_for_autocast",
     "once_differentiable",
@@ -21,6 +22,8 @@ __all__ = [
     "save_operands",
     "wanted",
 ]
+
+DENSE = "dense"  # a path of the weight's gradient: G as it is, for who makes dW and dt later
 
 
 class MaskedFunction(Function):

@@ -14,6 +14,7 @@ from .._conv_arguments import per_dimension, resolve_padding
 from .._plan import FUSED, PLANS, Plan, check_path
 from ..reference.conv import conv, conv_dense_weight_gradient, conv_grad_input
 from ._function import (
+    DENSE,
     MaskedFunction,
     cast_for_autocast,
     once_differentiable,
@@ -78,9 +79,11 @@ class _MaskedConv(MaskedFunction):
                 )  # fmt: skip
             else:
                 dense = conv_dense_weight_gradient(grad, input, weight, *ctx.geometry)
-                grads = _ops.call(
-                    _ops.masked_weight_backward, dense, weight, effective, *ctx.options
-                )
+                grads = dense, None
+                if ctx.grad_weight_path != DENSE:
+                    grads = _ops.call(
+                        _ops.masked_weight_backward, dense, weight, effective, *ctx.options
+                    )
         if ctx.needs_input_grad[3]:
             summed = (0, *range(2, grad.dim()))
             grad_bias = grad.sum(summed, dtype=ctx.bias_dtype)
@@ -104,6 +107,7 @@ def masked_conv(
     path: str,
     packed: Packed | None = None,
     keep_packed: bool = True,
+    dense_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """As `masked_linear`; the geometry and an absent batch dimension as in torch's convolutions."""
     check_surrogate(surrogate)
@@ -127,7 +131,8 @@ def masked_conv(
     outputs = _MaskedConv.apply(
         input, weight, threshold, bias, masked, effective, reset_ratio, keep_packed,
         stride, padding, dilation, groups,
-        plan.grad_input, plan.grad_weight, surrogate, structure_gradient, backend,
+        plan.grad_input, DENSE if dense_gradient else plan.grad_weight,
+        surrogate, structure_gradient, backend,
     )  # fmt: skip
     output = outputs[0] if batched else outputs[0].squeeze(0)
     return output, effective if len(outputs) == 1 else outputs[1]

@@ -12,6 +12,7 @@ from .._device import gpu_name, tf32_allowed
 from .._plan import FUSED, PLANS, Plan, check_path, plan_linear
 from ..reference.linear import dense_weight_gradient, flatten_batch, linear
 from ._function import (
+    DENSE,
     MaskedFunction,
     cast_for_autocast,
     once_differentiable,
@@ -68,9 +69,11 @@ class _MaskedLinear(MaskedFunction):
                 )
             else:
                 dense = dense_weight_gradient(grad, input)
-                grads = _ops.call(
-                    _ops.masked_weight_backward, dense, weight, effective, *ctx.options
-                )
+                grads = dense, None
+                if ctx.grad_weight_path != DENSE:
+                    grads = _ops.call(
+                        _ops.masked_weight_backward, dense, weight, effective, *ctx.options
+                    )
         if ctx.needs_input_grad[3]:
             grad_bias = flatten_batch(grad).sum(0, dtype=ctx.bias_dtype)
         return grad_input, *wanted(ctx, 1, grads), grad_bias, *[None] * 9
@@ -89,11 +92,13 @@ def masked_linear(
     path: str,
     packed: Packed | None = None,
     keep_packed: bool = True,
+    dense_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(output, effective threshold); gradients go to input, `weight`, `threshold` and bias.
 
     `packed` spares the packing where weight and threshold are as they were when it was made. With
-    `keep_packed` the backward pass finds the masked copy again; without, it makes a new one.
+    `keep_packed` the backward pass finds the masked copy again; without, it makes a new one. With
+    `dense_gradient` the gradient of the weight is G itself, and the threshold has none.
     """
     check_surrogate(surrogate)
     check_path(path)
@@ -108,7 +113,8 @@ def masked_linear(
     masked, effective = (None, None) if packed is None else packed
     outputs = _MaskedLinear.apply(
         input, weight, threshold, bias, masked, effective, reset_ratio, keep_packed,
-        plan.grad_input, plan.grad_weight, surrogate, structure_gradient, backend,
+        plan.grad_input, DENSE if dense_gradient else plan.grad_weight,
+        surrogate, structure_gradient, backend,
     )  # fmt: skip
     return (outputs[0], effective) if len(outputs) == 1 else outputs
 

@@ -1,5 +1,6 @@
 """Masked layers: subclasses of their torch.nn parents with a trainable pruning threshold."""
 
+from ._group import group_, ungroup_
 from ._masked import GRANULARITIES, MaskedLayer
 from ._reuse import weights_unchanged
 from .conv import MaskedConv1d, MaskedConv2d, MaskedConv3d
@@ -12,5 +13,7 @@ __all__ = [
     "MaskedConv3d",
     "MaskedLayer",
     "MaskedLinear",
+    "group_",
+    "ungroup_",
     "weights_unchanged",
 ]

@@ -15,6 +15,7 @@ from .._backends import resolve
 from .._checks import check_effective_threshold, check_surrogate
 from .._dtensor import full_tensor, is_dtensor, reset_shard
 from .._plan import check_path
+from ._deferral import Deferral
 from ._reuse import packs_of
 
 __all__ = ["GRANULARITIES", "MaskedLayer"]
@@ -36,6 +37,8 @@ class MaskedLayer:
 
     dense_type: ClassVar[type[nn.Module]]
     _sharded_threshold: Tensor | None = None
+    _deferral: Deferral | None = None
+    _attached: object = None  # see _group.py
 
     def _init_masking(
         self,
@@ -148,6 +151,7 @@ class MaskedLayer:
             packed=packed,
             # FSDP2 frees the gathered weight until backward; a copy of it would undo that.
             keep_packed=self._sharded_threshold is None,
+            dense_gradient=self.deferral() is not None,
         )
         if self.training and self.reset_ratio is not None:
             with torch.no_grad():
@@ -158,7 +162,18 @@ class MaskedLayer:
                 reuse.threshold_was_committed(threshold)
         return output
 
+    def deferral(self) -> Deferral | None:
+        """What an optimizer of `dst_kernels.optim` makes this layer's gradients with, if one does.
+
+        A frozen weight has no gradient that could be deferred, so its threshold gets its own.
+        """
+        return self._deferral if self.weight.requires_grad else None
+
     # -- torch.nn.Module machinery -------------------------------------------------------------
+
+    def __getstate__(self) -> dict:
+        """A copy of the layer belongs to no optimizer and to no forward that is under way."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_deferral", "_attached")}
 
     def __setattr__(self, name: str, value: object) -> None:
         # During forward FSDP2 puts a gathered copy in the parameter's place and drops it after;
@@ -255,6 +270,8 @@ class MaskedLayer:
         layer = _retyped(self, self.dense_type)
         for name in OPTIONS:
             del layer.__dict__[name]
+        for name in ("_deferral", "_attached"):
+            layer.__dict__.pop(name, None)
         del layer._parameters["threshold"]
         with torch.no_grad():
             baked = F.masked_weight(weight, threshold, reset_ratio=self.reset_ratio)

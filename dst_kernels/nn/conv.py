@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import autograd
+from ._group import attached_weight
 from ._masked import MaskedLayer
 
 __all__ = ["MaskedConv1d", "MaskedConv2d", "MaskedConv3d"]
@@ -56,6 +57,9 @@ class _MaskedConv(MaskedLayer):
         self._init_masking(granularity, reset_ratio, surrogate, structure_gradient, backend, path)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        attached = attached_weight(self, input)
+        if attached is not None:
+            return super()._conv_forward(input, attached, bias)
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)

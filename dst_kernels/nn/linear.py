@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import autograd
+from ._group import attached_weight
 from ._masked import MaskedLayer
 
 __all__ = ["MaskedLinear"]
@@ -52,4 +54,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         self._init_masking(granularity, reset_ratio, surrogate, structure_gradient, backend, path)
 
     def forward(self, input: Tensor) -> Tensor:
+        weight = attached_weight(self, input)
+        if weight is not None:
+            return F.linear(input, weight, self.bias)
         return self._masked(autograd.masked_linear, input, self.bias)

@@ -7,6 +7,7 @@ knows about autograd, modules or dispatch.
 """
 
 from .conv import masked_conv, masked_conv_grad_input, masked_conv_grad_weight
+from .group import masked_weights, masked_weights_backward
 from .linear import masked_linear, masked_linear_grad_input, masked_linear_grad_weight
 from .regularization import sparse_regularization
 from .step import adamw_step_, grad_norm_, sgd_step_
@@ -31,6 +32,8 @@ __all__ = [
     "masked_linear_grad_weight",
     "masked_weight",
     "masked_weight_backward",
+    "masked_weights",
+    "masked_weights_backward",
     "sgd_step_",
     "sparse_regularization",
     "threshold_mask",

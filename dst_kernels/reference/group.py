@@ -1,0 +1,43 @@
+"""The weight-side operations for many weights at once: here simply one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .weight import masked_weight, masked_weight_backward
+
+__all__ = ["masked_weights", "masked_weights_backward"]
+
+
+def masked_weights(
+    weights: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    reset_ratios: Sequence[float | None],
+    commit: Sequence[bool],
+    dtype: torch.dtype,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Every (W * M, effective threshold); where `commit`, a reset is written into the threshold."""
+    pairs = [
+        masked_weight(weight, threshold, ratio, dtype)
+        for weight, threshold, ratio in zip(weights, thresholds, reset_ratios, strict=True)
+    ]
+    for threshold, (_, effective), wanted in zip(thresholds, pairs, commit, strict=True):
+        if wanted:
+            threshold.copy_(effective)
+    return [masked for masked, _ in pairs], [effective for _, effective in pairs]
+
+
+def masked_weights_backward(
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    surrogates: Sequence[str],
+    structure_gradients: Sequence[bool],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Every (dW, dt) from G."""
+    arguments = zip(grads, weights, thresholds, surrogates, structure_gradients, strict=True)
+    pairs = [masked_weight_backward(*each) for each in arguments]
+    return [of_weight for of_weight, _ in pairs], [of_threshold for _, of_threshold in pairs]
