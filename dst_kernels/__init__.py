@@ -7,7 +7,7 @@ With Trainable Masked Layers", ICLR 2020.
 
 from importlib.metadata import version as _version
 
-from . import functional, nn
+from . import functional, nn, optim
 from .model import (
     ConversionPlan,
     SparsifyConfig,
@@ -33,6 +33,7 @@ __all__ = [
     "functional",
     "group_",
     "nn",
+    "optim",
     "parameter_groups",
     "plan_sparsify",
     "remaining_ratio",

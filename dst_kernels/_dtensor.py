@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-__all__ = ["full_tensor", "is_dtensor", "reset_shard", "sum_over_shards"]
+__all__ = ["full_tensor", "is_dtensor", "norm_over_shards", "reset_shard", "sum_over_shards"]
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -21,12 +21,20 @@ def sum_over_shards(tensors: list[Tensor], local_sum: Callable[[list[Tensor]], T
 
     All `tensors` are DTensors on one mesh with equal placements. Gradients reach the local shards.
     """
+    return _over_shards(local_sum([tensor.to_local() for tensor in tensors]), tensors[0])
+
+
+def _over_shards(part: Tensor, like: Tensor) -> Tensor:
+    """Added up over the ranks that `like` is sharded over."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    mesh, placements = tensors[0].device_mesh, tensors[0].placements
-    partial = [Partial() if place.is_shard() else Replicate() for place in placements]
-    total = local_sum([tensor.to_local() for tensor in tensors])
-    return DTensor.from_local(total, mesh, partial).full_tensor()
+    partial = [Partial() if place.is_shard() else Replicate() for place in like.placements]
+    return DTensor.from_local(part, like.device_mesh, partial).full_tensor()
+
+
+def norm_over_shards(norm: Tensor, like: Tensor) -> Tensor:
+    """The norm of the whole from that of the local shard; `like` is a tensor sharded alike."""
+    return _over_shards(norm.square(), like).sqrt() if is_dtensor(like) else norm
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

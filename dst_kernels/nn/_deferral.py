@@ -55,6 +55,11 @@ class Deferral:
             return None
         return pack.masked
 
+    def is_committed(self, layer: MaskedLayer) -> bool:
+        """Whether the threshold is known to be the effective one."""
+        pack = self._packs.get(id(layer._parameters["weight"]))
+        return pack is not None and pack.committed and pack.made_from == _state(layer)
+
     def store(self, layer: MaskedLayer, masked: Tensor, committed: bool) -> None:
         key = id(layer._parameters["weight"])
         self._packs[key] = _Pack(masked, _state(layer), committed)

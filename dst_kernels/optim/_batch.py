@@ -1,0 +1,183 @@
+"""The flat lists that the step's ops take; what does not change from step to step is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._dtensor import is_dtensor
+from ..nn._deferral import Deferral
+from ..reference.surrogate import SURROGATES
+from ..reference.weight import largest_collapsed_count
+from ._pairs import Pair
+
+__all__ = ["Batch", "Segment", "collect", "local"]
+
+
+@dataclass(eq=False)
+class Segment:
+    """A masked weight with its threshold, or any other parameter, and the rows of their hypers."""
+
+    parameter: nn.Parameter
+    hyper: int
+    pair: Pair | None = None
+    threshold_hyper: int = -1  # the threshold is not optimized
+
+    @property
+    def threshold(self) -> nn.Parameter | None:
+        return None if self.pair is None else self.pair.threshold
+
+
+@dataclass(eq=False)
+class Batch:
+    """One call of an op: segments on one device, and on one mesh if they are sharded.
+
+    `state` and `threshold_state` have one list of tensors for each kind of state.
+    """
+
+    device: torch.device
+    segments: list[Segment] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    thresholds: list[Tensor] = field(default_factory=list)
+    state: list[list[Tensor]] = field(default_factory=list)
+    threshold_state: list[list[Tensor]] = field(default_factory=list)
+    settings: list[int] = field(default_factory=list)
+    first: bool = False  # of anything in it this is the first step
+
+    def __post_init__(self) -> None:
+        self.absent = torch.empty(0, device=self.device)
+        self.kept = torch.empty(0, dtype=torch.int64, device=self.device)
+
+    def grads(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Of weights and of thresholds; with the strides of what they belong to."""
+        thresholds = [segment.threshold for segment in self.segments]
+        return (
+            [self._grad(s.parameter, w) for s, w in zip(self.segments, self.weights, strict=True)],
+            [
+                self.absent if t is None or t.grad is None else self._grad(t, own)
+                for t, own in zip(thresholds, self.thresholds, strict=True)
+            ],
+        )
+
+    def _grad(self, parameter: Tensor, own: Tensor) -> Tensor:
+        grad = parameter.grad
+        if grad is None:
+            return self.absent
+        if grad.is_sparse:
+            raise RuntimeError(
+                "sparse gradients are not supported (of a parameter of shape "
+                f"{list(parameter.shape)}): use an embedding with sparse=False"
+            )
+        grad = local(grad)
+        if grad.stride() != own.stride():
+            grad = torch.empty_like(own, dtype=grad.dtype).copy_(grad)
+        return grad
+
+    def masked(self, deferral: Deferral) -> list[Tensor]:
+        """What the step is to renew; nothing where the last forward did not use it as it is."""
+        found = (s.pair and deferral.fresh(s.pair.layers[0]) for s in self.segments)
+        return [self.absent if each is None else each for each in found]
+
+    def present(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        """Numbers on the device as the ops want them."""
+        return [
+            self.absent if each is None else each.to(self.device, torch.float32).reshape(1)
+            for each in tensors
+        ]
+
+    def changed(self, masked: Sequence[Tensor]) -> list[Tensor]:
+        """Everything that a step may have written to."""
+        lists = self.weights, self.thresholds, *self.state, *self.threshold_state, masked
+        return [each for tensors in lists for each in tensors if each.numel()]
+
+
+def collect(
+    segments: Sequence[Segment],
+    has_alpha: Sequence[bool],
+    state_of: Callable[[nn.Parameter, int], tuple[list[Tensor], bool]],
+    kinds: int,
+) -> list[Batch]:
+    """Batches of the segments that have something to do.
+
+    `state_of(parameter, hyper row)` gives its `kinds` state tensors (none where the rule needs
+    none) and whether this is their first step.
+    """
+    batches: dict[Any, Batch] = {}
+    for segment in segments:
+        weight, threshold = segment.parameter, segment.threshold
+        has_grad = weight.grad is not None
+        of_weight = has_grad or (threshold is None and has_alpha[segment.hyper])
+        of_threshold = segment.threshold_hyper >= 0 and (
+            has_grad or threshold.grad is not None or has_alpha[segment.threshold_hyper]
+        )
+        if not (of_weight or of_threshold):
+            continue
+        mesh = (weight.device_mesh, weight.placements) if is_dtensor(weight) else None
+        own = local(weight)
+        batch = batches.setdefault((own.device, mesh), Batch(own.device))
+        if not batch.state:
+            batch.state = [[] for _ in range(kinds)]
+            batch.threshold_state = [[] for _ in range(kinds)]
+        batch.segments.append(segment)
+        batch.weights.append(_dense(own))
+        batch.thresholds.append(batch.absent if threshold is None else local(threshold))
+        first = _add_state(batch, batch.state, state_of, weight, segment.hyper, of_weight)
+        first_threshold = _add_state(
+            batch, batch.threshold_state, state_of, threshold, segment.threshold_hyper, of_threshold
+        )
+        batch.first |= first or first_threshold
+        batch.settings += (
+            segment.hyper if of_weight else -1,
+            segment.threshold_hyper if of_threshold else -1,
+            *_masking(segment),
+            int(first),
+            int(first_threshold),
+        )
+    for batch in batches.values():
+        batch.kept = torch.zeros(len(batch.segments), dtype=torch.int64, device=batch.device)
+    return list(batches.values())
+
+
+def _add_state(
+    batch: Batch,
+    lists: list[list[Tensor]],
+    state_of: Callable[[nn.Parameter, int], tuple[list[Tensor], bool]],
+    parameter: nn.Parameter | None,
+    hyper: int,
+    used: bool,
+) -> bool:
+    tensors, first = state_of(parameter, hyper) if used else ([], False)
+    for i, column in enumerate(lists):
+        column.append(local(tensors[i]) if tensors else batch.absent)
+    return first
+
+
+def _masking(segment: Segment) -> tuple[int, int, int]:
+    """Surrogate, structure gradient, largest collapsed count."""
+    if segment.pair is None:
+        return 0, 0, -1
+    layer = segment.pair.layers[0]
+    collapsed = -1
+    if layer.reset_ratio is not None:
+        collapsed = largest_collapsed_count(segment.parameter.numel(), layer.reset_ratio)
+    return SURROGATES.index(layer.surrogate), int(layer.structure_gradient), collapsed
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor; other tensors as they are."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The ops run over parameters as they lie in memory."""
+    order = sorted(range(tensor.dim()), key=lambda axis: (-tensor.stride(axis), axis))
+    if not tensor.permute(order).is_contiguous():
+        raise ValueError(
+            "params: parameters must be dense in memory, but one of shape "
+            f"{list(tensor.shape)} has strides {list(tensor.stride())}"
+        )
+    return tensor

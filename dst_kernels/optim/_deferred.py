@@ -1,0 +1,262 @@
+"""What DSTSGD and DSTAdamW share: whose gradients they make, the step, state, clipping."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .. import functional as F
+from .._backends import check_backend, implementation
+from .._dtensor import norm_over_shards
+from ..model import parameter_groups
+from ..nn import MaskedLayer
+from ..nn._deferral import Deferral
+from ..nn._group import group_, is_grouped
+from ._batch import Batch, Segment, collect, local
+from ._pairs import Pair, deferrable_pairs
+
+__all__ = ["DeferredOptimizer"]
+
+
+class DeferredOptimizer(Optimizer):
+    """See `DSTSGD`.
+
+    Subclasses have `_op`, the op's name, and `_kinds`, the number of state tensors it takes for
+    each parameter.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler hands its scale over instead of waiting for it
+    _op: str
+    _kinds: int
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable | None,
+        defaults: dict[str, Any],
+        bucket_mb: float,
+        backend: str,
+    ) -> None:
+        check_backend(backend)
+        self._model, self._backend = model, backend
+        self._clip: Tensor | None = None
+        self._deferral: Deferral | None = None
+        super().__init__(parameter_groups(model) if params is None else params, defaults)
+        self._defer()
+        if not is_grouped(model):
+            group_(model, bucket_mb)
+
+    # -- the step ------------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step from the gradients in `.grad`; returns what `closure` returns, if given.
+
+        Does not wait for the device.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scales = getattr(self, "grad_scale", None), getattr(self, "found_inf", None), self._clip
+        hypers, rates, alphas = self._hypers()
+        for batch in self._current_batches():
+            grads, threshold_grads = batch.grads()
+            masked = batch.masked(self._deferral)
+            implementation(self._backend, batch.device, self._op)(
+                batch.weights, grads, *batch.state,
+                batch.thresholds, threshold_grads, *batch.threshold_state,
+                masked, batch.kept, batch.settings,
+                hypers, *map(batch.present, (rates, alphas, scales)),
+            )  # fmt: skip
+            torch.autograd.graph.increment_version(batch.changed(masked))
+            for segment, each in zip(batch.segments, masked, strict=True):
+                if each.numel():
+                    self._deferral.store(segment.pair.layers[0], each, committed=True)
+        self._clip = None
+        return loss
+
+    def grad_norm(self) -> Tensor:
+        """The norm of all gradients that the next step will use, dW and dt among them (0-dim).
+
+        What is in `.grad` has another norm: dense gradients stand there for both. One more pass
+        over gradients and weights; no synchronisation.
+        """
+        hypers, _, alphas = self._hypers()
+        norms = []
+        with torch.no_grad():
+            for batch in self._current_batches():
+                grads, threshold_grads = batch.grads()
+                norm = torch.zeros(1, device=batch.device)
+                implementation(self._backend, batch.device, "grad_norm_")(
+                    batch.weights, grads, batch.thresholds, threshold_grads, batch.settings,
+                    hypers, batch.present(alphas), [batch.absent] * 3, norm,
+                )  # fmt: skip
+                norms.append(norm_over_shards(norm, batch.segments[0].parameter))
+        if not norms:
+            return torch.zeros(())
+        return torch.cat([norm.to(norms[0].device) for norm in norms]).norm()
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale the gradients of the next step to a norm of at most `max_norm`; `grad_norm()`.
+
+        As `torch.nn.utils.clip_grad_norm_`, which would measure the dense gradients instead. Under
+        a GradScaler call its `unscale_` first. `.grad` stays as it is.
+        """
+        norm = self.grad_norm()
+        self._clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        return norm
+
+    # -- whose gradients -----------------------------------------------------------------------
+
+    def _defer(self) -> None:
+        if self._deferral is not None:
+            self._deferral.release()
+        optimized = {id(p) for group in self.param_groups for p in group["params"]}
+        self._pairs: list[Pair] = deferrable_pairs(self._model, optimized)
+        layers = [layer for pair in self._pairs for layer in pair.layers]
+        taken = sum(layer._deferral is not None for layer in layers)
+        if taken:
+            raise ValueError(
+                f"model: {taken} of its layers belong to another optimizer of dst_kernels.optim; "
+                "call its release() first"
+            )
+        self._deferral = Deferral(layers)
+        weakref.finalize(self, self._deferral.release)
+        self._forget()
+
+    def release(self) -> None:
+        """Give the layers back: their gradients are dW and dt again, for any optimizer to use."""
+        self._deferral.release()
+        self._pairs = []
+        self._forget()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._check(self.param_groups[-1])
+        if self._deferral is not None:  # else still in the constructor
+            self._defer()
+
+    # -- collecting what the op takes ----------------------------------------------------------
+
+    def _forget(self) -> None:
+        self._groups: list | None = None
+        self._signature: list | None = None
+
+    def _hypers(self) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+        """Two rows for each group: for its weights, and for its thresholds, which have alpha."""
+        rows, rates, alphas = [], [], []
+        for group in self.param_groups:
+            rate, alpha = _on_device(group["lr"]), _on_device(group["alpha"])
+            common = [
+                float(group["lr"]) if rate is None else 0.0,
+                group["weight_decay"],
+                float(group["maximize"]),
+            ]
+            amount = 0.0 if group["alpha"] is None or alpha is not None else float(group["alpha"])
+            has_alpha = float(group["alpha"] is not None)
+            rest = self._rule(group)
+            rows += [*common, 0.0, 0.0, *rest], [*common, has_alpha, amount, *rest]
+            rates += rate, rate
+            alphas += None, alpha
+        return torch.tensor(rows, dtype=torch.float64), rates, alphas
+
+    def _all_segments(self) -> list[Segment]:
+        group_of = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        pairs = {id(pair.weight): pair for pair in self._pairs}
+        deferred = {id(pair.threshold) for pair in self._pairs}
+        thresholds = {id(m.threshold) for m in self._model.modules() if isinstance(m, MaskedLayer)}
+        segments = []
+        for i, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                pair = pairs.get(id(p))
+                if pair is not None:
+                    of_threshold = group_of.get(id(pair.threshold))
+                    row = -1 if of_threshold is None else 2 * of_threshold + 1
+                    segments.append(Segment(p, 2 * i, pair, row))
+                elif id(p) not in deferred:
+                    segments.append(Segment(p, 2 * i + (id(p) in thresholds)))
+        return segments
+
+    def _current_batches(self) -> list[Batch]:
+        """Collected anew where anything is not as it was in the last step but the numbers."""
+        self._commit_resets()
+        groups = [[id(p) for p in group["params"]] for group in self.param_groups]
+        if groups != self._groups:
+            self._segments, self._groups, self._signature = self._all_segments(), groups, None
+        has_alpha = [
+            flag for group in self.param_groups for flag in (False, group["alpha"] is not None)
+        ]
+        signature = [has_alpha, *(self._needs_state(group) for group in self.param_groups)]
+        for segment in self._segments:
+            parameter, threshold = segment.parameter, segment.threshold
+            signature += parameter.grad is None, local(parameter).data_ptr()
+            if threshold is not None:
+                layer = segment.pair.layers[0]
+                signature += (
+                    threshold.grad is None, local(threshold).data_ptr(),
+                    layer.reset_ratio, layer.surrogate, layer.structure_gradient,
+                )  # fmt: skip
+        if signature != self._signature:
+            self._batches = collect(self._segments, has_alpha, self._state_of, self._kinds)
+            first = any(batch.first for batch in self._batches)
+            self._signature = None if first else signature  # the next step is no first one
+        return self._batches
+
+    @torch.no_grad()
+    def _commit_resets(self) -> None:
+        """The step wants effective thresholds, which forwards in evaluation mode do not write."""
+        for pair in self._pairs:
+            layer = pair.layers[0]
+            if layer.training or layer.reset_ratio is None or layer.weight.grad is None:
+                continue
+            if layer._sharded_threshold is None and not self._deferral.is_committed(layer):
+                ratio = layer.reset_ratio
+                pair.threshold.copy_(
+                    F.effective_threshold(pair.weight, pair.threshold, reset_ratio=ratio)
+                )
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Also takes the state of the optimizer of `torch.optim` that this one stands for."""
+        mine = [dict(group) for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, before in zip(self.param_groups, mine, strict=True):
+            group.update({**before, **group})  # torch.optim does not have all of our options
+            self._check(group)
+        self._forget()
+
+    def _check(self, group: dict[str, Any]) -> None:
+        """ValueError for values out of range and for options of torch.optim that are not here."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _check_range(group: dict[str, Any], *names: str) -> None:
+        for name in names:
+            if not isinstance(group[name], Tensor) and not group[name] >= 0:
+                raise ValueError(f"{name} must be at least 0, but is {group[name]}")
+
+    def _rule(self, group: dict[str, Any]) -> tuple[float, float, float]:
+        """The last three columns of the op's hypers."""
+        raise NotImplementedError
+
+    def _needs_state(self, group: dict[str, Any]) -> bool:
+        """Whether the update rule keeps anything with these options."""
+        return True
+
+    def _state_of(self, parameter: Tensor, row: int) -> tuple[list[Tensor], bool]:
+        """The state tensors of a parameter, made where there are none, and whether it has just
+        been made without a first step."""
+        raise NotImplementedError
+
+
+def _on_device(value: float | Tensor | None) -> Tensor | None:
+    """Numbers that are read where they are, so that a captured graph follows their changes."""
+    return value if isinstance(value, Tensor) and value.is_cuda else None

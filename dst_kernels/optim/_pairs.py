@@ -1,0 +1,73 @@
+"""Which layers can leave their gradients to the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .._dtensor import is_dtensor
+from ..nn import MaskedLayer
+
+__all__ = ["Pair", "deferrable_pairs"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A weight and its threshold, and the layers that use them (more than one where they are tied).
+
+    All layers have the same options, so the first stands for all.
+    """
+
+    weight: nn.Parameter
+    threshold: nn.Parameter
+    layers: tuple[MaskedLayer, ...]
+
+
+def deferrable_pairs(model: nn.Module, optimized: Container[int]) -> list[Pair]:
+    """Pairs whose weight's gradient comes from masked layers alone, all masking it alike.
+
+    One threshold per row, rows first in memory, the weight among the parameters `optimized` (by
+    id). All other masked layers go on making their gradients in their backward.
+    """
+    users: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append(module)
+    pairs = {}
+    for layer in model.modules():
+        if not isinstance(layer, MaskedLayer):
+            continue
+        weight, threshold = layer.weight, layer.threshold
+        layers = users[id(weight)]
+        if id(weight) in pairs or id(weight) not in optimized or not weight.requires_grad:
+            continue
+        if (
+            layer.granularity == "row"
+            and type(layer)._rows is MaskedLayer._rows
+            and _rows_are_whole(weight)
+            and all(isinstance(each, MaskedLayer) for each in layers)
+            and len({_masking(each) for each in layers}) == 1
+            and users[id(threshold)] == layers
+        ):
+            pairs[id(weight)] = Pair(weight, threshold, tuple(layers))
+    return list(pairs.values())
+
+
+def _masking(layer: MaskedLayer) -> tuple:
+    return (
+        id(layer.threshold), layer.granularity, layer.reset_ratio, layer.surrogate,
+        layer.structure_gradient,
+    )  # fmt: skip
+
+
+def _rows_are_whole(weight: Tensor) -> bool:
+    """Each row in one piece of memory, after the one before, and on one rank."""
+    if is_dtensor(weight):
+        if not all(place.is_shard(0) or place.is_replicate() for place in weight.placements):
+            return False
+        weight = weight.to_local()
+    rows = weight.shape[0]
+    return rows <= 1 or weight.stride(0) == weight.numel() // rows

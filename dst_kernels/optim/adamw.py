@@ -1,0 +1,84 @@
+"""AdamW that makes the gradients of masked weights and thresholds inside its step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._deferred import DeferredOptimizer
+
+__all__ = ["DSTAdamW"]
+
+
+class DSTAdamW(DeferredOptimizer):
+    """`torch.optim.AdamW` for a model with masked layers, with their gradients made in the step.
+
+    See `DSTSGD` for what that means, and for `model`, `params`, `alpha`, `bucket_mb`, `backend`
+    and the errors raised. `lr`, `betas`, `eps`, `weight_decay` and `maximize` are those of
+    `torch.optim.AdamW`; there is no amsgrad. Steps are counted on the device, so it can be
+    captured in a CUDA graph as it is. The state dict is interchangeable with that of
+    `torch.optim.AdamW` over the same groups.
+    """
+
+    _op, _kinds = "adamw_step_", 3
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable | None = None,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        alpha: float | Tensor | None = None,
+        maximize: bool = False,
+        bucket_mb: float = 25,
+        backend: str = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "alpha": alpha,
+            "capturable": True,  # torch.optim then leaves the step counts on the device, too
+        }
+        self._check(defaults)
+        super().__init__(model, params, defaults, bucket_mb, backend)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group["capturable"] = True
+        for parameter, state in self.state.items():
+            if "step" in state:
+                step = torch.as_tensor(state["step"], dtype=torch.float32)
+                state["step"] = step.to(parameter.device)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        self._check_range(group, "lr", "eps", "weight_decay")
+        if not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"betas must be in [0, 1), but are {group['betas']}")
+        if group.get("amsgrad"):
+            raise ValueError("amsgrad is not supported")
+        if group["weight_decay"] and not group.get("decoupled_weight_decay", True):
+            raise ValueError(
+                "weight decay is decoupled here (AdamW), but this state is of an optimizer that "
+                "adds it to the gradient (Adam)"
+            )
+
+    def _rule(self, group: dict[str, Any]) -> tuple[float, float, float]:
+        return *group["betas"], group["eps"]
+
+    def _state_of(self, parameter: Tensor, row: int) -> tuple[list[Tensor], bool]:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return [state["exp_avg"], state["exp_avg_sq"], state["step"]], False

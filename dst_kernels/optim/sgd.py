@@ -1,0 +1,110 @@
+"""SGD that makes the gradients of masked weights and thresholds inside its step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._deferred import DeferredOptimizer
+
+__all__ = ["DSTSGD"]
+
+
+class DSTSGD(DeferredOptimizer):
+    """`torch.optim.SGD` for a model with masked layers, with their gradients made in the step.
+
+    Backward leaves the dense gradient G = dL/d(W * M) in the `.grad` of a masked weight, in the
+    dtype of the product, and nothing in that of its threshold. What happens to gradients between
+    backward and step (accumulation, averaging over ranks, unscaling) happens to G. `step()` then
+    reads every weight once: it makes dW and dt, adds the regulariser's gradient, updates t and W,
+    applies the collapse guard and writes the masked weight of the next forward. The trajectory is
+    that of `torch.optim.SGD` with dW and dt, to rounding.
+
+        optimizer = dst_kernels.optim.DSTSGD(model, lr=0.1, momentum=0.9, alpha=1e-4)
+        loss_fn(model(input), target).backward()
+        optimizer.step()
+
+    Between a forward and its step leave weights and thresholds as they are, and let no other term
+    of the loss use a masked weight directly. Layers with another granularity than "row", weights
+    that dense layers use too and weights outside `params` keep gradients of their own; the step
+    takes those as any optimizer does. Layers that FSDP2 shards, and compiled ones, mask their
+    weight in the forward. `release()` gives all layers back to other optimizers, and so does the
+    end of this one.
+
+    Args:
+        model: whose masked layers this is for. Call it as it is given here: its hooks attach the
+            masked weights (as `dst_kernels.group_` does; called here unless it was before).
+        params: parameters or param groups as for any optimizer; None:
+            `dst_kernels.parameter_groups(model)`, which spares thresholds the weight decay.
+        lr, momentum, dampening, weight_decay, nesterov, maximize: as in `torch.optim.SGD`, in
+            every group. `lr` may be a tensor on the device.
+        alpha: of the sparse regulariser, whose gradient is added to that of every threshold in
+            the group; None: not at all. A tensor on the device is read there, in every step. The
+            loss then must not contain `sparse_regularization` as well.
+        bucket_mb: see `dst_kernels.group_`.
+        backend: "auto", "reference", "cpu" or "cuda"; see `dst_kernels.nn.MaskedLinear`.
+
+    The state dict is interchangeable with that of `torch.optim.SGD` over the same groups. A
+    GradScaler is supported as by fused optimizers. Float16 products leave float32 gradients, as
+    torch's GradScaler does not unscale float16 ones; so do models in DistributedDataParallel.
+
+    Raises:
+        ValueError: numbers out of range, no or unknown parameters, layers that belong to another
+            optimizer of this kind.
+        RuntimeError: sparse gradients; a backend asked for by name that cannot serve.
+    """
+
+    _op, _kinds = "sgd_step_", 1
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable | None = None,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        alpha: float | Tensor | None = None,
+        maximize: bool = False,
+        bucket_mb: float = 25,
+        backend: str = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "alpha": alpha,
+        }
+        self._check(defaults)
+        super().__init__(model, params, defaults, bucket_mb, backend)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        self._check_range(group, "lr", "momentum", "weight_decay")
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+            raise ValueError(
+                "nesterov needs momentum above 0 and dampening 0, but they are "
+                f"{group['momentum']} and {group['dampening']}"
+            )
+
+    def _rule(self, group: dict[str, Any]) -> tuple[float, float, float]:
+        return group["momentum"], group["dampening"], float(group["nesterov"])
+
+    def _needs_state(self, group: dict[str, Any]) -> bool:
+        return group["momentum"] != 0
+
+    def _state_of(self, parameter: Tensor, row: int) -> tuple[list[Tensor], bool]:
+        if not self._needs_state(self.param_groups[row // 2]):
+            return [], False
+        state = self.state[parameter]
+        first = state.get("momentum_buffer") is None
+        if first:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return [state["momentum_buffer"]], first
