@@ -112,7 +112,7 @@ class Reader {
     STD_TORCH_CHECK(code == aoti_torch_dtype_int64(), op_, ": ", name, " must be int64");
     STD_TORCH_CHECK(tensor.numel() == static_cast<int64_t>(count_), op_, ": ", name, " has ",
                     tensor.numel(), " elements, expected ", count_);
-    if (count_ != 0) check_device(tensor, {name, 0});
+    check_device(tensor, {name, 0});
     return static_cast<int64_t*>(tensor.data_ptr());
   }
 
@@ -163,8 +163,9 @@ class Reader {
   }
 
   void check_device(const Tensor& tensor, Name name) const {
+    if (count_ == 0) return;
     STD_TORCH_CHECK(device_type(tensor) == type_ && tensor.get_device_index() == index_, op_, ": ",
-                    name, " is not on the device of weights[0]");
+                    name, " is not on the device of the first tensor");
   }
 
   Storage storage_of(const Tensor& tensor, Name name) const {

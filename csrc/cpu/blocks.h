@@ -1,0 +1,81 @@
+// The method on one block of at most kBlock elements. Thresholds are one number for all of them
+// (Row) or one for each (Element).
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+
+#include "../formulas.h"
+#include "vector.h"
+
+namespace dst {
+
+template <typename Real>
+struct RowThreshold {
+  Real value;
+  DST_FUNCTION Real operator[](int) const { return value; }
+};
+
+template <typename Real>
+struct ElementThresholds {
+  const Real* values;
+  DST_FUNCTION Real operator[](int i) const { return values[i]; }
+};
+
+// W * M; returns how many are kept.
+template <typename Real, typename Threshold>
+DST_FUNCTION int mask_block(const Real* weight, Threshold threshold, Real* result, int count) {
+  int dropped = 0;
+  DST_VECTORIZE for (int i = 0; i < count; ++i) {
+    dropped += pruned(weight[i], threshold[i]);
+    result[i] = masked(weight[i], threshold[i]);
+  }
+  return count - dropped;
+}
+
+// Sums over a run, element by element into kBlock lanes, which are added as a tree at the end: a
+// fixed order that needs no reassociation by the compiler.
+template <typename Real>
+class Lanes {
+ public:
+  // For a run of `columns` elements.
+  explicit DST_FUNCTION Lanes(int64_t columns)
+      : used_(static_cast<int>(
+            std::bit_ceil(static_cast<uint64_t>(std::min<int64_t>(columns, kBlock))))) {
+    for (int i = 0; i < used_; ++i) values_[i] = Real(0);
+  }
+
+  DST_FUNCTION Real& operator[](int i) { return values_[i]; }
+
+  DST_FUNCTION Real sum() {
+    for (int half = used_ / 2; half > 0; half /= 2) {
+      DST_VECTORIZE for (int i = 0; i < half; ++i) values_[i] += values_[i + half];
+    }
+    return values_[0];
+  }
+
+ private:
+  int used_;
+  Real values_[kBlock];
+};
+
+// f.operator()<surrogate, structure>(), for kernels that are compiled for each. `f` must be inlined
+// (DST_LAMBDA) to be compiled for its caller's instruction set.
+template <typename F>
+DST_FUNCTION void dispatch(Surrogate surrogate, bool structure, const F& f) {
+#define DST_CASE(name)                                           \
+  case Surrogate::name:                                          \
+    structure ? f.template operator()<Surrogate::name, true>()   \
+              : f.template operator()<Surrogate::name, false>(); \
+    break;
+  switch (surrogate) {
+    DST_CASE(kLongTailed)
+    DST_CASE(kRectangular)
+    DST_CASE(kTriangular)
+    DST_CASE(kStraightThrough)
+  }
+#undef DST_CASE
+}
+
+}  // namespace dst

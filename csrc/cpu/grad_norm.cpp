@@ -1,0 +1,111 @@
+// The norm of all final gradients of a step, before clipping.
+#include <cmath>
+#include <memory>
+
+#include "ops.h"
+#include "step.h"
+
+namespace dst {
+namespace {
+
+// Sum of squares of one run's weight gradients; in double, which neither over- nor underflows.
+template <typename Real>
+DST_FUNCTION double square_run(const Step& step, const StepSegment& s, Real threshold,
+                               int64_t begin, int64_t end) {
+  Real weights[kBlock], grads[kBlock];
+  Lanes<double> lanes(end - begin);
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int count = static_cast<int>(std::min<int64_t>(kBlock, end - at));
+    const Real* weight = load(s.weight, at, count, weights);
+    weight_gradients(s, step, 1, weight, threshold, at, count, grads);
+    DST_VECTORIZE for (int i = 0; i < count; ++i) {
+      const double gradient = grads[i];
+      lanes[i] += gradient * gradient;
+    }
+  }
+  return lanes.sum();
+}
+
+template <typename Real>
+DST_FUNCTION double square_of_threshold(const Step& step, const StepSegment& s, int64_t row,
+                                        Real threshold, Real minus_sum) {
+  const double gradient = threshold_gradient(s, step, 1, row, threshold, minus_sum);
+  return gradient * gradient;
+}
+
+// `squares`: of each unit; `sums`: shares of -dt of long rows.
+template <typename Real>
+DST_FUNCTION void square_rows(const Step& step, const StepSegment& s, const Part& part,
+                              double* squares, double* sums) {
+  const bool of_weight = updates_weight(s, step.hypers);
+  const bool of_threshold = updates_threshold(s, step.hypers);
+  for (int64_t i = 0; i < part.rows; ++i) {
+    const int64_t row = part.row + i, unit = part.unit + i;
+    const int64_t begin = row * s.shape.columns + part.column;
+    const int64_t end = begin + part.columns;
+    const Real threshold = s.threshold ? static_cast<const Real*>(s.threshold.data)[row] : Real(0);
+    squares[unit] = of_weight ? square_run(step, s, threshold, begin, end) : 0;
+    if (!of_threshold) continue;
+    const Real minus_sum = s.grad ? sum_run(s, step.grad_scale, threshold, begin, end) : Real(0);
+    if (is_long(s.shape)) {
+      sums[unit] = minus_sum;
+    } else {
+      squares[unit] += square_of_threshold(step, s, row, threshold, minus_sum);
+    }
+  }
+}
+
+DST_CLONES void square_part(const Step& step, const StepSegment& s, const Part& part,
+                            double* squares, double* sums) {
+  if (s.weight.storage == Storage::kFloat64) {
+    square_rows<double>(step, s, part, squares, sums);
+  } else {
+    square_rows<float>(step, s, part, squares, sums);
+  }
+}
+
+template <typename Real>
+double square_long_thresholds(const Step& step, const StepSegment& s, const double* sums) {
+  const int64_t units = units_per_row(s.shape);
+  double total = 0;
+  for (int64_t row = 0; row < s.shape.rows; ++row, sums += units) {
+    double minus_sum = 0;
+    for (int64_t u = 0; u < units; ++u) minus_sum += sums[u];
+    const Real threshold = static_cast<const Real*>(s.threshold.data)[row];
+    total += square_of_threshold(step, s, row, threshold, static_cast<Real>(minus_sum));
+  }
+  return total;
+}
+
+}  // namespace
+
+void grad_norm(const Tensors& weights, const Tensors& grads, const Tensors& thresholds,
+               const Tensors& threshold_grads, const Integers& settings, const Tensor& hypers,
+               const Tensors& alphas, const Tensors& scales, const Tensor& norm) {
+  const Reader reader("grad_norm", weights, true);
+  std::vector<Hyper> rows = read_hypers(reader, hypers, nullptr, alphas);
+  std::vector<StepSegment> segments =
+      step_segments(reader, weights, grads, thresholds, threshold_grads, settings, rows.size());
+  const Array result = reader.required(norm, {"norm", 0}, 1);
+  reader.check_storage(result, Storage::kFloat32, {"norm", 0});
+  const Step step(std::move(segments), std::move(rows), read_scales(reader, scales));
+
+  const Work work = step.work();
+  const std::unique_ptr<double[]> squares(new double[work.units()]);
+  const std::unique_ptr<double[]> sums(new double[work.units()]);
+  work.run([&](const Part& part) {
+    square_part(step, step.segments[part.segment], part, squares.get(), sums.get());
+  });
+  double total = 0;
+  for (int64_t unit = 0; unit < work.units(); ++unit) total += squares[unit];
+  for (size_t i = 0; i < step.segments.size(); ++i) {
+    const StepSegment& s = step.segments[i];
+    if (!is_long(s.shape) || !updates_threshold(s, step.hypers)) continue;
+    const double* first = sums.get() + work.first_unit(i);
+    total += s.weight.storage == Storage::kFloat64 ? square_long_thresholds<double>(step, s, first)
+                                                   : square_long_thresholds<float>(step, s, first);
+  }
+  *static_cast<float*>(result.data) = static_cast<float>(std::sqrt(total));
+}
+
+}  // namespace dst
