@@ -1,0 +1,181 @@
+"""Compiling and linking one library.
+
+A library has no Python symbols and uses torch through its stable C shim alone, so that one file
+serves every Python and every torch from the oldest supported one on.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import environment
+from .environment import BuildError
+
+__all__ = ["LIBRARIES", "SOURCES", "SUFFIX", "Library", "build"]
+
+SOURCES = Path(__file__).resolve().parent.parent
+SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
+
+_COMMON = ("-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+_HOST = ("-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden")
+# The same numbers on every processor: no multiplication is fused with an addition unless asked to.
+_CPU = ("-ffp-contract=off", "-fno-math-errno", "-fopenmp-simd", "-Wall", "-Wextra")
+_CUDA = ("-DUSE_CUDA", "--cudart=static")
+
+
+@dataclass(frozen=True)
+class Library:
+    """The sources of csrc/`name`, and the libraries of torch that have the shims it calls."""
+
+    name: str
+    shims: tuple[str, ...]
+
+    @property
+    def file(self) -> str:
+        return f"libdst_kernels_{self.name}{SUFFIX}"
+
+    @property
+    def sources(self) -> list[Path]:
+        folder = SOURCES / self.name
+        return sorted(path for path in folder.iterdir() if path.suffix in (".cpp", ".cu"))
+
+
+LIBRARIES = {
+    "cpu": Library("cpu", ("torch_cpu",)),
+    "cuda": Library("cuda", ("torch_cpu", "torch_cuda")),
+}
+
+
+@dataclass(frozen=True)
+class _Tools:
+    """Commands that lack their files; `described` goes into the library, for reports."""
+
+    compile: list[str]
+    link: list[str]
+    described: str
+
+
+def build(library: Library, folder: Path) -> Path:
+    """Compile and link `library` in `folder`, again only what has changed; raises BuildError."""
+    headers = environment.torch_headers()
+    if headers is None:
+        oldest = ".".join(map(str, environment.OLDEST_TORCH))
+        raise BuildError(
+            f"the headers of torch {oldest} or later were not found: install torch first, or "
+            "build with isolation"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    cxx = environment.cxx_compiler()
+    tools = _for_cuda(cxx) if library.name == "cuda" else _for_cpu(cxx)
+    compile = [*tools.compile, f"-I{SOURCES}", "-isystem", str(headers)]
+    sources = [*library.sources, _write_description(folder, tools.described)]
+    target = folder / library.file
+    try:
+        shims = _shims(cxx, library, folder)
+        _compile_and_link(compile, tools.link, shims, sources, target)
+    except subprocess.CalledProcessError as error:
+        raise BuildError(f"{library.file} could not be built: see the messages above") from error
+    return target
+
+
+def _for_cpu(cxx: list[str]) -> _Tools:
+    version = subprocess.run([*cxx, "--version"], capture_output=True, text=True).stdout
+    # Flags of the environment come first: some name an older standard.
+    compile = [*cxx, *shlex.split(os.environ.get("CXXFLAGS", "")), *_COMMON, *_HOST, *_CPU]
+    return _Tools(compile, [*cxx, "-shared"], version.partition("\n")[0])
+
+
+def _for_cuda(cxx: list[str]) -> _Tools:
+    nvcc = environment.nvcc()
+    flags, architectures = environment.architecture_flags()
+    command = [nvcc, "-ccbin", shutil.which(cxx[-1]) or cxx[-1], *flags, *_CUDA]
+    compile = [*command, *_COMMON, f"-Xcompiler={','.join(_HOST)}"]
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = version.partition("release ")[2].partition(",")[0]
+    return _Tools(compile, [*command, "-shared"], f"CUDA {release}, {architectures}")
+
+
+def _write_description(folder: Path, text: str) -> Path:
+    """A source file with what `python -m dst_kernels` says about the library."""
+    quoted = text.replace("\\", "\\\\").replace('"', '\\"')
+    content = (
+        'extern "C" __attribute__((visibility("default"))) const char\n'
+        f'    dst_kernels_build[] = "{quoted}";\n'
+    )
+    path = folder / "description.cpp"
+    if not path.exists() or path.read_text(encoding="utf-8") != content:
+        path.write_text(content, encoding="utf-8")
+    return path
+
+
+def _shims(cxx: list[str], library: Library, folder: Path) -> list[str]:
+    """Options for the linker that name torch's libraries, which will be in the process already.
+
+    An empty library of the same name takes the place of each: torch's own may be of another build
+    than the one that the library will meet, or lack CUDA.
+    """
+    if sys.platform == "darwin":
+        return ["-undefined", "dynamic_lookup"]
+    stubs = []
+    for name in library.shims:
+        stub = folder / f"lib{name}.so"
+        command = [*cxx, "-shared", f"-Wl,-soname,{stub.name}", "-x", "c++", os.devnull]
+        subprocess.run([*command, "-o", str(stub)], check=True)
+        stubs.append(str(stub))
+    return ["-Xlinker", "--no-as-needed", *stubs]
+
+
+def _compile_and_link(
+    compile: list[str], link: list[str], shims: list[str], sources: list[Path], target: Path
+) -> None:
+    objects = [target.parent / f"{source.name}.o" for source in sources]
+    jobs = environment.jobs()
+    if ninja := shutil.which("ninja"):
+        rules = _ninja_file(compile, link, shims, sources, objects, target)
+        (target.parent / "build.ninja").write_text(rules, encoding="utf-8")
+        subprocess.run([ninja, "-C", str(target.parent), f"-j{jobs}"], check=True)
+        return
+    with ThreadPoolExecutor(jobs) as pool:
+        commands = [
+            [*compile, "-c", str(source), "-o", str(made)]
+            for source, made in zip(sources, objects, strict=True)
+        ]
+        list(pool.map(functools.partial(subprocess.run, check=True), commands))
+    subprocess.run([*link, *map(str, objects), *shims, "-o", str(target)], check=True)
+
+
+def _ninja_file(
+    compile: list[str],
+    link: list[str],
+    shims: list[str],
+    sources: list[Path],
+    objects: list[Path],
+    target: Path,
+) -> str:
+    lines = [
+        "rule compile",
+        f"  command = {_command(compile)} -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {_command(link)} $in {_command(shims)} -o $out",
+        *(f"build {_path(o)}: compile {_path(s)}" for s, o in zip(sources, objects, strict=True)),
+        f"build {_path(target)}: link {' '.join(map(_path, objects))}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _command(arguments: list[str]) -> str:
+    return shlex.join(arguments).replace("$", "$$")
+
+
+def _path(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
