@@ -53,14 +53,15 @@ def _define(schema: str, check: Callable) -> Callable[[Callable], torch._ops.OpO
             *args, backend = args
             check(*args)
             device = args[0].device
-            kernel = implementation(backend, device, name)
+            kernel = implementation(backend, device, name, double=_any_double(device, args))
             with _Plainly(device.type):
                 return kernel(*args)
 
         def run_fake(*args):
             *args, backend = args
             check(*args)
-            implementation(backend, args[0].device, name)
+            device = args[0].device
+            implementation(backend, device, name, double=_any_double(device, args))
             return fake(*args)
 
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -71,6 +72,13 @@ def _define(schema: str, check: Callable) -> Callable[[Callable], torch._ops.OpO
         return overload
 
     return bind
+
+
+def _any_double(device: torch.device, args: tuple) -> bool:
+    """Whether float64 is among the dtypes, where it matters: on a GPU."""
+    if device.type == "cpu":
+        return False
+    return any(getattr(argument, "dtype", argument) is torch.float64 for argument in args)
 
 
 class _Plainly:

@@ -11,6 +11,7 @@ from torch.autograd import Function
 
 from .._autocast import autocast_enabled
 from .._checks import check_same_dtype
+from .._compiled import library
 from .._plan import FUSED
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "MaskedFunction",
     "cast_for_autocast",
     "once_differentiable",
+    "path_when_compiled",
+    "path_without_fused_kernels",
     "product_dtype",
     "save_operands",
     "wanted",
@@ -128,3 +131,20 @@ def cast_for_autocast(input: Tensor, weight: Tensor) -> Tensor:
     """The input in the dtype of the product; the weight keeps its own for the comparison."""
     dtype = product_dtype(input, weight)
     return input if input.dtype == dtype else input.to(dtype)
+
+
+def path_without_fused_kernels(names: Sequence[str]) -> str:
+    """The path that "auto" means where the backends `names` serve and have no kernels for products.
+
+    The reference has them as functions, which spare the packed path's second copy of G.
+    """
+    return "mixed" if "reference" in names else "packed"
+
+
+def path_when_compiled(backend: str, weight: Tensor) -> str:
+    """As above inside torch.compile, from what it takes for constant.
+
+    Only a guess of who will serve, since every backend can do the packed path.
+    """
+    by_reference = backend == "reference" or (backend == "auto" and not library.BUILT["cpu"])
+    return "mixed" if by_reference and not weight.is_cuda else "packed"

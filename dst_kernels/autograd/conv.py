@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _ops
-from .._backends import resolve
+from .._backends import serving
 from .._checks import check_conv, check_surrogate
 from .._conv_arguments import per_dimension, resolve_padding
 from .._plan import FUSED, PLANS, Plan, check_path
@@ -18,6 +18,8 @@ from ._function import (
     MaskedFunction,
     cast_for_autocast,
     once_differentiable,
+    path_when_compiled,
+    path_without_fused_kernels,
     save_operands,
     wanted,
 )
@@ -141,7 +143,7 @@ def masked_conv(
 def _plan(path: str, backend: str, weight: Tensor) -> Plan:
     if path == "auto":
         if torch.compiler.is_compiling():
-            path = "packed" if weight.is_cuda or backend == "triton" else "mixed"
+            path = path_when_compiled(backend, weight)
         else:
-            path = "mixed" if resolve(backend, weight.device) == "reference" else "packed"
+            path = path_without_fused_kernels(serving(backend, weight.device))
     return PLANS[path]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _ops
-from .._backends import resolve
+from .._backends import serving
 from .._checks import check_linear, check_surrogate
 from .._device import gpu_name, tf32_allowed
 from .._plan import FUSED, PLANS, Plan, check_path, plan_linear
@@ -16,6 +16,8 @@ from ._function import (
     MaskedFunction,
     cast_for_autocast,
     once_differentiable,
+    path_when_compiled,
+    path_without_fused_kernels,
     save_operands,
     wanted,
 )
@@ -123,11 +125,12 @@ def _plan(path: str, backend: str, input: Tensor, weight: Tensor, packed_availab
     if path == "auto" and torch.compiler.is_compiling():
         # A choice by M would compile the graph anew at each crossover, and a plain matmul is one
         # that the compiler can tune and give an epilogue.
-        path = "packed" if weight.is_cuda else "mixed"
+        path = path_when_compiled(backend, weight)
     if path != "auto":
         return PLANS[path]
-    if resolve(backend, weight.device) == "reference":
-        return PLANS["mixed"]  # its packed path would copy G once more
+    names = serving(backend, weight.device)
+    if "triton" not in names:
+        return PLANS[path_without_fused_kernels(names)]
     return plan_linear(
         input.shape[:-1].numel(),
         *weight.shape,

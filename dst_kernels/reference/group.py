@@ -1,13 +1,16 @@
-"""The weight-side operations for many weights at once: here simply one after the other."""
+"""The weight-side operations for many weights at once: here simply one after the other.
+
+So they are with every backend that has no launch for many; the keywords name its own functions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .weight import masked_weight, masked_weight_backward
+from . import weight as one
 
 __all__ = ["masked_weights", "masked_weights_backward"]
 
@@ -18,6 +21,8 @@ def masked_weights(
     reset_ratios: Sequence[float | None],
     commit: Sequence[bool],
     dtype: torch.dtype,
+    *,
+    masked_weight: Callable = one.masked_weight,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Every (W * M, effective threshold); where `commit`, a reset is written into the threshold."""
     pairs = [
@@ -36,6 +41,8 @@ def masked_weights_backward(
     thresholds: Sequence[Tensor],
     surrogates: Sequence[str],
     structure_gradients: Sequence[bool],
+    *,
+    masked_weight_backward: Callable = one.masked_weight_backward,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Every (dW, dt) from G."""
     arguments = zip(grads, weights, thresholds, surrogates, structure_gradients, strict=True)

@@ -1,0 +1,64 @@
+"""Where the libraries are, loading them at first use, and why one cannot be used."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+__all__ = ["BUILT", "describe", "path", "unavailable"]
+
+OLDEST_TORCH = (2, 11)
+_FOLDER = Path(__file__).parent
+_SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
+_NEEDED = {
+    "cpu": "a C++20 compiler (CXX, else on the PATH)",
+    "cuda": "nvcc (in CUDA_HOME/bin, in CUDA_PATH/bin or on the PATH) and a C++20 compiler",
+}
+
+
+def path(name: str) -> Path:
+    """The file of the library "cpu" or "cuda", whether it is there or not."""
+    return _FOLDER / f"libdst_kernels_{name}{_SUFFIX}"
+
+
+BUILT = {name: path(name).exists() for name in _NEEDED}
+"""Whether each library's file is there: known without loading it, and constant for compilers."""
+
+
+@functools.cache
+def unavailable(name: str) -> str | None:
+    """Why the library "cpu" or "cuda" cannot be used, or None; the first call loads it."""
+    file = path(name)
+    if not BUILT[name]:
+        return (
+            f"{file.name} was not built: there is no {file}. In the source tree, "
+            f"'DST_KERNELS_BUILD_{name.upper()}=1 pip install --no-build-isolation -e .' builds "
+            f"it with {_NEEDED[name]}"
+        )
+    if torch.__version__ < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        return f"{file.name} needs torch {oldest} or later, but this is {torch.__version__}"
+    if name == "cuda":
+        if torch.version.cuda is None:
+            return f"this torch ({torch.__version__}) was built without CUDA"
+        reason = unavailable("cpu")  # it has the schemas
+        if reason is not None:
+            return f"it needs the library for the CPU, but {reason}"
+    try:
+        torch.ops.load_library(file)
+    except OSError as error:
+        reason = f"{file} cannot be loaded: {error.__cause__ or error}"
+        warnings.warn(reason, RuntimeWarning, stacklevel=2)
+        return reason
+    return None
+
+
+def describe(name: str) -> str:
+    """What a library that is loaded was built with."""
+    text = ctypes.c_char.in_dll(ctypes.CDLL(str(path(name))), "dst_kernels_build")
+    return ctypes.string_at(ctypes.addressof(text)).decode()

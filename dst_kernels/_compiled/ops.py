@@ -1,0 +1,21 @@
+"""What the backends "cpu" and "cuda" offer. Importing this needs the CPU library loaded."""
+
+from .step import adamw_step_, grad_norm_, sgd_step_
+from .weight import (
+    effective_threshold,
+    masked_weight,
+    masked_weight_backward,
+    masked_weights,
+    masked_weights_backward,
+)
+
+__all__ = [
+    "adamw_step_",
+    "effective_threshold",
+    "grad_norm_",
+    "masked_weight",
+    "masked_weight_backward",
+    "masked_weights",
+    "masked_weights_backward",
+    "sgd_step_",
+]
