@@ -95,17 +95,32 @@ def collapse(model: nn.Module) -> None:
         layer.threshold.fill_(5.0)
 
 
+ALPHA = 0.02
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    groups = dst_kernels.parameter_groups(model, threshold_lr=0.05)
+    return torch.optim.SGD(groups, lr=0.02, momentum=0.9)
+
+
+def deferred_sgd(model: nn.Module, called: nn.Module | None = None) -> dst_kernels.optim.DSTSGD:
+    """The same steps from dense gradients; `called` is what wraps the model, if anything does."""
+    groups = dst_kernels.parameter_groups(model, threshold_lr=0.05)
+    root = model if called is None else called
+    return dst_kernels.optim.DSTSGD(root, groups, lr=0.02, momentum=0.9, alpha=ALPHA)
+
+
 def train(
     model: nn.Module,
     step_model: nn.Module,
     data: Callable[[int], tuple[Tensor, Tensor]] = batch,
     steps: int = STEPS,
     after_forward: Callable[[int], None] = lambda step: None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> list[float]:
     """SGD with momentum, the regulariser on, one collapse on the way; the losses."""
-    optimizer = torch.optim.SGD(
-        dst_kernels.parameter_groups(model, threshold_lr=0.05), lr=0.02, momentum=0.9
-    )
+    optimizer = sgd(model) if optimizer is None else optimizer
+    in_loss = 0.0 if isinstance(optimizer, dst_kernels.optim.DSTSGD) else ALPHA
     losses = []
     for step in range(steps):
         if step == RESET_AT:
@@ -113,7 +128,7 @@ def train(
         images, targets = data(step)
         loss = (step_model(images) - targets).square().mean()
         after_forward(step)
-        (loss + 0.02 * dst_kernels.sparse_regularization(model)).backward()
+        (loss + in_loss * dst_kernels.sparse_regularization(model)).backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
