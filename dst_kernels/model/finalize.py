@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..nn import MaskedLayer
+from ..nn import MaskedLayer, ungroup_
 from ._encoder import restore_fast_path
 from ._replace import replace_modules
 
@@ -30,6 +30,8 @@ def finalize_(model: nn.Module, format: str = "dense") -> nn.Module:
         if isinstance(module, MaskedLayer):
             dense = replacements[module] = module.to_dense()
             dense.weight = baked.setdefault(id(module.weight), dense.weight)
+    for module in model.modules():
+        ungroup_(module)
     model = replace_modules(model, replacements)
     restore_fast_path(model)
     return model
