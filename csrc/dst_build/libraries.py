@@ -124,13 +124,14 @@ def _shims(cxx: list[str], library: Library, folder: Path) -> list[str]:
     """
     if sys.platform == "darwin":
         return ["-undefined", "dynamic_lookup"]
-    stubs = []
+    arguments = ["--no-as-needed"]
     for name in library.shims:
         stub = folder / f"lib{name}.so"
         command = [*cxx, "-shared", f"-Wl,-soname,{stub.name}", "-x", "c++", os.devnull]
         subprocess.run([*command, "-o", str(stub)], check=True)
-        stubs.append(str(stub))
-    return ["-Xlinker", "--no-as-needed", *stubs]
+        arguments.append(str(stub))
+    # nvcc would move files that are not the linker's own to the front.
+    return [word for argument in arguments for word in ("-Xlinker", argument)]
 
 
 def _compile_and_link(
