@@ -1,0 +1,82 @@
+// Many segments in one launch: the kernel's parameters hold a table of them.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <climits>
+#include <cstdint>
+
+#include "launch.h"
+
+namespace dst::cuda {
+
+// All parameters of a kernel together, from CUDA 12.1 on.
+constexpr int kParameterBytes = 32764;
+
+struct Nothing {};
+
+// Passed by value as a `const __grid_constant__` parameter, which a kernel reads in place.
+template <typename Entry_, typename Common_ = Nothing>
+struct Table {
+  using Entry = Entry_;
+  using Common = Common_;
+  static constexpr int kCapacity = (kParameterBytes - 16 - static_cast<int>(sizeof(Common))) /
+                                   static_cast<int>(sizeof(Entry) + sizeof(int));
+
+  Common common;
+  int count;
+  int first_block[kCapacity];
+  Entry entries[kCapacity];
+
+  struct Place {
+    const Entry& entry;
+    int block;  // of this entry's
+  };
+
+  // What a block works on: the last entry that begins at or before it.
+  __device__ __forceinline__ Place place(int block) const {
+    int low = 0, high = count;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      if (first_block[middle] <= block) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    return {entries[low], block - first_block[low]};
+  }
+};
+
+// Fills tables and hands each to `start(table, blocks)` when it is full, and at the end.
+template <typename Table, typename Start>
+class Batch {
+  static_assert(sizeof(Table) <= kParameterBytes);
+
+ public:
+  explicit Batch(const Start& start) : start_(start) { table_.count = 0; }
+
+  typename Table::Common& common() { return table_.common; }
+
+  bool full() const { return table_.count == Table::kCapacity; }
+
+  void add(const typename Table::Entry& entry, int64_t blocks = 1) {
+    if (full() || blocks_ + blocks > INT_MAX) flush();
+    table_.first_block[table_.count] = static_cast<int>(blocks_);
+    table_.entries[table_.count++] = entry;
+    blocks_ += blocks;
+  }
+
+  void flush() {
+    if (table_.count != 0) start_(table_, static_cast<unsigned>(blocks_));
+    table_.count = 0;
+    blocks_ = 0;
+  }
+
+ private:
+  const Start& start_;
+  Table table_;
+  int64_t blocks_ = 0;
+};
+
+}  // namespace dst::cuda

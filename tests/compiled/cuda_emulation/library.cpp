@@ -1,0 +1,38 @@
+// The emulated ops under the name dst_kernels_emulated, for tensors on the CPU, and those functions
+// of PyTorch's that need a GPU.
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/ops.h"
+
+STABLE_TORCH_LIBRARY(dst_kernels_emulated, library) {
+  for (const char* schema : {
+#include "schemas.inc"  // those of csrc/cpu/library.cpp
+       }) {
+    library.def(schema);
+  }
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dst_kernels_emulated, CPU, library) {
+  library.impl("pack", TORCH_BOX(&dst::cuda::pack));
+  library.impl("post", TORCH_BOX(&dst::cuda::post));
+  library.impl("regularization", TORCH_BOX(&dst::cuda::regularization));
+  library.impl("sgd_step", TORCH_BOX(&dst::cuda::sgd_step));
+  library.impl("adamw_step", TORCH_BOX(&dst::cuda::adamw_step));
+  library.impl("grad_norm", TORCH_BOX(&dst::cuda::grad_norm));
+}
+
+extern "C" {
+
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
+
+AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
+  *guard = nullptr;
+  return 0;
+}
+
+AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return 0; }
+
+}  // extern "C"
