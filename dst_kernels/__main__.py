@@ -1,4 +1,4 @@
-"""`python -m dst_kernels`: versions, device and backends, and why a backend is not there."""
+"""`python -m dst_kernels`: versions, device, libraries and backends, and why one is not there."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from . import __version__
 from ._backends import BACKENDS, ENVIRONMENT_VARIABLE, unavailable
+from ._compiled import library
 
 
 def main() -> None:
@@ -24,9 +25,11 @@ def main() -> None:
         ("CPU threads", str(torch.get_num_threads())),
         (ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE, "not set")),
     ]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("cpu", "cuda"):
+        rows.append((f"library {name}", _library(name)))
+    best = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for backend in BACKENDS[1:]:
-        reason = unavailable(backend, device)
+        reason = unavailable(backend, torch.device("cpu") if backend == "cpu" else best)
         rows.append((f"backend {backend}", "available" if reason is None else f"no: {reason}"))
     width = max(len(name) for name, _ in rows)
     sys.stdout.write("".join(f"{name.ljust(width)}  {value}\n" for name, value in rows))
@@ -37,6 +40,11 @@ def _installed(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _library(name: str) -> str:
+    reason = library.unavailable(name)
+    return f"no: {reason}" if reason else f"{library.path(name)} ({library.describe(name)})"
 
 
 def _device() -> str:
