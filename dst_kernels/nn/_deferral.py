@@ -10,7 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
+
+from .. import functional as F
 
 if TYPE_CHECKING:
     from ._masked import MaskedLayer
@@ -37,10 +40,17 @@ class Deferral:
             layer._deferral = self
 
     def release(self) -> None:
-        """From now on the layers have gradients of their own again."""
+        """From now on the layers have gradients of their own again, in their own dtype.
+
+        What waits in `.grad` for a step is dropped: nobody else could tell it from dW.
+        """
         for layer in self._layers:
             if layer._deferral is self:
                 layer._deferral = None
+                weight = layer._parameters["weight"]
+                weight.grad = None
+                if weight.grad_dtype != weight.dtype:
+                    weight.grad_dtype = weight.dtype
         self._layers, self._packs = [], {}
 
     def fresh(self, layer: MaskedLayer) -> Tensor | None:
@@ -48,17 +58,33 @@ class Deferral:
 
         In training a reset by the guard must also have been written into the threshold.
         """
-        pack = self._packs.get(id(layer._parameters["weight"]))
-        if pack is None or pack.made_from != _state(layer):
+        pack = self._valid(layer)
+        if pack is None:
             return None
         if layer.training and layer.reset_ratio is not None and not pack.committed:
             return None
         return pack.masked
 
-    def is_committed(self, layer: MaskedLayer) -> bool:
-        """Whether the threshold is known to be the effective one."""
+    @torch.no_grad()
+    def commit(self, layer: MaskedLayer) -> None:
+        """Write a reset into the threshold, if the last forward did not: one in evaluation mode.
+
+        That forward's W * M stays what it is.
+        """
         pack = self._packs.get(id(layer._parameters["weight"]))
-        return pack is not None and pack.committed and pack.made_from == _state(layer)
+        if layer.reset_ratio is None or (layer.training and (pack is None or pack.committed)):
+            return
+        pack = self._valid(layer)
+        if pack is not None and pack.committed:
+            return
+        weight, threshold = layer._parameters["weight"], layer._parameters["threshold"]
+        threshold.copy_(F.effective_threshold(weight, threshold, reset_ratio=layer.reset_ratio))
+        if pack is not None:
+            self.store(layer, pack.masked, committed=True)
+
+    def _valid(self, layer: MaskedLayer) -> _Pack | None:
+        pack = self._packs.get(id(layer._parameters["weight"]))
+        return None if pack is None or pack.made_from != _state(layer) else pack
 
     def store(self, layer: MaskedLayer, masked: Tensor, committed: bool) -> None:
         key = id(layer._parameters["weight"])

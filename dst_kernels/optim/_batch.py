@@ -47,6 +47,7 @@ class Batch:
     threshold_state: list[list[Tensor]] = field(default_factory=list)
     settings: list[int] = field(default_factory=list)
     first: bool = False  # of anything in it this is the first step
+    double: bool = False  # float64 is among the dtypes
 
     def __post_init__(self) -> None:
         self.absent = torch.empty(0, device=self.device)
@@ -67,7 +68,7 @@ class Batch:
         grad = parameter.grad
         if grad is None:
             return self.absent
-        if grad.is_sparse:
+        if grad.layout != torch.strided:
             raise RuntimeError(
                 "sparse gradients are not supported (of a parameter of shape "
                 f"{list(parameter.shape)}): use an embedding with sparse=False"
@@ -110,9 +111,12 @@ def collect(
     for segment in segments:
         weight, threshold = segment.parameter, segment.threshold
         has_grad = weight.grad is not None
-        of_weight = has_grad or (threshold is None and has_alpha[segment.hyper])
+        of_weight = has_grad or (
+            threshold is None and weight.requires_grad and has_alpha[segment.hyper]
+        )
         of_threshold = segment.threshold_hyper >= 0 and (
-            has_grad or threshold.grad is not None or has_alpha[segment.threshold_hyper]
+            threshold.grad is not None
+            or (threshold.requires_grad and (has_grad or has_alpha[segment.threshold_hyper]))
         )
         if not (of_weight or of_threshold):
             continue
@@ -124,6 +128,7 @@ def collect(
             batch.threshold_state = [[] for _ in range(kinds)]
         batch.segments.append(segment)
         batch.weights.append(_dense(own))
+        batch.double |= own.dtype == torch.float64
         batch.thresholds.append(batch.absent if threshold is None else local(threshold))
         first = _add_state(batch, batch.state, state_of, weight, segment.hyper, of_weight)
         first_threshold = _add_state(
@@ -174,6 +179,11 @@ def local(tensor: Tensor) -> Tensor:
 
 def _dense(tensor: Tensor) -> Tensor:
     """The ops run over parameters as they lie in memory."""
+    if not tensor.is_floating_point():
+        raise ValueError(
+            "params: parameters must be real floating-point numbers, but one of shape "
+            f"{list(tensor.shape)} is {tensor.dtype}"
+        )
     order = sorted(range(tensor.dim()), key=lambda axis: (-tensor.stride(axis), axis))
     if not tensor.permute(order).is_contiguous():
         raise ValueError(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import functional as F
 from .._backends import check_backend, implementation
 from .._dtensor import norm_over_shards
 from ..model import parameter_groups
@@ -18,7 +18,7 @@ from ..nn import MaskedLayer
 from ..nn._deferral import Deferral
 from ..nn._group import group_, is_grouped
 from ._batch import Batch, Segment, collect, local
-from ._pairs import Pair, deferrable_pairs
+from ._pairs import deferrable_pairs
 
 __all__ = ["DeferredOptimizer"]
 
@@ -42,14 +42,19 @@ class DeferredOptimizer(Optimizer):
         bucket_mb: float,
         backend: str,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model must be the torch.nn.Module to train, but is a {type(model).__name__}; "
+                "parameters go into params"
+            )
         check_backend(backend)
         self._model, self._backend = model, backend
         self._clip: Tensor | None = None
         self._deferral: Deferral | None = None
         super().__init__(parameter_groups(model) if params is None else params, defaults)
-        self._defer()
         if not is_grouped(model):
             group_(model, bucket_mb)
+        self._defer()
 
     # -- the step ------------------------------------------------------------------------------
 
@@ -66,10 +71,11 @@ class DeferredOptimizer(Optimizer):
                 loss = closure()
         scales = getattr(self, "grad_scale", None), getattr(self, "found_inf", None), self._clip
         hypers, rates, alphas = self._hypers()
-        for batch in self._current_batches():
+        batches = self._current_batches()
+        for batch in batches:
             grads, threshold_grads = batch.grads()
             masked = batch.masked(self._deferral)
-            implementation(self._backend, batch.device, self._op)(
+            implementation(self._backend, batch.device, self._op, double=batch.double)(
                 batch.weights, grads, *batch.state,
                 batch.thresholds, threshold_grads, *batch.threshold_state,
                 masked, batch.kept, batch.settings,
@@ -79,8 +85,16 @@ class DeferredOptimizer(Optimizer):
             for segment, each in zip(batch.segments, masked, strict=True):
                 if each.numel():
                     self._deferral.store(segment.pair.layers[0], each, committed=True)
+        if any(batch.first for batch in batches):
+            self._first_step_done(scales[1])
+            self._signature = None
         self._clip = None
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As any optimizer; what `clip_grad_norm_` found goes with the gradients."""
+        super().zero_grad(set_to_none)
+        self._clip = None
 
     def grad_norm(self) -> Tensor:
         """The norm of all gradients that the next step will use, dW and dt among them (0-dim).
@@ -94,7 +108,7 @@ class DeferredOptimizer(Optimizer):
             for batch in self._current_batches():
                 grads, threshold_grads = batch.grads()
                 norm = torch.zeros(1, device=batch.device)
-                implementation(self._backend, batch.device, "grad_norm_")(
+                implementation(self._backend, batch.device, "grad_norm_", double=batch.double)(
                     batch.weights, grads, batch.thresholds, threshold_grads, batch.settings,
                     hypers, batch.present(alphas), [batch.absent] * 3, norm,
                 )  # fmt: skip
@@ -116,38 +130,48 @@ class DeferredOptimizer(Optimizer):
     # -- whose gradients -----------------------------------------------------------------------
 
     def _defer(self) -> None:
-        if self._deferral is not None:
-            self._deferral.release()
         optimized = {id(p) for group in self.param_groups for p in group["params"]}
-        self._pairs: list[Pair] = deferrable_pairs(self._model, optimized)
-        layers = [layer for pair in self._pairs for layer in pair.layers]
-        taken = sum(layer._deferral is not None for layer in layers)
+        pairs = deferrable_pairs(self._model, optimized)
+        layers = [layer for pair in pairs for layer in pair.layers]
+        taken = sum(layer._deferral not in (None, self._deferral) for layer in layers)
         if taken:
             raise ValueError(
                 f"model: {taken} of its layers belong to another optimizer of dst_kernels.optim; "
                 "call its release() first"
             )
-        self._deferral = Deferral(layers)
+        before, self._deferral, self._pairs = self._deferral, Deferral(layers), pairs
         weakref.finalize(self, self._deferral.release)
+        if before is not None:
+            before.release()  # what is not in the new one
         self._forget()
 
     def release(self) -> None:
-        """Give the layers back: their gradients are dW and dt again, for any optimizer to use."""
+        """Give the layers back: their gradients are dW and dt again, for any optimizer to use.
+
+        Gradients that still wait for a step are dropped.
+        """
         self._deferral.release()
         self._pairs = []
         self._forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict):  # else an error of torch's
+            self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        self._check(self.param_groups[-1])
-        if self._deferral is not None:  # else still in the constructor
+        if self._deferral is None:  # still in the constructor
+            return
+        try:
             self._defer()
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     # -- collecting what the op takes ----------------------------------------------------------
 
     def _forget(self) -> None:
         self._groups: list | None = None
         self._signature: list | None = None
+        self._batches: list[Batch] = []
 
     def _hypers(self) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
         """Two rows for each group: for its weights, and for its thresholds, which have alpha."""
@@ -197,50 +221,63 @@ class DeferredOptimizer(Optimizer):
         for segment in self._segments:
             parameter, threshold = segment.parameter, segment.threshold
             signature += parameter.grad is None, local(parameter).data_ptr()
-            if threshold is not None:
+            if threshold is None:
+                signature.append(parameter.requires_grad)
+            else:
                 layer = segment.pair.layers[0]
                 signature += (
-                    threshold.grad is None, local(threshold).data_ptr(),
+                    threshold.grad is None, local(threshold).data_ptr(), threshold.requires_grad,
                     layer.reset_ratio, layer.surrogate, layer.structure_gradient,
                 )  # fmt: skip
-        if signature != self._signature:
+        if [len(self.state), *signature] != self._signature:
             self._batches = collect(self._segments, has_alpha, self._state_of, self._kinds)
-            first = any(batch.first for batch in self._batches)
-            self._signature = None if first else signature  # the next step is no first one
+            self._signature = [len(self.state), *signature]
         return self._batches
 
-    @torch.no_grad()
     def _commit_resets(self) -> None:
         """The step wants effective thresholds, which forwards in evaluation mode do not write."""
         for pair in self._pairs:
             layer = pair.layers[0]
-            if layer.training or layer.reset_ratio is None or layer.weight.grad is None:
-                continue
-            if layer._sharded_threshold is None and not self._deferral.is_committed(layer):
-                ratio = layer.reset_ratio
-                pair.threshold.copy_(
-                    F.effective_threshold(pair.weight, pair.threshold, reset_ratio=ratio)
-                )
+            if pair.weight.grad is not None and layer._sharded_threshold is None:
+                self._deferral.commit(layer)
 
     # -- state ---------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Also takes the state of the optimizer of `torch.optim` that this one stands for."""
+        for group in state_dict["param_groups"]:
+            self._check({**self.defaults, **group})
         mine = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, before in zip(self.param_groups, mine, strict=True):
             group.update({**before, **group})  # torch.optim does not have all of our options
-            self._check(group)
         self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles take the model along; without it there would be no gradients."""
+        return {**super().__getstate__(), "_model": self._model, "_backend": self._backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_model" in state:  # else this is load_state_dict
+            self._clip = self._deferral = None
+            self._defer()
 
     def _check(self, group: dict[str, Any]) -> None:
         """ValueError for values out of range and for options of torch.optim that are not here."""
-        raise NotImplementedError
+        self._check_range(group, "lr", "weight_decay")
+        for name, kinds in ("lr", (Real, Tensor)), ("alpha", (Real, Tensor, type(None))):
+            value = group[name]
+            if not isinstance(value, kinds) or (isinstance(value, Tensor) and value.numel() != 1):
+                also = ", None" if name == "alpha" else ""
+                raise ValueError(
+                    f"{name} must be a number{also} or a tensor with one element, but is {value!r}"
+                )
 
     @staticmethod
     def _check_range(group: dict[str, Any], *names: str) -> None:
         for name in names:
-            if not isinstance(group[name], Tensor) and not group[name] >= 0:
+            if isinstance(group[name], Real) and not group[name] >= 0:
                 raise ValueError(f"{name} must be at least 0, but is {group[name]}")
 
     def _rule(self, group: dict[str, Any]) -> tuple[float, float, float]:
@@ -252,9 +289,24 @@ class DeferredOptimizer(Optimizer):
         return True
 
     def _state_of(self, parameter: Tensor, row: int) -> tuple[list[Tensor], bool]:
-        """The state tensors of a parameter, made where there are none, and whether it has just
-        been made without a first step."""
+        """The state tensors of a parameter, made where there are none, and whether the rule is
+        another for their first step and this is it."""
         raise NotImplementedError
+
+    def _like_parameter(self, parameter: Tensor, name: str) -> Tensor:
+        """A state tensor with the dtype and strides that the op wants.
+
+        They may differ after a conversion of the model or after loading.
+        """
+        state = self.state[parameter]
+        tensor = state[name]
+        strides = local(tensor).stride(), local(parameter).stride()
+        if tensor.dtype != parameter.dtype or strides[0] != strides[1]:
+            tensor = state[name] = torch.empty_like(parameter).copy_(tensor)
+        return tensor
+
+    def _first_step_done(self, found_inf: Tensor | None) -> None:
+        """Called after a step that was the first of something, unless a GradScaler skipped it."""
 
 
 def _on_device(value: float | Tensor | None) -> Tensor | None:

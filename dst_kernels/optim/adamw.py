@@ -46,22 +46,27 @@ class DSTAdamW(DeferredOptimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
             "alpha": alpha,
-            "capturable": True,  # torch.optim then leaves the step counts on the device, too
         }
         self._check(defaults)
         super().__init__(model, params, defaults, bucket_mb, backend)
 
+    def state_dict(self) -> dict[str, Any]:
+        state_dict = super().state_dict()
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            # torch.optim then leaves the step counts on the GPU, too
+            saved["capturable"] = any(p.is_cuda for p in group["params"])
+        return state_dict
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        for group in self.param_groups:
-            group["capturable"] = True
         for parameter, state in self.state.items():
             if "step" in state:
                 step = torch.as_tensor(state["step"], dtype=torch.float32)
                 state["step"] = step.to(parameter.device)
 
     def _check(self, group: dict[str, Any]) -> None:
-        self._check_range(group, "lr", "eps", "weight_decay")
+        super()._check(group)
+        self._check_range(group, "eps")
         if not all(0 <= beta < 1 for beta in group["betas"]):
             raise ValueError(f"betas must be in [0, 1), but are {group['betas']}")
         if group.get("amsgrad"):
@@ -81,4 +86,6 @@ class DSTAdamW(DeferredOptimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        return [state["exp_avg"], state["exp_avg_sq"], state["step"]], False
+        names = "exp_avg", "exp_avg_sq"
+        averages = [self._like_parameter(parameter, name) for name in names]
+        return [*averages, state["step"]], False

@@ -28,11 +28,12 @@ class DSTSGD(DeferredOptimizer):
         optimizer.step()
 
     Between a forward and its step leave weights and thresholds as they are, and let no other term
-    of the loss use a masked weight directly. Layers with another granularity than "row", weights
-    that dense layers use too and weights outside `params` keep gradients of their own; the step
-    takes those as any optimizer does. Layers that FSDP2 shards, and compiled ones, mask their
-    weight in the forward. `release()` gives all layers back to other optimizers, and so does the
-    end of this one.
+    of the loss use a masked weight directly. At other times change them in place only under
+    `torch.no_grad()`: writes through `.data` cannot be noticed. Layers with another granularity
+    than "row", weights that dense layers use too and weights outside `params` keep gradients of
+    their own; the step takes those as any optimizer does. Layers that FSDP2 shards, and compiled
+    ones, mask their weight in the forward. `release()` gives all layers back to other optimizers,
+    and so does the end of this one.
 
     Args:
         model: whose masked layers this is for. Call it as it is given here: its hooks attach the
@@ -52,8 +53,9 @@ class DSTSGD(DeferredOptimizer):
     torch's GradScaler does not unscale float16 ones; so do models in DistributedDataParallel.
 
     Raises:
-        ValueError: numbers out of range, no or unknown parameters, layers that belong to another
-            optimizer of this kind.
+        ValueError: numbers out of range, no parameters, no masked layers, layers that belong to
+            another optimizer of this kind.
+        TypeError: `model` is no module.
         RuntimeError: sparse gradients; a backend asked for by name that cannot serve.
     """
 
@@ -87,7 +89,8 @@ class DSTSGD(DeferredOptimizer):
         super().__init__(model, params, defaults, bucket_mb, backend)
 
     def _check(self, group: dict[str, Any]) -> None:
-        self._check_range(group, "lr", "momentum", "weight_decay")
+        super()._check(group)
+        self._check_range(group, "momentum")
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError(
                 "nesterov needs momentum above 0 and dampening 0, but they are "
@@ -104,7 +107,16 @@ class DSTSGD(DeferredOptimizer):
         if not self._needs_state(self.param_groups[row // 2]):
             return [], False
         state = self.state[parameter]
-        first = state.get("momentum_buffer") is None
-        if first:
+        if state.get("momentum_buffer") is None:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        return [state["momentum_buffer"]], first
+            self._empty.add(parameter)
+        return [self._like_parameter(parameter, "momentum_buffer")], parameter in self._empty
+
+    def _first_step_done(self, found_inf: Tensor | None) -> None:
+        dampened = any(group["dampening"] for group in self.param_groups)
+        if found_inf is None or not dampened or not found_inf.item():  # else it was skipped
+            self._empty.clear()
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._empty: set[Tensor] = set()  # buffers of these: their first step has no dampening
