@@ -27,7 +27,7 @@ SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 _COMMON = ("-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000")
 _HOST = ("-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden")
 # The same numbers on every processor: no multiplication is fused with an addition unless asked to.
-_CPU = ("-ffp-contract=off", "-fno-math-errno", "-fopenmp-simd", "-Wall", "-Wextra")
+_CPU = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra")
 _CUDA = ("-DUSE_CUDA", "--cudart=static")
 
 
