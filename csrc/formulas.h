@@ -29,11 +29,12 @@ DST_FUNCTION bool pruned(Real weight, Real threshold) {
   return std::abs(weight) <= threshold;
 }
 
-// W * M. A NaN threshold must come out as NaN, which W alone would hide.
+// W * M. A NaN threshold must come out as NaN, which W alone would hide; so does an infinite weight
+// that an infinite threshold prunes, as 0 * W is NaN.
 template <typename Real>
 DST_FUNCTION Real masked(Real weight, Real threshold) {
   const Real kept = threshold != threshold ? threshold : weight;
-  return pruned(weight, threshold) ? Real(0) : kept;
+  return pruned(weight, threshold) ? weight - weight : kept;
 }
 
 // H(margin). Comparisons are such that a NaN margin gives a NaN.
