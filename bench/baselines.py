@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 __all__ = [
+    "AuthorsConv2d",
     "AuthorsLinear",
+    "BranchFreeConv2d",
     "BranchFreeLinear",
     "authors_masked_weight",
     "authors_regularization",
     "branch_free_masked_weight",
     "branch_free_threshold",
-    "lenet_300_100",
     "surrogate",
+    "with_authors_layers_",
+    "with_branch_free_layers_",
 ]
 
 _RESET_RATIO = 0.01
@@ -31,7 +37,7 @@ class _BinaryStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, margin: Tensor) -> Tensor:
         ctx.save_for_backward(margin)
-        return (margin > 0).float()
+        return (margin > 0).to(margin.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
@@ -39,12 +45,16 @@ class _BinaryStep(torch.autograd.Function):
         return grad * surrogate(margin)
 
 
+def _by_row(threshold: Tensor, weight: Tensor) -> Tensor:
+    return threshold.view(-1, *[1] * (weight.dim() - 1))
+
+
 def _mask(weight: Tensor, threshold: Tensor) -> Tensor:
-    return _BinaryStep.apply(weight.abs() - threshold.view(-1, 1)).to(weight.dtype)
+    return _BinaryStep.apply(weight.abs() - _by_row(threshold, weight)).to(weight.dtype)
 
 
 def authors_masked_weight(weight: Tensor, threshold: Tensor) -> Tensor:
-    """weight [N, K] * mask for threshold [N]; the host decides whether thresholds are zeroed."""
+    """weight [N, ...] * mask for threshold [N]; the host decides whether thresholds are zeroed."""
     mask = _mask(weight, threshold)
     if mask.sum() / mask.numel() <= _RESET_RATIO:
         with torch.no_grad():
@@ -55,7 +65,8 @@ def authors_masked_weight(weight: Tensor, threshold: Tensor) -> Tensor:
 
 def branch_free_threshold(weight: Tensor, threshold: Tensor) -> Tensor:
     """The same decision without the host: the threshold, or zeros through which gradients flow."""
-    kept = (weight.detach().abs() > threshold.detach().view(-1, 1)).sum(dtype=torch.float32)
+    pruning = _by_row(threshold.detach(), weight)
+    kept = (weight.detach().abs() > pruning).sum(dtype=torch.float32)
     reset = kept / weight.numel() <= _RESET_RATIO
     return threshold + torch.where(reset, -threshold, torch.zeros_like(threshold)).detach()
 
@@ -65,36 +76,82 @@ def branch_free_masked_weight(weight: Tensor, threshold: Tensor) -> Tensor:
     return weight * _mask(weight, branch_free_threshold(weight, threshold))
 
 
-class _MaskedBaseline(nn.Linear):
-    """Thresholds stay float32, so that every provider prunes the same weights in any dtype."""
+class _MaskedBaseline:
+    """Goes before a `torch.nn` layer.
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.threshold = nn.Parameter(torch.zeros(out_features, device=device))
+    Thresholds are at least float32, so that every provider prunes the same weights in any dtype.
+    """
+
+    masked_weight: ClassVar[Callable[[Tensor, Tensor], Tensor]]
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_threshold_()
+
+    def add_threshold_(self) -> None:
+        """Zeros, one for each row of the weight."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        self.threshold = nn.Parameter(self.weight.new_zeros(self.weight.shape[0], dtype=dtype))
+
+    def _masked(self) -> Tensor:
+        return type(self).masked_weight(self.weight, self.threshold)
 
 
-class AuthorsLinear(_MaskedBaseline):
+class _Linear(_MaskedBaseline, nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self._masked(), self.bias)
+
+
+class _Conv2d(_MaskedBaseline, nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self._masked(), self.bias)
+
+
+class AuthorsLinear(_Linear):
     """The paper's layer as its authors run it: eager autograd and a host decision per forward."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, authors_masked_weight(self.weight, self.threshold), self.bias)
+    masked_weight = staticmethod(authors_masked_weight)
 
 
-class BranchFreeLinear(_MaskedBaseline):
+class AuthorsConv2d(_Conv2d):
+    """As `AuthorsLinear`, one threshold per filter."""
+
+    masked_weight = staticmethod(authors_masked_weight)
+
+
+class BranchFreeLinear(_Linear):
     """The paper's layer with the decision on the device, which torch.compile can take whole."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, branch_free_masked_weight(self.weight, self.threshold), self.bias)
+    masked_weight = staticmethod(branch_free_masked_weight)
+
+
+class BranchFreeConv2d(_Conv2d):
+    """As `BranchFreeLinear`, one threshold per filter."""
+
+    masked_weight = staticmethod(branch_free_masked_weight)
+
+
+def with_authors_layers_(model: nn.Module) -> nn.Module:
+    """The model with its linear layers and convolutions as the authors would run them."""
+    return _convert_(model, {nn.Linear: AuthorsLinear, nn.Conv2d: AuthorsConv2d})
+
+
+def with_branch_free_layers_(model: nn.Module) -> nn.Module:
+    """The same for `BranchFreeLinear` and `BranchFreeConv2d`."""
+    return _convert_(model, {nn.Linear: BranchFreeLinear, nn.Conv2d: BranchFreeConv2d})
+
+
+def _convert_(model: nn.Module, types: dict[type[nn.Module], type[_MaskedBaseline]]) -> nn.Module:
+    """In place. A head that shares its weight with an embedding stays dense."""
+    shared = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
+    for layer in model.modules():
+        if type(layer) in types and id(layer.weight) not in shared:
+            layer.__class__ = types[type(layer)]
+            layer.add_threshold_()
+    return model
 
 
 def authors_regularization(model: nn.Module) -> Tensor:
     """Layer by layer, as there."""
     layers = [module for module in model.modules() if isinstance(module, _MaskedBaseline)]
     return sum(torch.exp(-layer.threshold).sum() for layer in layers)
-
-
-def lenet_300_100(linear: type[nn.Linear] = nn.Linear) -> nn.Sequential:
-    """784-300-100-10 with ReLU between."""
-    return nn.Sequential(linear(784, 300), nn.ReLU(), linear(300, 100), nn.ReLU(), linear(100, 10))

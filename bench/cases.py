@@ -1,24 +1,72 @@
-"""What is measured, as data: cases, and suites of them in order of priority."""
+"""What is measured, as data: an op at one size, a training step of a model, a list of weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .errors import UsageError, require_one_of
+from .models import MODELS
 from .modes import MODES, Mode
+from .shapes import WEIGHT_LISTS
 
-__all__ = ["MASKED_WEIGHT", "OPS", "SUITES", "Case", "Suite", "suite_named"]
+__all__ = [
+    "LINEAR",
+    "MASKED_WEIGHT",
+    "MODEL",
+    "OPS",
+    "WEIGHT_LIST",
+    "AnyCase",
+    "Case",
+    "ListCase",
+    "ModelCase",
+    "case_of",
+]
 
 LINEAR = "linear"
 MASKED_WEIGHT = "masked_weight"
-OPS = (LINEAR, MASKED_WEIGHT)
+MODEL = "model"
+WEIGHT_LIST = "weights"
+OPS = (LINEAR, MASKED_WEIGHT, WEIGHT_LIST, MODEL)
 
 # Up to this share the collapse guard resets the thresholds, and a case is no longer what it says.
 _GUARD = 0.01
 
 
+class _Named:
+    """What all kinds of cases share: the dtype's mode, and a name that says all they consist of."""
+
+    op: str
+    dtype: str
+    remaining_ratio: float
+
+    @property
+    def mode(self) -> Mode:
+        return MODES[self.dtype]
+
+    @property
+    def name(self) -> str:
+        """The case's identity in results."""
+        return f"{self.op}{self._sizes_in_name()}-{self.dtype}-r{self.remaining_ratio:g}"
+
+    @property
+    def sizes(self) -> tuple[str, str, str]:
+        """For the columns M, N and K of results; empty where a case has no such size."""
+        return "", "", ""
+
+    def _sizes_in_name(self) -> str:
+        raise NotImplementedError
+
+    def _check_dtype_and_ratio(self) -> None:
+        require_one_of("dtype", self.dtype, list(MODES))
+        if not _GUARD < self.remaining_ratio <= 1:
+            raise UsageError(
+                f"remaining_ratio is {self.remaining_ratio}. Accepted: above {_GUARD}, at most 1."
+            )
+
+
 @dataclass(frozen=True)
-class Case:
+class Case(_Named):
     """One op at one size.
 
     Args:
@@ -40,107 +88,99 @@ class Case:
     remaining_ratio: float = 0.1
 
     def __post_init__(self) -> None:
-        require_one_of("op", self.op, list(OPS))
-        require_one_of("dtype", self.dtype, list(MODES))
+        require_one_of("op", self.op, [LINEAR, MASKED_WEIGHT])
         tokens_fit = self.M == 0 if self.op == MASKED_WEIGHT else self.M > 0
         if not (tokens_fit and self.N > 0 and self.K > 0):
             raise UsageError(
                 f"M, N, K are {self.M}, {self.N}, {self.K}. Accepted: positive numbers, and M = 0 "
                 f"exactly where op is {MASKED_WEIGHT!r}."
             )
-        if not _GUARD < self.remaining_ratio <= 1:
-            raise UsageError(
-                f"remaining_ratio is {self.remaining_ratio}. Accepted: above {_GUARD}, at most 1."
-            )
+        self._check_dtype_and_ratio()
 
     @property
-    def mode(self) -> Mode:
-        return MODES[self.dtype]
+    def sizes(self) -> tuple[str, str, str]:
+        return str(self.M or ""), str(self.N), str(self.K)
 
-    @property
-    def name(self) -> str:
-        """The case's identity in results: everything it consists of."""
+    def _sizes_in_name(self) -> str:
         tokens = f"-m{self.M}" if self.M else ""
-        ratio = f"{self.remaining_ratio:g}"
-        return f"{self.op}{tokens}-n{self.N}-k{self.K}-{self.dtype}-r{ratio}"
+        return f"{tokens}-n{self.N}-k{self.K}"
 
 
 @dataclass(frozen=True)
-class Suite:
-    """Cases, the most valuable first, so that a run with a time limit gets those.
+class ModelCase(_Named):
+    """A whole training step: forward, loss, regulariser, backward, optimizer.
 
-    `compiled`: how many of them, from the first, are for providers that go through torch.compile,
-    too (None: all). A compilation with autotuning takes as long as everything else of many cases.
+    Args:
+        model: a name in `models.MODELS`, which says what is trained on what and by which optimizer.
+        batch: samples (images, sequences, tokens) of a step; the column M of results.
+        dtype, remaining_ratio: as in `Case`.
+
+    Raises UsageError for an unknown model or dtype and for a batch or ratio out of range.
     """
 
-    name: str
-    cases: tuple[Case, ...]
-    compiled: int | None = None
+    model: str
+    batch: int
+    dtype: str
+    remaining_ratio: float = 0.1
+
+    op: ClassVar[str] = MODEL
+
+    def __post_init__(self) -> None:
+        require_one_of("model", self.model, list(MODELS))
+        if self.batch < 1:
+            raise UsageError(f"batch is {self.batch}. Accepted: a positive number.")
+        self._check_dtype_and_ratio()
 
     @property
-    def compiled_cases(self) -> tuple[Case, ...]:
-        return self.cases[: self.compiled]
+    def sizes(self) -> tuple[str, str, str]:
+        return str(self.batch), "", ""
+
+    def _sizes_in_name(self) -> str:
+        return f"-{self.model}-b{self.batch}"
 
 
-_TOKENS = (16, 128, 1024, 8192, 65536)
-# The shape that most goals speak of first, then from small to large.
-_SHAPES = ((4096, 4096), (1024, 1024), (4096, 14336), (14336, 4096), (8192, 8192))
-_SIDES = (4096, 8192, 16384, 2048, 1024)  # of square weights: 1 M to 256 M, those of goals first
+@dataclass(frozen=True)
+class ListCase(_Named):
+    """The weight side of a whole model: all its weights in one call.
+
+    Args:
+        weights: a name in `shapes.WEIGHT_LISTS`.
+        dtype, remaining_ratio: as in `Case`.
+
+    Raises UsageError for an unknown list or dtype and for a ratio out of range.
+    """
+
+    weights: str
+    dtype: str
+    remaining_ratio: float = 0.1
+
+    op: ClassVar[str] = WEIGHT_LIST
+
+    def __post_init__(self) -> None:
+        require_one_of("weights", self.weights, list(WEIGHT_LISTS))
+        self._check_dtype_and_ratio()
+
+    @property
+    def numel(self) -> int:
+        return WEIGHT_LISTS[self.weights].numel
+
+    def _sizes_in_name(self) -> str:
+        return f"-{self.weights}"
 
 
-def _linear(M: int, N: int, K: int, dtype: str) -> Case:
-    return Case(LINEAR, M, N, K, dtype)
+AnyCase = Case | ModelCase | ListCase
 
 
-def _weights(N: int, K: int, dtype: str) -> Case:
-    return Case(MASKED_WEIGHT, 0, N, K, dtype)
+def case_of(name: str, M: str, N: str, K: str, dtype: str, remaining_ratio: str) -> AnyCase:
+    """The case of that name, from its name and the columns of results.
 
-
-SUITES = {
-    suite.name: suite
-    for suite in (
-        Suite(
-            "smoke",
-            (
-                _linear(128, 1024, 1024, "bf16-autocast"),
-                _weights(1024, 1024, "bf16-autocast"),
-                _linear(100, 1000, 520, "bf16-autocast"),  # no tile divides these
-                _linear(1024, 1024, 1024, "fp16-autocast"),
-            ),
-            compiled=0,
-        ),
-        Suite(
-            "streaming",
-            (
-                *(_weights(side, side, "bf16-autocast") for side in _SIDES),
-                _weights(4096, 4096, "bf16"),
-            ),
-            compiled=1,
-        ),
-        Suite(
-            "linear",
-            (
-                *(_linear(M, *_SHAPES[0], "bf16-autocast") for M in _TOKENS),
-                _linear(4096, 4096, 4096, "tf32"),
-                _linear(4096, 4096, 4096, "bf16"),
-                *(_linear(M, *shape, "bf16-autocast") for shape in _SHAPES[1:] for M in _TOKENS),
-            ),
-        ),
-        Suite(
-            "cpu",
-            (
-                _linear(32, 96, 64, "bf16-autocast"),
-                _weights(128, 96, "bf16-autocast"),
-                _linear(32, 96, 64, "fp32"),
-                _linear(33, 70, 50, "bf16"),
-            ),
-            compiled=2,
-        ),
-    )
-}
-
-
-def suite_named(name: str) -> Suite:
-    """Raises UsageError for an unknown name."""
-    require_one_of("--suite", name, list(SUITES))
-    return SUITES[name]
+    Raises UsageError where there is no such case any more.
+    """
+    op, _, rest = name.partition("-")
+    rest = rest.removesuffix(f"-{dtype}-r{remaining_ratio}")
+    ratio = float(remaining_ratio)
+    if op == MODEL:
+        return ModelCase(rest.removesuffix(f"-b{M}"), int(M), dtype, ratio)
+    if op == WEIGHT_LIST:
+        return ListCase(rest, dtype, ratio)
+    return Case(op, int(M or 0), int(N), int(K), dtype, ratio)

@@ -8,11 +8,12 @@ from rich.table import Table
 
 from .environment import CPU
 from .errors import UsageError
-from .goals import GOALS, MET, MISSED, NOT_MEASURED, Figure
+from .goal import MET, MISSED, NOT_MEASURED, Figure
+from .goals import GOALS
 from .measurements import Measurements, by_gpu
 from .results import Row
 
-__all__ = ["check_goals", "choose_gpu"]
+__all__ = ["check_goals", "choose_devices", "choose_gpu"]
 
 _STYLES = {MET: "green", MISSED: "bold red", NOT_MEASURED: "yellow"}
 _MOST_NAMED = 3
@@ -33,16 +34,21 @@ def choose_gpu(rows: list[Row], name: str | None) -> Measurements | None:
     return fitting[0] if fitting else None
 
 
-def check_goals(measurements: Measurements | None, console: Console) -> dict[str, str]:
-    """Print the table; the verdict of each goal, by title."""
-    gpu = "no GPU: rows of a CPU say nothing about these" if measurements is None else ""
-    console.print(f"Goals, {gpu or measurements.gpu}", highlight=False)
+def choose_devices(rows: list[Row], name: str | None) -> list[Measurements]:
+    """Whose goals can be judged: the GPU's as in `choose_gpu`, and without a `name` a CPU's."""
+    gpu, cpu = choose_gpu(rows, name), by_gpu(rows).get(CPU)
+    return [one for one in (gpu, cpu if name is None else None) if one is not None]
+
+
+def check_goals(measurements: Measurements, console: Console) -> dict[str, str]:
+    """Print the table of the goals for this kind of device; the verdict of each, by title."""
+    console.print(f"Goals, {measurements.gpu}", highlight=False)
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("verdict", "figure", "limit", "goal"):
         number = column in ("figure", "limit")
         table.add_column(column, justify="right" if number else "left", overflow="fold")
     verdicts = {}
-    for goal in GOALS:
+    for goal in (goal for goal in GOALS if goal.is_about(measurements)):
         figure = goal.figure(measurements)
         verdicts[goal.title] = verdict = goal.verdict(figure)
         note = _note(figure)

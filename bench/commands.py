@@ -10,16 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 
-from .cases import suite_named
-from .check import check_goals, choose_gpu
+from .check import check_goals, choose_devices, choose_gpu
 from .display import Display
 from .environment import ROOT, Environment, choose_device, slug
 from .errors import UsageError
-from .goals import MISSED, NOT_MEASURED
+from .goal import MISSED, NOT_MEASURED
 from .gpu import LOST, SANITIZER_TESTS, run_everything
 from .measurements import by_gpu, only_gpu
 from .plan import write_plan
@@ -27,6 +25,7 @@ from .readme import has_markers, refresh
 from .report import readme_table, write_report
 from .results import ResultsFile, Run, read_all, read_results
 from .runner import Outcome, already_measured, run_suite
+from .suites import SUITES, suite_named
 
 __all__ = ["app"]
 
@@ -68,7 +67,7 @@ def _usage_errors(command: Callable) -> Callable:
 @app.command()
 @_usage_errors
 def run(
-    suite: Annotated[str, typer.Option(help="smoke, streaming, linear or cpu.")],
+    suite: Annotated[str, typer.Option(help=f"One of {', '.join(SUITES)}.")],
     out: Annotated[Path, typer.Option(help="Folder of results.csv, appended to.")],
     minutes: Minutes = None,
     provider: Annotated[
@@ -77,6 +76,10 @@ def run(
     ] = None,
     device: Device = None,
     commit: Commit = None,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compiled/--no-compiled", help="Providers that go through torch.compile."),
+    ] = True,
     resume: Annotated[
         bool | None,
         typer.Option(
@@ -89,8 +92,6 @@ def run(
     """Measure a suite into OUT/results.csv; fails where a provider computes something wrong."""
     begin = time.monotonic()
     chosen, where = suite_named(suite), choose_device(device)
-    if where.type == "cpu":
-        torch.set_num_threads(1)  # tiny tensors: more threads would measure the scheduler
     environment = Environment.now(where, commit)
     with ResultsFile(out / "results.csv") as file, Display() as display:
         resume = environment.identifies_code if resume is None else resume
@@ -101,6 +102,7 @@ def run(
             where,
             display,
             names=provider,
+            compiled=compiled,
             deadline=begin + 60 * minutes if minutes is not None else float("inf"),
             done=already_measured(rows, chosen, environment),
         )
@@ -155,8 +157,13 @@ def report(
 @app.command()
 @_usage_errors
 def check(csv: Csv, gpu: Gpu = None, strict: Strict = False) -> None:
-    """Print each goal with its figure; fails where one is missed."""
-    verdicts = check_goals(choose_gpu(read_all(csv), gpu), Console()).values()
+    """Print each goal for the devices of CSV with its figure; fails where one is missed."""
+    console = Console()
+    verdicts = {
+        verdict
+        for measurements in choose_devices(read_all(csv), gpu)
+        for verdict in check_goals(measurements, console).values()
+    }
     if MISSED in verdicts or (strict and NOT_MEASURED in verdicts):
         raise typer.Exit(WRONG)
 

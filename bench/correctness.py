@@ -20,7 +20,7 @@ from .errors import WrongResultError
 from .passes import gradients
 from .problem import Problem
 
-__all__ = ["Expectation", "check_close"]
+__all__ = ["Expectation", "check_close", "distance"]
 
 _SAMPLES = 64
 
@@ -56,6 +56,13 @@ def check_close(name: str, actual: Tensor, plain: Tensor, exact: Tensor) -> None
             f"{allowed.flatten()[worst].item():.3e} is allowed, in {int(wrong.sum())} of "
             f"{wrong.numel()} compared elements"
         )
+
+
+def distance(actual: Tensor, exact: Tensor) -> float:
+    """Root mean square of the difference, over that of `exact`; infinite for other shapes."""
+    if actual.shape != exact.shape:
+        return torch.inf
+    return ((actual - exact).norm() / exact.norm()).item()
 
 
 class Expectation:

@@ -28,7 +28,21 @@ LOST = 3
 
 SANITIZER_TESTS = "tests/triton/test_tiles.py -m gpu"  # every kernel, at small sizes
 
-_SUITES = {"cuda": ("smoke", "streaming", "linear"), "cpu": ("cpu",)}
+# Small and new things first, what takes long last: compiling, and the many sizes of one layer. The
+# arguments are those of `bench run`; a suite that is named twice goes on where it was.
+_SUITES = {
+    "cuda": (
+        ("smoke",),
+        ("steps", "--no-compiled"),
+        ("models", "--no-compiled"),
+        ("streaming",),
+        ("steps",),
+        ("linear", "--no-compiled"),
+        ("models",),
+        ("linear",),
+    ),
+    "cpu": (("cpu",),),
+}
 # On a GPU the kernels' own tests carry the mark too; the compile gate needs none of its time.
 _TESTS = {
     # Side by side, because nearly all of their time is Triton compiling.
@@ -84,8 +98,12 @@ def run_everything(
         end = time.monotonic() + _SHARE_OF_TESTS * (deadline - time.monotonic())
         for tool in ("memcheck", "racecheck"):
             note(f"sanitizer, {tool}", _sanitizer(tool, sanitizer, folder, end), f"{tool}.txt")
-    for suite in _SUITES[device.type]:
-        note(f"suite {suite}", _suite(suite, folder, device, deadline, commit), "log.txt")
+    begun = set()
+    for suite, *options in _SUITES[device.type]:
+        options += ["--resume"] if suite in begun else []
+        begun.add(suite)
+        problem = _suite([suite, *options], folder, device, deadline, commit)
+        note(" ".join(["suite", suite, *options]), problem, "log.txt")
     note("report", _report(folder))
     return failed
 
@@ -134,7 +152,11 @@ def _pytest(arguments: list[str], folder: Path, seconds: float) -> str | None:
 
 
 def _suite(
-    suite: str, folder: Path, device: torch.device, deadline: float, commit: str | None
+    arguments: Sequence[str],
+    folder: Path,
+    device: torch.device,
+    deadline: float,
+    commit: str | None,
 ) -> str | None:
     """A run of a suite, begun again without what faulted the device; what went wrong, or None."""
     problem = None
@@ -142,10 +164,11 @@ def _suite(
         left = deadline - time.monotonic()
         if left < 5:
             return problem or "no time left"
-        command = [sys.executable, "-m", "bench", "run", "--suite", suite, "--out", str(folder)]
+        command = [sys.executable, "-m", "bench", "run", "--out", str(folder)]
+        command += ["--suite", *arguments]
         command += ["--device", device.type, "--minutes", f"{left / 60:.3f}"]
         command += ["--commit", commit] if commit else []
-        command += ["--resume"] if attempt else []
+        command += ["--resume"] if attempt and "--resume" not in arguments else []
         code = _exit_code(command, folder / "log.txt", left + _GRACE)
         if code == 0:
             return problem

@@ -1,26 +1,43 @@
-"""All figures of one provider on one case."""
+"""All figures of one provider on one op."""
 
 from __future__ import annotations
 
+import contextlib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
+from .cases import Case
 from .correctness import Expectation
 from .errors import WrongResultError, first_line
 from .passes import prepare, saved_bytes
 from .problem import Problem
-from .providers import Provider, available_passes
+from .providers import Provider
 from .results import ERROR, SKIPPED
 from .timing import device_time, graph_time, host_time, peak_memory, wall_time
 from .work import flops, least_bytes
 
-__all__ = ["Add", "DeviceLostError", "measure"]
+__all__ = [
+    "Add",
+    "DeviceLostError",
+    "Measure",
+    "load_case",
+    "measure",
+    "one_thread",
+    "record_failure",
+]
 
 Add = Callable[..., None]
 """add(pass, metric, value, unit) records one figure."""
+
+Measure = Callable[[Any, Add], None]
+"""Verifies a provider on a case, then times it; what fails is recorded with its reason.
+
+Raises WrongResultError, recorded too, and DeviceLostError.
+"""
 
 _SHORT = 1e-3  # below this many seconds launches matter: timed under a CUDA graph as well
 _HOST_MATTERS = 5e-3  # above, nobody asks what a call costs the host
@@ -30,12 +47,33 @@ class DeviceLostError(RuntimeError):
     """After a fault on the device nothing runs on it in this process any more."""
 
 
-def measure(provider: Provider, problem: Problem, expectation: Expectation, add: Add) -> None:
-    """Verify the provider, then time its passes; what fails is recorded with its reason.
+def load_case(case: Case, device: torch.device) -> Measure:
+    """The case's data and what is right; raises where they do not fit the device."""
+    problem = Problem(case, device)
+    with problem.mode.matmul_precision():
+        expectation = Expectation(problem)
 
-    Raises WrongResultError, recorded too, and DeviceLostError.
-    """
-    case = problem.case
+    def of_provider(provider: Provider, add: Add) -> None:
+        with one_thread(device):
+            measure(provider, problem, expectation, add)
+
+    return of_provider
+
+
+@contextlib.contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU, where more threads on tiny tensors would measure the scheduler."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def measure(provider: Provider, problem: Problem, expectation: Expectation, add: Add) -> None:
+    """As `Measure`, for one op."""
     with problem.mode.matmul_precision():
         try:
             module = provider.build(problem)
@@ -45,17 +83,17 @@ def measure(provider: Provider, problem: Problem, expectation: Expectation, add:
             add("", ERROR, str(error))
             raise
         except Exception as error:
-            _record_failure(add, "", error, problem.device)
+            record_failure(add, "", error, problem.device)
             return
         try:
             add("forward", "saved", saved_bytes(module, problem), "B")
         except Exception as error:
-            _record_failure(add, "forward", error, problem.device, "saved: ")
-        for name in available_passes(provider, case.op):
+            record_failure(add, "forward", error, problem.device, "saved: ")
+        for name in provider.passes:
             try:
                 _measure_pass(name, provider, module, problem, add)
             except Exception as error:
-                _record_failure(add, name, error, problem.device)
+                record_failure(add, name, error, problem.device)
 
 
 def _measure_pass(
@@ -87,10 +125,10 @@ def _measure_pass(
         with prepared.surroundings():
             add(name, "graph_time", graph_time(prepared.call).median, "s")
     except Exception as error:
-        _record_failure(add, name, error, device, "graph_time: ")
+        record_failure(add, name, error, device, "graph_time: ")
 
 
-def _record_failure(
+def record_failure(
     add: Add, name: str, error: Exception, device: torch.device, what: str = ""
 ) -> None:
     """Record why something has no figures. Raises DeviceLostError where the device is gone."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from .cases import Case
+from .cases import AnyCase, case_of
 from .ceilings import CEILING
 from .environment import CPU
 from .results import ERROR, SKIPPED, Row
@@ -45,7 +45,7 @@ class Measurements:
 
     def __init__(self, gpu: str, rows: Sequence[Row]) -> None:
         self.gpu, self.rows = gpu, list(rows)
-        self.cases: dict[str, Case] = {}
+        self.cases: dict[str, AnyCase] = {}
         self.reasons: list[tuple[str, str, str, str]] = []
         self._figures: dict[tuple[str, str, str, str], dict[str, float]] = {}
         wrong = {}
@@ -56,7 +56,9 @@ class Measurements:
                 )
         for row in self.rows:
             if row.provider != CEILING and row.case not in self.cases:
-                self.cases[row.case] = _case(row)
+                self.cases[row.case] = case_of(
+                    row.case, row.M, row.N, row.K, row.dtype, row.remaining_ratio
+                )
             if row.metric in (ERROR, SKIPPED):
                 self.reasons.append((row.case, row.provider, row.pass_, row.value))
             elif row.date > wrong.get((row.case, row.provider), ""):
@@ -79,6 +81,14 @@ class Measurements:
         theirs = self._least(case, pass_name, metric, others)
         both = mine.keys() & theirs.keys()
         return mine[max(both)] / theirs[max(both)] if both else None
+
+    def difference(
+        self, case: str, pass_name: str, metric: str, ours: str, other: str
+    ) -> float | None:
+        """`ours` less `other` in the newest run that has both; None without one."""
+        mine, theirs = (self.figures(case, name, pass_name, metric) for name in (ours, other))
+        both = mine.keys() & theirs.keys()
+        return mine[max(both)] - theirs[max(both)] if both else None
 
     def time_ratio(
         self, case: str, pass_name: str, ours: str, others: str | Sequence[str]
@@ -122,14 +132,3 @@ class Measurements:
             for date, value in self.figures(case, name, pass_name, metric).items():
                 least[date] = min(value, least.get(date, value))
         return least
-
-
-def _case(row: Row) -> Case:
-    return Case(
-        row.case.split("-", 1)[0],
-        int(row.M or 0),
-        int(row.N),
-        int(row.K),
-        row.dtype,
-        float(row.remaining_ratio),
-    )

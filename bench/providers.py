@@ -5,6 +5,7 @@ A function raises where its provider cannot run; the message is recorded as the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,12 +21,10 @@ from .baselines import (
     authors_regularization,
     branch_free_masked_weight,
 )
-from .cases import LINEAR, MASKED_WEIGHT, OPS
 from .compiling import compiled
-from .errors import require_one_of
 from .problem import Problem, WeightOnly
 
-__all__ = ["ALL_NAMES", "PASSES", "PIECES", "Provider", "available_passes", "providers_for"]
+__all__ = ["LINEAR_PROVIDERS", "PASSES", "PIECES", "WEIGHT_PROVIDERS", "Provider"]
 
 PASSES = ("forward", "backward", "forward_backward", "step")
 PIECES = ("grad_input", "grad_weight")
@@ -93,7 +92,7 @@ def _product_alone(problem: Problem) -> nn.Module:
 _regularization = dst_kernels.sparse_regularization
 _theirs = authors_regularization
 
-_LINEAR = (
+LINEAR_PROVIDERS = (
     Provider("dense", _linear(nn.Linear), passes=PASSES + PIECES),
     Provider("gemm", _product_alone, passes=("forward", *PIECES)),
     Provider("auto", _ours("auto"), _regularization),
@@ -133,31 +132,13 @@ def _our_masked_weight(problem: Problem) -> nn.Module:
 
 
 _branch_free = _masked(branch_free_masked_weight)
+# Without input and loss there is no step.
+_weight_provider = functools.partial(Provider, passes=("forward", "backward"))
 
-_WEIGHT = (
-    Provider("dense", _cast),
-    Provider("auto", _our_masked_weight, _regularization),
-    Provider("dst_eager", _masked(authors_masked_weight), _theirs, graphable=False),
-    Provider("dst_eager_branchfree", _branch_free, _theirs),
-    Provider("dst_compiled", _compiled(_branch_free), _theirs, compiled=True),
+WEIGHT_PROVIDERS = (
+    _weight_provider("dense", _cast),
+    _weight_provider("auto", _our_masked_weight, _regularization),
+    _weight_provider("dst_eager", _masked(authors_masked_weight), _theirs, graphable=False),
+    _weight_provider("dst_eager_branchfree", _branch_free, _theirs),
+    _weight_provider("dst_compiled", _compiled(_branch_free), _theirs, compiled=True),
 )
-
-_PROVIDERS = {LINEAR: _LINEAR, MASKED_WEIGHT: _WEIGHT}
-ALL_NAMES = list(dict.fromkeys(provider.name for op in OPS for provider in _PROVIDERS[op]))
-
-
-def providers_for(op: str, names: list[str] | None = None) -> list[Provider]:
-    """The providers of an op, in the order of measurement; only those in `names` where given.
-
-    Raises UsageError for a name that no op has.
-    """
-    for name in names or ():
-        require_one_of("--provider", name, ALL_NAMES)
-    return [one for one in _PROVIDERS[op] if not names or one.name in names]
-
-
-def available_passes(provider: Provider, op: str) -> list[str]:
-    """The passes of `provider` that the op has: weight-side ops have no input and no step."""
-    if op == MASKED_WEIGHT:
-        return [name for name in provider.passes if name in ("forward", "backward")]
-    return list(provider.passes)

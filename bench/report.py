@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from .cases import LINEAR, MASKED_WEIGHT, OPS, Case
+from .cases import LINEAR, MASKED_WEIGHT, Case
 from .ceilings import CEILING, COPY, GEMM
 from .files import write_text
-from .measurements import COMPILED_DST, Measurements, by_gpu, geometric_mean
+from .kinds import all_names
+from .measurements import COMPILED_DST, Measurements, by_gpu
 from .plots import write_plots
-from .providers import ALL_NAMES, PASSES, PIECES
+from .providers import PASSES, PIECES
+from .report_models import list_tables, model_tables, readme_model_table
 from .results import Row
+from .tables import duration, markdown_table, mean_text, ratio_text
 
-__all__ = ["duration", "markdown", "readme_table", "versions", "write_report"]
+__all__ = ["markdown", "readme_table", "versions", "write_report"]
 
 _PASS_TITLES = {
     (LINEAR, "forward"): "Linear, forward",
@@ -30,14 +32,6 @@ _NOTE = (
     "Ratios of times in one run: of a CUDA graph's where both sides were captured (short work), "
     "else of enqueued calls with cold L2. Below 1 is faster."
 )
-
-
-def duration(seconds: float) -> str:
-    """Three digits in the unit that suits."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} µs"
 
 
 def versions(measurements: Measurements) -> str:
@@ -73,10 +67,13 @@ def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 def _section(measurements: Measurements) -> list[str]:
     parts = [f"## {measurements.gpu}", versions(measurements) + ".", _NOTE, _ceilings(measurements)]
-    for op in OPS:
+    tables = model_tables(measurements)
+    for op in (LINEAR, MASKED_WEIGHT):
         for pass_name in (*PASSES, *PIECES):
             if table := _table(measurements, op, pass_name):
-                parts += [f"### {_PASS_TITLES[op, pass_name]}", table]
+                tables.append((_PASS_TITLES[op, pass_name], table))
+    for title, table in (*tables, *list_tables(measurements)):
+        parts += [f"### {title}", table]
     if measurements.reasons:
         reasons = dict.fromkeys(measurements.reasons)
         lines = [
@@ -104,7 +101,7 @@ def _table(measurements: Measurements, op: str, pass_name: str) -> str | None:
     ]
     names = [
         name
-        for name in ALL_NAMES
+        for name in all_names()
         if name != "dense"
         and any(measurements.newest(case.name, name, pass_name, "time") for case in cases)
     ]
@@ -130,42 +127,53 @@ def _table(measurements: Measurements, op: str, pass_name: str) -> str | None:
     for case, ratios in zip(cases, values, strict=True):
         dense = duration(measurements.newest(case.name, "dense", pass_name, "time"))
         sizes = [str(case.M or "-"), str(case.N), str(case.K), case.dtype]
-        lines.append([*sizes, dense, *map(_ratio, ratios)])
-    lines.append(["geometric mean", "", "", "", "", *map(_mean, zip(*values, strict=True))])
-    return _markdown_table(head, lines)
+        lines.append([*sizes, dense, *map(ratio_text, ratios)])
+    lines.append(["geometric mean", "", "", "", "", *map(mean_text, zip(*values, strict=True))])
+    return markdown_table(head, lines)
 
 
 def readme_table(found: Iterable[Measurements]) -> str:
-    """What the README shows: forward and backward of the layer under bf16 autocast, in short."""
+    """What the README shows: whole training steps, and the layer under bf16 autocast, in short."""
     parts = []
     for measurements in found:
-        cases = [
-            case
-            for case in measurements.cases.values()
-            if case.op == LINEAR
-            and case.dtype == "bf16-autocast"
-            and measurements.newest(case.name, "dense", "forward_backward", "time")
-        ]
-        if not cases:
-            continue
-        values = [_summary_of(measurements, case) for case in cases]
-        lines = [
-            [
-                str(case.M),
-                f"{case.N} x {case.K}",
-                duration(measurements.newest(case.name, "dense", "forward_backward", "time")),
-                *map(_ratio, ratios),
-            ]
-            for case, ratios in zip(cases, values, strict=True)
-        ]
-        means = [_mean(column) for column in zip(*values, strict=True)]
-        head = ["tokens", "weight", "dense", "÷ dense", "÷ compiled DST", "÷ eager DST", "memory"]
-        table = _markdown_table(head, [*lines, ["geometric mean", "", "", *means]])
-        parts.append(
-            "Forward and backward of one layer (bf16 autocast), ours over the others in the same "
-            f"run; memory: peak, over dense.\nMeasured on {versions(measurements)}.\n\n{table}"
-        )
+        if steps := readme_model_table(measurements):
+            parts.append(
+                "Whole training steps (forward, loss, regulariser, backward, optimizer), ours over "
+                "dense in the same run, and how many more launches the deferred step has.\n"
+                f"Measured on {versions(measurements)}.\n\n{steps}"
+            )
+        if layers := _readme_layer_table(measurements):
+            parts.append(
+                "Forward and backward of one layer (bf16 autocast), ours over the others in the "
+                f"same run; memory: peak, over dense.\nMeasured on {versions(measurements)}."
+                f"\n\n{layers}"
+            )
     return "\n\n".join(parts)
+
+
+def _readme_layer_table(measurements: Measurements) -> str | None:
+    cases = [
+        case
+        for case in measurements.cases.values()
+        if case.op == LINEAR
+        and case.dtype == "bf16-autocast"
+        and measurements.newest(case.name, "dense", "forward_backward", "time")
+    ]
+    if not cases:
+        return None
+    values = [_summary_of(measurements, case) for case in cases]
+    lines = [
+        [
+            str(case.M),
+            f"{case.N} x {case.K}",
+            duration(measurements.newest(case.name, "dense", "forward_backward", "time")),
+            *map(ratio_text, ratios),
+        ]
+        for case, ratios in zip(cases, values, strict=True)
+    ]
+    means = [mean_text(column) for column in zip(*values, strict=True)]
+    head = ["tokens", "weight", "dense", "÷ dense", "÷ compiled DST", "÷ eager DST", "memory"]
+    return markdown_table(head, [*lines, ["geometric mean", "", "", *means]])
 
 
 def _summary_of(measurements: Measurements, case: Case) -> list[float | None]:
@@ -177,17 +185,3 @@ def _summary_of(measurements: Measurements, case: Case) -> list[float | None]:
         *times,
         measurements.ratio(case.name, "forward_backward", "memory", "auto", "dense"),
     ]
-
-
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _mean(column: Iterable[float | None]) -> str:
-    values = [value for value in column if value is not None and not math.isnan(value)]
-    return _ratio(geometric_mean(values)) if values else "-"
-
-
-def _markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---:"] * len(head)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))

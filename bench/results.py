@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 
-from .cases import Case
+from .cases import AnyCase
 from .environment import Environment
 from .errors import UsageError
 
@@ -107,7 +107,7 @@ class Run:
     def add(
         self,
         suite: str,
-        case: Case | str,
+        case: AnyCase | str,
         provider: str,
         pass_name: str,
         metric: str,
@@ -115,11 +115,10 @@ class Run:
         unit: str = "",
     ) -> None:
         """`case`: a case, or a name for what is none (then its columns stay empty)."""
-        if isinstance(case, Case):
-            sizes = (str(case.M or ""), str(case.N), str(case.K))
-            about = (case.name, *sizes, case.dtype, f"{case.remaining_ratio:g}")
-        else:
+        if isinstance(case, str):
             about = (case, "", "", "", "", "")
+        else:
+            about = (case.name, *case.sizes, case.dtype, f"{case.remaining_ratio:g}")
         name, M, N, K, dtype, ratio = about
         text = value if isinstance(value, str) else f"{value:.6g}"
         here = self.environment

@@ -5,24 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from .cases import Case, Suite
+from .cases import AnyCase
 from .ceilings import measure_ceilings
-from .correctness import Expectation
 from .display import Display
-from .environment import Environment
+from .environment import CPU, Environment
 from .errors import WrongResultError, first_line
-from .measure import DeviceLostError, measure
-from .problem import Problem
-from .providers import Provider, available_passes, providers_for
+from .kinds import load, providers_for
+from .measure import DeviceLostError, Measure, one_thread
 from .results import ERROR, SKIPPED, Row, Run
+from .suites import Suite
 
 __all__ = ["Outcome", "already_measured", "run_suite"]
 
 # Compared with the compiled providers, so measured in the same run as they.
-_ANCHORS = ("dense", "auto")
+_ANCHORS = ("dense", "auto", "deferred")
 _FIRST_COMPILATION = {"cuda": 45.0, "cpu": 10.0}  # seconds to expect of the first one
 
 
@@ -57,10 +57,10 @@ def already_measured(rows: Iterable[Row], suite: Suite, here: Environment) -> se
             reached.setdefault((row.case, row.provider), set()).add(row.pass_)
     return {
         (case.name, provider.name)
-        for case in suite.cases
+        for case in suite.cases_on("cpu" if here.gpu == CPU else "cuda")
         for provider in providers_for(case.op)
         if "" in (passes := reached.get((case.name, provider.name), set()))
-        or passes.issuperset(available_passes(provider, case.op))
+        or passes.issuperset(provider.passes)
     }
 
 
@@ -71,6 +71,7 @@ def run_suite(
     display: Display,
     *,
     names: list[str] | None = None,
+    compiled: bool = True,
     deadline: float = float("inf"),
     done: Iterable[tuple[str, str]] = (),
 ) -> Outcome:
@@ -78,20 +79,26 @@ def run_suite(
 
     Args:
         names: of the providers, else all.
+        compiled: whether those that go through torch.compile are measured, too.
         deadline: on the clock of `time.monotonic`; nothing is begun after it.
         done: (case, provider) to leave alone.
     """
     done = set(done)
     outcome = Outcome()
+    cases = suite.cases_on(device.type)
+    stages = [(False, cases)]
+    if compiled:
+        stages.append((True, cases if names else suite.compiled_cases_on(device.type)))
     work = [
         (case, pending)
-        for compiled in (False, True)
-        for case in (suite.compiled_cases if compiled and not names else suite.cases)
-        if (pending := _pending(case, compiled, names, done))
+        for compiling, those in stages
+        for case in those
+        if (pending := _pending(case, compiling, names, done))
     ]
     display.begin(sum(len(providers) for _, providers in work))
     if work and time.monotonic() < deadline:
-        measure_ceilings(run, suite.name, device)
+        with one_thread(device):
+            measure_ceilings(run, suite.name, device)
     worker = _Runner(suite, run, device, display, deadline, outcome)
     for case, providers in work:
         try:
@@ -103,8 +110,8 @@ def run_suite(
 
 
 def _pending(
-    case: Case, compiled: bool, names: list[str] | None, done: set[tuple[str, str]]
-) -> list[Provider]:
+    case: AnyCase, compiled: bool, names: list[str] | None, done: set[tuple[str, str]]
+) -> list[Any]:
     return [
         provider
         for provider in providers_for(case.op, names)
@@ -128,8 +135,8 @@ class _Runner:
         self._measured: set[tuple[str, str]] = set()
 
     def _with_anchors(
-        self, case: Case, providers: list[Provider], names: list[str] | None
-    ) -> list[Provider]:
+        self, case: AnyCase, providers: list[Any], names: list[str] | None
+    ) -> list[Any]:
         """Before compiled providers, those they are compared with, unless measured in this run."""
         if not providers[0].compiled:
             return providers
@@ -140,16 +147,14 @@ class _Runner:
         ]
         return anchors + providers
 
-    def measure_case(self, case: Case, providers: list[Provider], names: list[str] | None) -> None:
+    def measure_case(self, case: AnyCase, providers: list[Any], names: list[str] | None) -> None:
         """Those of `providers` for which there is time."""
         fits = [one for one in providers if self._left() > self._expected(one)]
         self._leave_out(case, [one for one in providers if one not in fits])
         if not fits:
             return
         try:
-            problem = Problem(case, self._device)
-            with problem.mode.matmul_precision():
-                expectation = Expectation(problem)
+            measure = load(case, self._device)
         except Exception as error:  # usually too big for the device
             for provider in fits:
                 self._add(case, provider, "", SKIPPED, f"no data: {first_line(error)}")
@@ -160,15 +165,14 @@ class _Runner:
                 self._leave_out(case, [provider])
                 continue
             begin = time.monotonic()
-            self._measure(provider, problem, expectation)
+            self._measure(case, provider, measure)
             if provider.compiled:
                 self._compilation = max(self._compilation, time.monotonic() - begin)
         if self._device.type == "cuda":
-            del problem, expectation
+            del measure  # and the data that it holds
             torch.cuda.empty_cache()
 
-    def _measure(self, provider: Provider, problem: Problem, expectation: Expectation) -> None:
-        case = problem.case
+    def _measure(self, case: AnyCase, provider: Any, measure: Measure) -> None:
         name = f"{case.name}: {provider.name}"
         self._display.now(name)
 
@@ -179,7 +183,7 @@ class _Runner:
                 self._display.say(f"{name} {pass_name} {kind}: {value}")
 
         try:
-            measure(provider, problem, expectation, add)
+            measure(provider, add)
         except (WrongResultError, DeviceLostError) as error:
             self._outcome.wrong.setdefault(case.name, []).append(provider.name)
             if isinstance(error, DeviceLostError):
@@ -188,16 +192,16 @@ class _Runner:
         self._outcome.measured += 1
         self._display.advance()
 
-    def _add(self, case: Case, provider: Provider, pass_name: str, *figure) -> None:
+    def _add(self, case: AnyCase, provider: Any, pass_name: str, *figure) -> None:
         self._run.add(self._suite.name, case, provider.name, pass_name, *figure)
 
-    def _expected(self, provider: Provider) -> float:
+    def _expected(self, provider: Any) -> float:
         return self._compilation if provider.compiled else 0.0
 
     def _left(self) -> float:
         return self._deadline - time.monotonic()
 
-    def _leave_out(self, case: Case, providers: list[Provider]) -> None:
+    def _leave_out(self, case: AnyCase, providers: list[Any]) -> None:
         for provider in providers:
             self._outcome.left_out.setdefault(case.name, []).append(provider.name)
             self._display.advance()

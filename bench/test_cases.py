@@ -8,21 +8,24 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.cases import SUITES, Case
+from bench.cases import Case
 from bench.correctness import Expectation
+from bench.kinds import providers_for
 from bench.passes import prepare
 from bench.problem import Problem
-from bench.providers import Provider, available_passes, providers_for
+from bench.providers import Provider
+from bench.suites import SUITES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SUITE = SUITES["smoke" if DEVICE.type == "cuda" else "cpu"]
 CASES = [
     pytest.param(case, provider, id=f"{case.name}-{provider.name}")
-    for case in SUITE.cases
+    for case in SUITE.cases_on(DEVICE.type)
+    if isinstance(case, Case)
     for provider in providers_for(case.op)
     if "backward" in provider.passes
     # Compiling takes most of a minute on two cores; one case shows that it works.
-    if not provider.compiled or case in SUITE.compiled_cases[:1]
+    if not provider.compiled or case in SUITE.compiled_cases_on(DEVICE.type)[:1]
 ]
 
 
@@ -41,8 +44,7 @@ def test_case(case: Case, provider: Provider, benchmark) -> None:
         module = provider.build(problem)
         if provider.masked:
             Expectation(problem).verify(module)
-        passes = available_passes(provider, case.op)
-        name = "forward_backward" if "forward_backward" in passes else "backward"
+        name = "forward_backward" if "forward_backward" in provider.passes else "backward"
         call = prepare(name, provider, module, problem).call
 
         def until_idle() -> None:

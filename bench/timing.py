@@ -8,17 +8,28 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
-__all__ = ["Timing", "device_time", "graph_time", "host_time", "peak_memory", "wall_time"]
+__all__ = [
+    "Timing",
+    "device_time",
+    "graph_time",
+    "host_time",
+    "peak_memory",
+    "replayed",
+    "wall_time",
+]
+
+T = TypeVar("T")
 
 _SECONDS = 0.05  # to spend on the samples of a wall clock
 _SHORT = 5e-3
 _WARM_UP_MS, _REPEAT_MS = 15, 60
-_GRAPH_SECONDS, _MOST_IN_GRAPH, _REPLAYS = 0.02, 100, 10
+_GRAPH_SECONDS, _MOST_IN_GRAPH, _MOST_REPLAYS, _SAMPLES = 0.02, 100, 100, 10
 _FEWEST, _MOST = 5, 200
 _CALLS_BETWEEN_SYNCHRONISATIONS = 10
 
@@ -48,31 +59,64 @@ def device_time(call: Callable[[], object], device: torch.device) -> Timing:
     return Timing.of([ms / 1e3 for ms in samples])
 
 
-def graph_time(call: Callable[[], object]) -> Timing:
+def graph_time(call: Callable[[], object], most: int = _MOST_IN_GRAPH) -> Timing:
     """CUDA only: many calls in one CUDA graph, so without any host work between kernels; warm L2.
 
     As triton's do_bench_cudagraph, but the first call, which may run a forward for a backward, is
-    on the stream that captures: autograd runs a backward where its forward ran. Raises what the
+    on the stream that captures: autograd runs a backward where its forward ran. Up to `most` calls
+    are captured: 1 for a whole training step, which is replayed again and again. Raises what the
     capture raises.
     """
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with _on_side_stream():
         call()
         call()
         estimate = _between_events(lambda: [call() for _ in range(5)]) / 5
-        count = max(1, min(_MOST_IN_GRAPH, int(_GRAPH_SECONDS / estimate)))
-        graph.capture_begin()
-        try:
-            for _ in range(count):
-                call()
-        except Exception:
-            with contextlib.suppress(Exception):  # it only says that the capture failed
-                graph.capture_end()
-            raise
-        graph.capture_end()
+        count = max(1, min(most, int(_GRAPH_SECONDS / estimate)))
+        graph, _ = _capture(call, count)
+        replays = max(1, min(_MOST_REPLAYS, int(_GRAPH_SECONDS / (estimate * count))))
         graph.replay()
-        return Timing.of([_between_events(graph.replay) / count for _ in range(_REPLAYS)])
+        samples = [
+            _between_events(lambda: [graph.replay() for _ in range(replays)]) / (count * replays)
+            for _ in range(_SAMPLES)
+        ]
+        return Timing.of(samples)
+
+
+def replayed(call: Callable[[], T], eager: int, replays: int) -> Iterator[T]:
+    """CUDA only: the results of `eager` calls, then of as many replays of one captured call.
+
+    Each result must be read before the next. Raises what the capture raises.
+    """
+    with _on_side_stream():
+        for _ in range(eager):
+            yield call()
+        graph, result = _capture(call, 1)
+        for _ in range(replays):
+            graph.replay()
+            yield result
+
+
+@contextlib.contextmanager
+def _on_side_stream() -> Iterator[None]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+
+
+def _capture(call: Callable[[], T], count: int) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A graph of `count` calls on the current stream, and what the last of them returns."""
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin()
+    try:
+        for _ in range(count):
+            result = call()
+    except Exception:
+        with contextlib.suppress(Exception):  # it only says that the capture failed
+            graph.capture_end()
+        raise
+    graph.capture_end()
+    return graph, result
 
 
 def _between_events(work: Callable[[], object]) -> float:
@@ -84,8 +128,13 @@ def _between_events(work: Callable[[], object]) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def wall_time(call: Callable[[], object], device: torch.device) -> Timing:
-    """From one idle device to the next; short calls on CUDA ten at a time, as a loop would."""
+def wall_time(
+    call: Callable[[], object], device: torch.device, seconds: float = _SECONDS
+) -> Timing:
+    """From one idle device to the next; short calls on CUDA ten at a time, as a loop would.
+
+    Takes about `seconds`.
+    """
     call()
     _synchronize(device)
     begin = time.perf_counter()
@@ -96,7 +145,7 @@ def wall_time(call: Callable[[], object], device: torch.device) -> Timing:
     samples: list[float] = []
     begin = time.perf_counter()
     while len(samples) < _FEWEST or (
-        len(samples) < _MOST and time.perf_counter() - begin < _SECONDS
+        len(samples) < _MOST and time.perf_counter() - begin < seconds
     ):
         _synchronize(device)
         start = time.perf_counter()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .cases import MASKED_WEIGHT, Case
+from .cases import MASKED_WEIGHT, Case, ListCase
 
-__all__ = ["bytes_of", "flops", "least_bytes"]
+__all__ = ["bytes_of", "flops", "least_bytes", "list_bytes"]
 
 _PRODUCTS = {
     "forward": 1,
@@ -45,6 +45,22 @@ def least_bytes(case: Case, name: str) -> int | None:
         "grad_input": forward,
         "grad_weight": 2 * weights * weight + (inputs + outputs) * compute,
     }.get(name)
+
+
+def list_bytes(case: ListCase, name: str) -> int:
+    """As `least_bytes` for a list of weights.
+
+    A step reads G, reads and writes W and the optimizer's state, and writes next step's masked
+    weight.
+    """
+    weight, compute = bytes_of(case.mode.weight), bytes_of(case.mode.compute)
+    per_weight = {
+        "pack": weight + compute,
+        "post": compute + 2 * weight,
+        "sgd": compute + 2 * weight + 2 * weight + compute,
+        "adamw": compute + 2 * weight + 4 * weight + compute,
+    }
+    return case.numel * per_weight[name]
 
 
 def bytes_of(dtype: torch.dtype) -> int:

@@ -1,4 +1,4 @@
-"""Goals: met, missed, not measured; on one GPU's rows, never on a CPU's."""
+"""Goals: met, missed, not measured; of a GPU on one GPU's rows, of a CPU on a CPU's."""
 
 from __future__ import annotations
 
@@ -6,23 +6,44 @@ import pytest
 from made_up_rows import ceilings, environment, times, write_rows
 from typer.testing import CliRunner
 
-from bench.cases import SUITES
-from bench.check import choose_gpu
+from bench.cases import Case, ListCase, ModelCase
+from bench.check import choose_devices
 from bench.commands import app
 from bench.errors import UsageError
-from bench.goals import GOALS, MET, MISSED, NOT_MEASURED
+from bench.goal import MET, MISSED, NOT_MEASURED
+from bench.goals import GOALS
 from bench.measurements import Measurements
 from bench.results import read_results
+from bench.suites import SUITES
 
-ALL = SUITES["linear"].cases + SUITES["streaming"].cases
+ALL = tuple(
+    case for name in ("linear", "streaming", "steps", "models") for case in SUITES[name].cases
+)
 FIRST = SUITES["linear"].cases[0]
+VGG = ModelCase("vgg-16", 128, "bf16-autocast")
+LAYER_1K = ModelCase("linear-4096", 1024, "bf16-autocast")
+RESNET = ListCase("resnet-50", "bf16-autocast")
+LENET_ON_CPU = ModelCase("lenet-300-100", 64, "fp32")
 
 
 def _good(skip=()):
-    """Figures by which every goal is met, without those of the cases in `skip`."""
+    """Figures by which every goal for a GPU is met, without those of the cases in `skip`."""
     yield from ceilings(bandwidth=1000.0)
     for case in ALL:
         if case in skip:
+            continue
+        if isinstance(case, ModelCase):
+            for metric in ("time", "graph_time"):
+                for name, seconds in (("dense", 1.0), ("deferred", 0.85), ("grouped", 1.04)):
+                    yield (case, name, "step", metric, seconds)
+                yield (case, "dst_compiled", "step", metric, 1.1)
+            yield (case, "dst_eager", "step", "time", 2.5)
+            yield (case, "dense", "step", "launches", 100)
+            yield (case, "deferred", "step", "launches", 103)
+            continue
+        if isinstance(case, ListCase):
+            for name in ("pack", "post", "sgd", "adamw"):
+                yield (case, "auto", name, "bandwidth", 950.0)
             continue
         if case.op == "masked_weight":
             for name in ("forward", "backward"):
@@ -48,8 +69,12 @@ def _good(skip=()):
 
 
 def _verdicts(path, gpu=None):
-    found = choose_gpu(read_results(path), gpu)
-    return {goal.title: goal.verdict(goal.figure(found)) for goal in GOALS}
+    return {
+        goal.title: goal.verdict(goal.figure(found))
+        for found in choose_devices(read_results(path), gpu)
+        for goal in GOALS
+        if goal.is_about(found)
+    }
 
 
 def _check(*arguments):
@@ -84,14 +109,68 @@ def test_one_bad_case_misses_the_goals_it_belongs_to(tmp_path, figure, goals):
     assert code == 1 and "missed" in output
 
 
+@pytest.mark.parametrize(
+    ("figure", "goals"),
+    [
+        ((VGG, "deferred", "time", 1.01), {"eager: deferred ÷ dense"}),
+        ((VGG, "deferred", "graph_time", 1.01), {"graph: deferred ÷ dense"}),
+        ((VGG, "grouped", "time", 1.06), {"eager: grouped ÷ dense"}),
+        ((VGG, "grouped", "graph_time", 1.06), {"graph: grouped ÷ dense"}),
+        ((VGG, "dst_eager", "time", 1.6), {"VGG-16"}),
+        ((VGG, "deferred", "launches", 104), {"launches of deferred"}),
+        ((LAYER_1K, "deferred", "graph_time", 0.9), {"1k tokens, graph", "compiled DST"}),
+        ((LAYER_1K, "deferred", "time", 1.01), {"eager and graph: deferred ÷ dense"}),
+        ((LAYER_1K, "dst_compiled", "graph_time", 1.0), {"1k tokens: deferred ÷ compiled DST"}),
+    ],
+)
+def test_one_bad_model_misses_the_goals_it_belongs_to(tmp_path, figure, goals):
+    case, provider, metric, value = figure
+    bad = (case, provider, "step", metric, value)
+    missed = {
+        title
+        for title, verdict in _verdicts(
+            write_rows(tmp_path / "results.csv", [*_good(), bad])
+        ).items()
+        if verdict == MISSED
+    }
+    assert len(missed) == len(goals)
+    assert all(any(part in title for title in missed) for part in goals)
+
+
+def test_fewer_launches_than_dense_are_as_good(tmp_path):
+    fewer = [(case, "deferred", "step", "launches", 60) for case in SUITES["models"].cases]
+    path = write_rows(tmp_path / "results.csv", [*_good(), *fewer])
+    assert set(_verdicts(path).values()) == {MET}
+
+
+@pytest.mark.parametrize(("seconds", "verdict"), [(1.2, MET), (1.3, MISSED), (None, NOT_MEASURED)])
+def test_a_cpu_is_held_against_its_own_goals(tmp_path, seconds, verdict):
+    rows = [*times(LENET_ON_CPU, "step", dense=1.0), *_good()]
+    if seconds is not None:
+        rows += times(LENET_ON_CPU, "step", deferred=seconds)
+    path = write_rows(tmp_path / "results.csv", rows, environment("cpu"))
+    assert set(_verdicts(path).values()) == {verdict}
+    code, output = _check(path)
+    assert code == (verdict == MISSED)
+    assert "Goals, cpu" in output and "LeNet-300-100" in output and "cuBLAS" not in output
+
+
+def test_a_gpu_and_a_cpu_in_one_file(tmp_path):
+    path = write_rows(tmp_path / "results.csv", _good())
+    write_rows(path, times(LENET_ON_CPU, "step", dense=1.0, deferred=1.3), environment("cpu"))
+    assert list(_verdicts(path).values()).count(MISSED) == 1
+    assert set(_verdicts(path, "made-up").values()) == {MET}
+
+
 def test_a_mean_is_missed_by_all_cases_together(tmp_path):
-    slower = [row for case in ALL if case.M for row in times(case, "forward_backward", auto=1.01)]
+    linear = SUITES["linear"].cases
+    slower = [row for case in linear for row in times(case, "forward_backward", auto=1.01)]
     verdicts = _verdicts(write_rows(tmp_path / "results.csv", [*_good(), *slower]))
     assert verdicts["forward+backward ÷ dense, mean"] == MISSED
     assert verdicts["forward+backward ÷ dense, worst"] == MET
 
 
-_STREAMED = next(case for case in SUITES["streaming"].cases if case.N == 8192)
+_STREAMED = Case("masked_weight", 0, 8192, 8192, "bf16-autocast")
 _TF32 = next(case for case in SUITES["linear"].cases if case.dtype == "tf32")
 
 
@@ -101,6 +180,10 @@ _TF32 = next(case for case in SUITES["linear"].cases if case.dtype == "tf32")
         ((_STREAMED, "auto", "forward", "bandwidth", 890.0), "pack from 16 M weights"),
         ((_STREAMED, "auto", "backward", "bandwidth", 890.0), "post from 16 M weights"),
         ((_TF32, "fused", "forward", "time", 1.1), "fused forward in tf32"),
+        ((RESNET, "auto", "pack", "bandwidth", 890.0), "pack over all weights"),
+        ((RESNET, "auto", "post", "bandwidth", 890.0), "post over all weights"),
+        ((RESNET, "auto", "sgd", "bandwidth", 890.0), "sgd over all weights"),
+        ((RESNET, "auto", "adamw", "bandwidth", 890.0), "adamw over all weights"),
     ],
 )
 def test_goals_of_at_least(tmp_path, figure, title):
@@ -128,11 +211,10 @@ def test_a_bad_case_is_bad_whatever_else_is_missing(tmp_path):
     assert verdicts["forward+backward ÷ dense, mean"] == NOT_MEASURED
 
 
-def test_rows_of_a_cpu_count_for_nothing(tmp_path):
+def test_rows_of_a_cpu_count_for_no_goal_of_a_gpu(tmp_path):
     path = write_rows(tmp_path / "results.csv", _good(), environment("cpu"))
     assert set(_verdicts(path).values()) == {NOT_MEASURED}
-    code, output = _check(path)
-    assert code == 0 and "no GPU" in output
+    assert _check(path)[0] == 0
     assert _check(path, "--strict")[0] == 1
 
 
@@ -140,7 +222,7 @@ def test_gpus_are_not_mixed(tmp_path):
     path = write_rows(tmp_path / "results.csv", _good(), environment("Big 1"))
     write_rows(path, times(FIRST, "forward_backward", auto=9.0), environment("Small 2"))
     with pytest.raises(UsageError, match="part of the name of one of Big 1, Small 2"):
-        choose_gpu(read_results(path), None)
+        choose_devices(read_results(path), None)
     assert set(_verdicts(path, "big").values()) == {MET}
     code, output = _check(path, "--gpu", "huge")
     assert code == 2 and "--gpu is 'huge'" in output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -14,22 +15,21 @@ from conftest import ROOT
 from torch import nn
 from typer.testing import CliRunner
 
-from bench import providers
+from bench import kinds
 from bench.baselines import authors_regularization
-from bench.cases import SUITES
 from bench.commands import app
 from bench.gpu import run_part
+from bench.kinds import providers_for
 from bench.providers import Provider
 from bench.results import ResultsFile, read_results
+from bench.suites import SUITES
 
 QUICK = ["--suite", "cpu", "--device", "cpu", "--provider", "dense", "--provider", "auto"]
 
 
 @pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+def _one_thread_in_other_processes(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def _invoke(*arguments):
@@ -64,20 +64,20 @@ def test_run_report_check(tmp_path):
 def test_a_second_run_measures_what_is_missing(tmp_path):
     path = tmp_path / "results.csv"
     first = ["run", *QUICK[:6], "--out", tmp_path, "--commit", "abc"]
-    assert "4 measured" in _invoke(*first)[1]
+    assert "6 measured" in _invoke(*first)[1]
     count = len(read_results(path))
     assert "0 measured" in _invoke(*first)[1]
     assert len(read_results(path)) == count
     assert "3 measured" in _invoke(*first, "--provider", "gemm")[1]  # of linear cases only
-    assert "4 measured" in _invoke(*first[:-1], "def")[1]
-    assert "4 measured" in _invoke(*first, "--again")[1]
+    assert "6 measured" in _invoke(*first[:-1], "def")[1]
+    assert "6 measured" in _invoke(*first, "--again")[1]
     assert "0 measured" in _invoke(*first[:-1], "def")[1]
 
 
 def test_changed_code_is_measured_again(tmp_path):
     dirty = ["run", *QUICK[:6], "--out", tmp_path, "--commit", "abc-dirty"]
     for _ in range(2):
-        assert "4 measured" in _invoke(*dirty)[1]
+        assert "6 measured" in _invoke(*dirty)[1]
     assert "0 measured" in _invoke(*dirty, "--resume")[1]
 
 
@@ -86,7 +86,8 @@ def test_no_time_says_what_was_left_out(tmp_path):
     assert code == 0
     assert "0 measured" in output and "Left out, the time was up" in output
     for case in SUITES["cpu"].cases:
-        assert f"{case.name}: dense, auto" in output
+        names = [one.name for one in providers_for(case.op, ["dense", "auto"])]
+        assert f"{case.name}: {', '.join(names)}" in output
     assert read_results(tmp_path / "results.csv") == []
 
 
@@ -108,7 +109,7 @@ def test_a_killed_run_keeps_what_it_has(tmp_path):
     assert code == 0, output
     assert read_results(path)[: len(before)] == before
     cases = {case.name for case in SUITES["cpu"].cases}
-    assert {case for case, name in _measured(path) if name == "auto"} == cases
+    assert {case for case, name in _measured(path) if name == "dense"} == cases
 
 
 def _doubled(problem):
@@ -123,12 +124,10 @@ def _doubled(problem):
 
 
 def test_a_wrong_provider_fails_the_run(tmp_path, monkeypatch):
-    linear = (
-        *providers._PROVIDERS["linear"],
-        Provider("doubled", _doubled, authors_regularization),
-    )
-    monkeypatch.setitem(providers._PROVIDERS, "linear", linear)
-    monkeypatch.setattr(providers, "ALL_NAMES", [*providers.ALL_NAMES, "doubled"])
+    linear = kinds.KINDS["linear"]
+    doubled = Provider("doubled", _doubled, authors_regularization)
+    more = dataclasses.replace(linear, providers=(*linear.providers, doubled))
+    monkeypatch.setitem(kinds.KINDS, "linear", more)
     code, output = _invoke("run", *QUICK, "--provider", "doubled", "--out", tmp_path)
     assert code == 1
     assert f"{SUITES['cpu'].cases[0].name}: doubled" in output.split("WRONG")[1]
@@ -140,7 +139,10 @@ def test_a_wrong_provider_fails_the_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--suite", "conv"], "--suite 'conv' is unknown. Accepted: smoke, streaming, linear, cpu"),
+        (
+            ["--suite", "conv"],
+            "--suite 'conv' is unknown. Accepted: smoke, streaming, steps, models",
+        ),
         (["--provider", "cublas"], "--provider 'cublas' is unknown. Accepted: dense, gemm, auto"),
         (["--device", "tpu"], "--device is 'tpu'. Accepted: cuda, cpu"),
     ],

@@ -11,11 +11,12 @@ from bench.baselines import BranchFreeLinear, authors_regularization, branch_fre
 from bench.cases import Case
 from bench.correctness import Expectation
 from bench.errors import WrongResultError
+from bench.kinds import providers_for
 from bench.measure import measure
 from bench.modes import MODES
 from bench.passes import saved_bytes
 from bench.problem import Problem
-from bench.providers import Provider, available_passes, providers_for
+from bench.providers import Provider
 
 CPU = torch.device("cpu")
 LINEAR = Case("linear", 90, 70, 75, "bf16-autocast")  # more rows and tokens than are sampled
@@ -162,7 +163,7 @@ def test_every_pass_of_every_provider_has_its_figures(case):
         if provider.compiled:
             continue
         found = _figures(provider, case)
-        for name in available_passes(provider, case.op):
+        for name in provider.passes:
             metrics = {metric for where, metric, _ in found if where == name}
             assert {"time", "spread"} <= metrics, (provider.name, name, found)
             assert "memory" not in metrics and "host_time" not in metrics  # not on a CPU

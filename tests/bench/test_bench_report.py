@@ -10,8 +10,9 @@ from bench.cases import Case
 from bench.commands import app
 from bench.measurements import by_gpu
 from bench.readme import BEGIN, END
-from bench.report import duration, markdown, readme_table
+from bench.report import markdown, readme_table
 from bench.results import read_results
+from bench.tables import duration
 
 SMALL, LARGE = (Case("linear", M, 1024, 2048, "bf16-autocast") for M in (16, 1024))
 WEIGHT = Case("masked_weight", 0, 1024, 1024, "bf16-autocast")

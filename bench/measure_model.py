@@ -1,0 +1,114 @@
+"""All figures of one provider's training step."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+
+from .cases import ModelCase
+from .errors import WrongResultError
+from .launches import count_launches
+from .measure import Add, Measure, record_failure
+from .model_providers import STEP, ModelProvider
+from .results import ERROR
+from .timing import graph_time, wall_time
+from .training import AT_REST, Setup
+from .trajectory import TrajectoryExpectation
+
+__all__ = ["load_model_case"]
+
+_WARM_UP = 3
+_SECONDS = 0.3  # a neighbour on the machine, or a busy host, should not decide
+
+
+def load_model_case(case: ModelCase, device: torch.device) -> Measure:
+    """What measures a provider: after its verification, eagerly and as a CUDA graph."""
+    setup = Setup(case.model, case.batch, case.remaining_ratio, device, case.mode, AT_REST)
+    expectation = functools.cache(lambda: TrajectoryExpectation(setup))
+
+    def measure(provider: ModelProvider, add: Add) -> None:
+        try:
+            with _as_in_training(setup):
+                _measure(provider, setup, expectation, add)
+        finally:
+            if device.type == "cuda":
+                gc.collect()  # modules and their hooks are cycles, which hold gigabytes
+                torch.cuda.empty_cache()
+
+    return measure
+
+
+def _measure(
+    provider: ModelProvider,
+    setup: Setup,
+    expectation: Callable[[], TrajectoryExpectation],
+    add: Add,
+) -> None:
+    try:
+        if provider.masked:
+            expectation().verify(provider)
+    except WrongResultError as error:
+        add("", ERROR, str(error))
+        raise
+    except Exception as error:
+        record_failure(add, "", error, setup.device)
+        return
+    try:
+        _measure_eager(provider, setup, add)
+    except Exception as error:
+        record_failure(add, STEP, error, setup.device)
+        return
+    if setup.device.type != "cuda" or not provider.graphable:
+        return
+    try:
+        if provider.masked and not provider.compiled:
+            expectation().verify_graph(provider)
+        # Prepared anew: whatever autograd keeps must have begun on the stream that captures.
+        training = provider.train(setup)
+        add(STEP, "graph_time", graph_time(training.step, most=1).median, "s")
+    except WrongResultError as error:
+        add("", ERROR, str(error))
+        raise
+    except Exception as error:
+        record_failure(add, STEP, error, setup.device, "graph_time: ")
+
+
+def _measure_eager(provider: ModelProvider, setup: Setup, add: Add) -> None:
+    """Time, and on CUDA memory and launches."""
+    device, on_gpu = setup.device, setup.device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if on_gpu else 0
+    training = provider.train(setup)
+    for _ in range(_WARM_UP):
+        training.step()
+    timing = wall_time(training.step, device, _SECONDS)
+    add(STEP, "time", timing.median, "s")
+    add(STEP, "spread", timing.spread, "s")
+    if not on_gpu:
+        return
+    # Parameters, packed copies and the optimizer's state count: a mode may trade one for another.
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    training.step()
+    torch.cuda.synchronize(device)
+    add(STEP, "memory", torch.cuda.max_memory_allocated(device) - before, "B")
+    try:
+        add(STEP, "launches", count_launches(training.step, device))
+    except Exception as error:
+        record_failure(add, STEP, error, device, "launches: ")
+
+
+@contextlib.contextmanager
+def _as_in_training(setup: Setup) -> Iterator[None]:
+    """cuDNN's fastest algorithms for these shapes, and no word on what is meant so."""
+    with (
+        setup.mode.matmul_precision(),
+        torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=setup.mode.tf32),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable")
+        yield

@@ -1,0 +1,120 @@
+"""Whole training problems, by name: network, random data, loss and optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .modes import Mode
+from .networks import GPT, VGG, WideResNet, lenet_300_100
+
+__all__ = ["ADAMW", "MODELS", "SGD", "Loss", "Model"]
+
+SGD, ADAMW = "sgd", "adamw"
+
+Draw = Callable[[int, torch.Generator, Mode], tuple[Tensor, Tensor]]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is trained.
+
+    Args:
+        network: builds it, with fresh weights from torch's global generator.
+        data: draws a batch (input, target) for a number of samples on the generator's device.
+        optimizer: SGD (with momentum) or ADAMW.
+        loss: of output and target; None: the target is the gradient of the output, and the input
+            wants one, as in a layer amid others.
+        small: the name of a model of the same kind in which the same code is verified.
+    """
+
+    network: Callable[[], nn.Module]
+    data: Draw
+    optimizer: str
+    loss: Loss | None
+    small: str
+
+
+def _cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output.flatten(0, -2), target.flatten())
+
+
+def _images(*shape: int, classes: int = 10) -> Draw:
+    def draw(batch: int, generator: torch.Generator, mode: Mode) -> tuple[Tensor, Tensor]:
+        device = generator.device
+        images = torch.randn(batch, *shape, generator=generator, device=device).to(mode.weight)
+        if images.dim() == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
+        labels = torch.randint(classes, (batch,), generator=generator, device=device)
+        return images, labels
+
+    return draw
+
+
+def _text(vocabulary: int, context: int) -> Draw:
+    def draw(batch: int, generator: torch.Generator, mode: Mode) -> tuple[Tensor, Tensor]:
+        shape = (batch, context + 1)
+        tokens = torch.randint(vocabulary, shape, generator=generator, device=generator.device)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    return draw
+
+
+def _activations(inputs: int, outputs: int) -> Draw:
+    """In the compute dtype: a layer amid others gets what the product before it gave."""
+
+    def draw(batch: int, generator: torch.Generator, mode: Mode) -> tuple[Tensor, Tensor]:
+        device = generator.device
+        input, grad = (
+            torch.randn(batch, size, generator=generator, device=device).to(mode.compute)
+            for size in (inputs, outputs)
+        )
+        return input.requires_grad_(), grad
+
+    return draw
+
+
+def _layer(inputs: int, outputs: int, small: str) -> Model:
+    return Model(
+        lambda: nn.Sequential(nn.Linear(inputs, outputs)),
+        _activations(inputs, outputs),
+        ADAMW,
+        None,
+        small,
+    )
+
+
+def _classifier(network: Callable[[], nn.Module], data: Draw, small: str) -> Model:
+    return Model(network, data, SGD, _cross_entropy, small)
+
+
+def _gpt(vocabulary: int, context: int, small: str, **size: int) -> Model:
+    return Model(
+        lambda: GPT(vocabulary, context, **size),
+        _text(vocabulary, context),
+        ADAMW,
+        _cross_entropy,
+        small,
+    )
+
+
+_CIFAR = _images(3, 32, 32)
+
+MODELS = {
+    "lenet-300-100": _classifier(lenet_300_100, _images(784), "lenet-300-100"),
+    "vgg-16": _classifier(VGG, _CIFAR, "vgg-small"),
+    "wrn-16-8": _classifier(WideResNet, _CIFAR, "wrn-small"),
+    "gpt": _gpt(50257, 1024, "gpt-small"),
+    "linear-4096": _layer(4096, 4096, "linear-64"),
+    "vgg-small": _classifier(
+        lambda: VGG((8, None, 8, None, 16, None, 16, None, 16)), _CIFAR, "vgg-small"
+    ),
+    "wrn-small": _classifier(lambda: WideResNet(10, 1), _images(3, 16, 16), "wrn-small"),
+    "gpt-small": _gpt(61, 16, "gpt-small", width=32, layers=2, heads=2),
+    "linear-64": _layer(64, 48, "linear-64"),
+}

@@ -1,0 +1,131 @@
+"""Which cases are measured together, in order of priority."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .cases import LINEAR, MASKED_WEIGHT, AnyCase, Case, ListCase, ModelCase
+from .errors import require_one_of
+
+__all__ = ["SUITES", "Suite", "suite_named"]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Cases, the most valuable first, so that a run with a time limit gets those.
+
+    Args:
+        name: on the command line and in results.
+        cases: for a GPU.
+        small: for a CPU, so that the same code runs there; None: `cases`.
+        compiled: how many of them, from the first, are for providers that go through
+            torch.compile, too (None: all). A compilation with autotuning takes as long as
+            everything else of many cases.
+    """
+
+    name: str
+    cases: tuple[AnyCase, ...]
+    small: tuple[AnyCase, ...] | None = None
+    compiled: int | None = None
+
+    def cases_on(self, device_type: str) -> tuple[AnyCase, ...]:
+        return self.cases if device_type != "cpu" or self.small is None else self.small
+
+    def compiled_cases_on(self, device_type: str) -> tuple[AnyCase, ...]:
+        return self.cases_on(device_type)[: self.compiled]
+
+
+_TOKENS = (16, 128, 1024, 8192, 65536)
+# The shape that most goals speak of first, then from small to large.
+_SHAPES = ((4096, 4096), (1024, 1024), (4096, 14336), (14336, 4096), (8192, 8192))
+_SIDES = (4096, 8192, 16384, 2048, 1024)  # of square weights: 1 M to 256 M, those of goals first
+_AMP = "bf16-autocast"
+
+
+def _linear(M: int, N: int, K: int, dtype: str) -> Case:
+    return Case(LINEAR, M, N, K, dtype)
+
+
+def _weights(N: int, K: int, dtype: str) -> Case:
+    return Case(MASKED_WEIGHT, 0, N, K, dtype)
+
+
+SUITES = {
+    suite.name: suite
+    for suite in (
+        Suite(
+            "smoke",
+            (
+                _linear(128, 1024, 1024, _AMP),
+                _weights(1024, 1024, _AMP),
+                _linear(100, 1000, 520, _AMP),  # no tile divides these
+                _linear(1024, 1024, 1024, "fp16-autocast"),
+                ModelCase("lenet-300-100", 128, _AMP),
+                ListCase("small", _AMP),
+            ),
+            compiled=0,
+        ),
+        Suite(
+            "streaming",
+            (
+                ListCase("4x4096x4096", _AMP),
+                ListCase("resnet-50", _AMP),
+                *(_weights(side, side, _AMP) for side in _SIDES),
+                _weights(4096, 4096, "bf16"),
+            ),
+            small=(ListCase("small", _AMP), _weights(128, 96, _AMP)),
+            compiled=0,
+        ),
+        Suite(
+            "steps",
+            tuple(ModelCase("linear-4096", tokens, _AMP) for tokens in (1024, 8192, 128)),
+            small=(ModelCase("linear-64", 32, "fp32"),),
+            compiled=1,
+        ),
+        Suite(
+            "models",
+            (
+                ModelCase("lenet-300-100", 128, _AMP),
+                ModelCase("vgg-16", 128, _AMP),
+                ModelCase("wrn-16-8", 128, _AMP),
+                ModelCase("gpt", 8, _AMP),
+                ModelCase("lenet-300-100", 64, _AMP),
+            ),
+            small=(
+                ModelCase("lenet-300-100", 64, "fp32"),
+                ModelCase("lenet-300-100", 128, "fp32"),
+                ModelCase("vgg-small", 8, "fp32"),
+                ModelCase("wrn-small", 8, "fp32"),
+                ModelCase("gpt-small", 4, "fp32"),
+            ),
+            compiled=2,
+        ),
+        Suite(
+            "linear",
+            (
+                *(_linear(M, *_SHAPES[0], _AMP) for M in _TOKENS),
+                _linear(4096, 4096, 4096, "tf32"),
+                _linear(4096, 4096, 4096, "bf16"),
+                *(_linear(M, *shape, _AMP) for shape in _SHAPES[1:] for M in _TOKENS),
+            ),
+        ),
+        Suite(
+            "cpu",
+            (
+                _linear(32, 96, 64, _AMP),
+                _weights(128, 96, _AMP),
+                ModelCase("lenet-300-100", 64, "fp32"),
+                ListCase("small", _AMP),
+                _linear(32, 96, 64, "fp32"),
+                _linear(33, 70, 50, "bf16"),
+            ),
+            compiled=2,
+        ),
+    )
+}
+
+
+def suite_named(name: str) -> Suite:
+    """Raises UsageError for an unknown name."""
+    require_one_of("--suite", name, list(SUITES))
+    return SUITES[name]

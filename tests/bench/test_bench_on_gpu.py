@@ -1,0 +1,77 @@
+"""What the benchmark does only where there is a GPU: graphs of whole steps, launches, memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.cases import ListCase, ModelCase
+from bench.kinds import load, providers_for
+from bench.launches import count_launches
+from bench.list_providers import LIST_PASSES
+from bench.model_providers import MODEL_PROVIDERS, STEP
+from bench.models import MODELS
+from bench.modes import MODES
+from bench.timing import graph_time, replayed
+from bench.training import LEARNING, Setup
+from bench.trajectory import TrajectoryExpectation
+
+pytestmark = pytest.mark.gpu
+
+CUDA = torch.device("cuda")
+MASKED = [one for one in MODEL_PROVIDERS if one.masked and one.graphable and not one.compiled]
+
+
+def _setup(model):
+    mode = MODES["bf16-autocast"]
+    return Setup(model, 16, 0.5, CUDA, mode, LEARNING[MODELS[model].optimizer])
+
+
+@pytest.mark.parametrize("name", ["lenet-300-100", "vgg-small", "wrn-small", "gpt-small"])
+def test_right_providers_pass_eagerly_and_as_a_graph(name):
+    expectation = TrajectoryExpectation(_setup(name))
+    for provider in MASKED:
+        expectation.verify(provider)
+        expectation.verify_graph(provider)
+
+
+def test_replays_go_on_where_eager_calls_ended():
+    total = torch.zeros((), device=CUDA)
+    assert [int(value) for value in replayed(lambda: total.add_(1), 2, 3)] == [1, 2, 3, 4, 5]
+
+
+def test_one_captured_call_is_timed_again_and_again():
+    count = torch.zeros((), device=CUDA)
+    assert 0 < graph_time(lambda: count.add_(1), most=1).median < 1e-3
+    assert count > 100
+
+
+def test_launches_are_counted():
+    one, two = torch.zeros(8, device=CUDA), torch.ones(8, device=CUDA)
+
+    def three_kernels_and_a_copy():
+        (one + two).mul_(2).neg_()
+        two.to("cpu")
+
+    assert count_launches(three_kernels_and_a_copy, CUDA) == 4
+
+
+def test_every_provider_has_its_figures():
+    case = ModelCase("vgg-small", 16, "bf16-autocast")
+    measure = load(case, CUDA)
+    for provider in providers_for("model"):
+        if provider.compiled:
+            continue
+        found = []
+        measure(provider, lambda *figure, found=found: found.append(figure[:2]))
+        metrics = ["time", "spread", "memory", "launches"] + ["graph_time"] * provider.graphable
+        assert found == [(STEP, metric) for metric in metrics], provider.name
+
+
+def test_every_pass_over_a_list_has_its_figures():
+    measure = load(ListCase("small", "bf16-autocast"), CUDA)
+    for provider in providers_for("weights"):
+        found = []
+        measure(provider, lambda *figure, found=found: found.append(figure[:2]))
+        metrics = ("time", "spread", "graph_time", "bandwidth")
+        assert found == [(name, metric) for name in LIST_PASSES for metric in metrics]
