@@ -65,6 +65,12 @@ Measured on made-up device, torch 2.99, triton 3.99, commit abc, 2000-01-01.
 | geometric mean |  |  | 1.00 | 2.00 | 0.25 | 1.00 |"""
 
 
+@pytest.fixture(autouse=True)
+def repository(tmp_path, monkeypatch):
+    """Figures that nobody measured must not reach the repository's README."""
+    monkeypatch.setattr("bench.commands.ROOT", tmp_path)
+
+
 @pytest.fixture
 def csv(tmp_path):
     return write_rows(tmp_path / "in" / "results.csv", _figures())
@@ -135,9 +141,8 @@ def test_a_readme_without_markers_is_left_alone(tmp_path, csv, text):
 
 
 @pytest.mark.parametrize(("gpu", "refreshed"), [("cpu", False), ("made-up device", True)])
-def test_the_repositorys_readme_shows_gpus_only(tmp_path, monkeypatch, gpu, refreshed):
+def test_the_repositorys_readme_shows_gpus_only(tmp_path, gpu, refreshed):
     path = write_rows(tmp_path / "results.csv", _figures(), environment(gpu))
-    monkeypatch.setattr("bench.commands.ROOT", tmp_path)
     readme = tmp_path / "README.md"
     readme.write_text(f"{BEGIN}\nold\n{END}")
     assert _report(path)[0] == 0
