@@ -28,10 +28,12 @@ def pack_weights(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(every W * M in `dtype`, every effective threshold), outside autograd.
 
+    The weights are on one device, and all float64 or none.
     Where `commit` says so, a reset by the guard is also written into the threshold.
     """
     device = weights[0].device
-    function = implementation(backend, device, "masked_weights")
+    double = weights[0].dtype == torch.float64
+    function = implementation(backend, device, "masked_weights", double=double)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         masked, effective = function(weights, thresholds, reset_ratios, commit, dtype)
     committed = [t for t, wanted in zip(thresholds, commit, strict=True) if wanted]
@@ -64,7 +66,11 @@ class _MaskWeights(torch.autograd.Function):
         ]
         results: list[Tensor | None] = [None] * (2 * n)
         if wanted:
-            function = implementation(backend, saved[0].device, "masked_weights_backward")
+            weight = saved[0]
+            double = weight.dtype == torch.float64
+            function = implementation(
+                backend, weight.device, "masked_weights_backward", double=double
+            )
             of_weights, of_thresholds = function(
                 *([these[i] for i in wanted] for these in (grads, saved[:n], saved[n:])),
                 *([these[i] for i in wanted] for these in (surrogates, structure)),

@@ -226,10 +226,11 @@ class Group:
             size = weight.numel() * weight.element_size()
             if not _can_be_grouped(layer) or (deferral is None and size > self._bucket_bytes):
                 continue
-            key = weight.device, _product_dtype(weight), layer.backend, deferral
-            bucket = filling.get((key, wanted))
+            kind = weight.device, _product_dtype(weight), layer.backend, deferral
+            key = kind, weight.dtype == torch.float64, wanted
+            bucket = filling.get(key)
             if bucket is None or bucket.bytes + size > self._bucket_bytes:
-                bucket = filling[key, wanted] = _Bucket(*key)
+                bucket = filling[key] = _Bucket(*kind)
                 done.append(bucket)
             bucket.layers.append(layer)
             bucket.bytes += size

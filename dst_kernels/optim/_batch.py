@@ -34,12 +34,14 @@ class Segment:
 
 @dataclass(eq=False)
 class Batch:
-    """One call of an op: segments on one device, and on one mesh if they are sharded.
+    """One call of an op: segments on one device, and on one mesh if they are sharded; all
+    float64 or none.
 
     `state` and `threshold_state` have one list of tensors for each kind of state.
     """
 
     device: torch.device
+    double: bool
     segments: list[Segment] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
     thresholds: list[Tensor] = field(default_factory=list)
@@ -122,7 +124,8 @@ def collect(
             continue
         mesh = (weight.device_mesh, weight.placements) if is_dtensor(weight) else None
         own = local(weight)
-        batch = batches.setdefault((own.device, mesh), Batch(own.device))
+        kind = own.device, own.dtype == torch.float64
+        batch = batches.setdefault((kind, mesh), Batch(*kind))
         if not batch.state:
             batch.state = [[] for _ in range(kinds)]
             batch.threshold_state = [[] for _ in range(kinds)]

@@ -166,6 +166,9 @@ class DeferredOptimizer(Optimizer):
             self.param_groups.pop()
             raise
 
+    def _implementation(self, op: str, batch: Batch) -> Callable:
+        return implementation(self._backend, batch.device, op, double=batch.double)
+
     # -- collecting what the op takes ----------------------------------------------------------
 
     def _forget(self) -> None:
