@@ -83,8 +83,8 @@ def launches(monkeypatch):
     counts = Counter()
     find = grouping.implementation
 
-    def counting(backend, device, op):
-        function = find(backend, device, op)
+    def counting(backend, device, op, **options):
+        function = find(backend, device, op, **options)
 
         def count(tensors, *args):
             counts[op] += 1
