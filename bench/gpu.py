@@ -28,18 +28,19 @@ LOST = 3
 
 SANITIZER_TESTS = "tests/triton/test_tiles.py -m gpu"  # every kernel, at small sizes
 
-# Small and new things first, what takes long last: compiling, and the many sizes of one layer. The
+# Small things and those of most goals first; what takes long last, which is compiling. The
 # arguments are those of `bench run`; a suite that is named twice goes on where it was.
 _SUITES = {
     "cuda": (
         ("smoke",),
         ("steps", "--no-compiled"),
         ("models", "--no-compiled"),
-        ("streaming",),
+        ("streaming", "--no-compiled"),
         ("steps",),
         ("linear", "--no-compiled"),
-        ("models",),
         ("linear",),
+        ("models",),
+        ("streaming",),
     ),
     "cpu": (("cpu",),),
 }

@@ -110,10 +110,6 @@ def _theirs(
     return train
 
 
-def _compiled(objective: nn.Module) -> nn.Module:
-    return compiled(objective)
-
-
 REFERENCE = ModelProvider("reference", _ours(_masked(backend="reference")))
 """What is right: each layer by itself, in plain PyTorch. Not timed."""
 
@@ -126,6 +122,6 @@ MODEL_PROVIDERS = (
     ModelProvider("grouped", _grouped),
     ModelProvider("masked", _ours(_masked())),
     ModelProvider("dst_eager", _theirs(with_authors_layers_), graphable=False),
-    ModelProvider("dense_compiled", _dense(_compiled), masked=False, compiled=True),
-    ModelProvider("dst_compiled", _theirs(with_branch_free_layers_, _compiled), compiled=True),
+    ModelProvider("dst_compiled", _theirs(with_branch_free_layers_, compiled), compiled=True),
+    ModelProvider("dense_compiled", _dense(compiled), masked=False, compiled=True),
 )

@@ -15,7 +15,7 @@ from conftest import ROOT
 from torch import nn
 from typer.testing import CliRunner
 
-from bench import kinds
+from bench import gpu, kinds
 from bench.baselines import authors_regularization
 from bench.commands import app
 from bench.gpu import run_part
@@ -186,6 +186,20 @@ def test_a_part_that_fails_is_reported_and_the_others_go_on(tmp_path):
     assert "report: " in output and "has the header 'epoch,loss'" in output
     assert "compute-sanitizer is not on the PATH" in output or "sanitizer, memcheck" in output
     assert (tmp_path / "environment.txt").exists()
+
+
+def test_a_suite_that_comes_again_goes_on(tmp_path, monkeypatch):
+    """On a GPU what compiles comes last."""
+    begun = []
+    monkeypatch.setattr(gpu, "run_part", lambda command, log, *_, **__: log.touch())
+    monkeypatch.setattr(gpu, "_suite", lambda arguments, *_: begun.append(arguments))
+    gpu.run_everything(tmp_path, torch.device("cuda"), 30.0, tests=False)
+    assert {name for name, *_ in begun} == set(SUITES) - {"cpu"}
+    assert begun[0] == ["smoke"]
+    for position, (name, *options) in enumerate(begun):
+        again = name in [earlier for earlier, *_ in begun[:position]]
+        assert ("--resume" in options) == again
+        assert SUITES[name].compiled == 0 or ("--no-compiled" in options) == (not again)
 
 
 def test_a_part_reports_how_it_ended(tmp_path):

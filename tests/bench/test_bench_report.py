@@ -6,7 +6,7 @@ import pytest
 from made_up_rows import ceilings, environment, times, write_rows
 from typer.testing import CliRunner
 
-from bench.cases import Case
+from bench.cases import Case, ListCase, ModelCase
 from bench.commands import app
 from bench.measurements import by_gpu
 from bench.readme import BEGIN, END
@@ -164,3 +164,81 @@ def test_several_files_and_devices(tmp_path, csv):
     assert text.index("## made-up device") < text.index("## Other")
     code, output = _report(tmp_path / "none.csv")
     assert code == 2 and "cannot be read" in output
+
+
+VGG = ModelCase("vgg-16", 128, "bf16-autocast")
+GPT = ModelCase("gpt", 8, "bf16-autocast")
+RESNET = ListCase("resnet-50", "bf16-autocast")
+
+MODELS = """\
+### Whole training step, eager (wall clock)
+
+| model | batch | dtype | dense | deferred ÷ dense | grouped ÷ dense | masked ÷ dense \
+| dst_eager ÷ dense | dst_compiled ÷ dense | dense_compiled ÷ dense |
+| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| vgg-16 | 128 | bf16-autocast | 4 ms | 0.50 | - | - | 2.00 | - | - |
+| gpt | 8 | bf16-autocast | 50 ms | 2.00 | - | - | - | - | - |
+| geometric mean |  |  |  | 1.00 | - | - | 2.00 | - | - |
+
+### Whole training step, CUDA graph
+
+| model | batch | dtype | dense | deferred ÷ dense | grouped ÷ dense | masked ÷ dense \
+| dst_eager ÷ dense | dst_compiled ÷ dense | dense_compiled ÷ dense |
+| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| vgg-16 | 128 | bf16-autocast | 2 ms | - | 1.00 | - | - | - | - |
+| geometric mean |  |  |  | - | 1.00 | - | - | - | - |
+
+### Whole training step, launches
+
+| model | batch | dtype | dense | deferred | grouped | masked | dst_eager | dst_compiled \
+| dense_compiled |
+| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| vgg-16 | 128 | bf16-autocast | 100 | 97 | - | - | - | - | - |
+
+### Whole training step, peak memory
+
+Not measured.
+
+### Pack all weights
+
+| weights | dtype | ours | ÷ dense | of copy bandwidth |
+| ---: | ---: | ---: | ---: | ---: |
+| resnet-50 | bf16-autocast | 10 µs | 0.50 | 0.80 |
+"""
+
+README_MODELS = """\
+Whole training steps (forward, loss, regulariser, backward, optimizer), ours over dense in the \
+same run, and how many more launches the deferred step has.
+Measured on made-up device, torch 2.99, triton 3.99, commit abc, 2000-01-01.
+
+| model | batch | dense | deferred, eager | deferred, graph | grouped, eager | grouped, graph \
+| launches |
+| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| vgg-16 | 128 | 4 ms | 0.50 | - | - | 1.00 | -3 |
+| gpt | 8 | 50 ms | 2.00 | - | - | - | - |"""
+
+
+@pytest.fixture
+def models(tmp_path):
+    figures = [
+        *ceilings(),
+        *times(VGG, "step", dense=4e-3, deferred=2e-3, dst_eager=8e-3),
+        (VGG, "dense", "step", "graph_time", 2e-3),
+        (VGG, "grouped", "step", "graph_time", 2e-3),
+        (VGG, "dense", "step", "launches", 100),
+        (VGG, "deferred", "step", "launches", 97),
+        *times(GPT, "step", dense=5e-2, deferred=1e-1),
+        *times(RESNET, "pack", dense=2e-5, auto=1e-5),
+        (RESNET, "auto", "pack", "bandwidth", 8e11),
+    ]
+    path = write_rows(tmp_path / "results.csv", figures)
+    return by_gpu(read_results(path)).values()
+
+
+def test_the_report_of_whole_models(models):
+    text = markdown(models)
+    assert text[text.index("###") :] == MODELS
+
+
+def test_the_readme_table_of_whole_models(models):
+    assert readme_table(models) == README_MODELS
