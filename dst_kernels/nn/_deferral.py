@@ -86,9 +86,26 @@ class Deferral:
         pack = self._packs.get(id(layer._parameters["weight"]))
         return None if pack is None or pack.made_from != _state(layer) else pack
 
-    def store(self, layer: MaskedLayer, masked: Tensor, committed: bool) -> None:
+    def store(self, layer: MaskedLayer, masked: Tensor, committed: bool) -> Tensor:
+        """Returns the tensor that holds it from now on: the one from before, where that fits.
+
+        A captured CUDA graph goes on reading where it was captured.
+        """
         key = id(layer._parameters["weight"])
+        pack = self._packs.get(key)
+        if pack is not None and pack.masked is not masked and _alike(pack.masked, masked):
+            masked = pack.masked.copy_(masked)
         self._packs[key] = _Pack(masked, _state(layer), committed)
+        return masked
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return (
+        one.dtype == other.dtype
+        and one.device == other.device
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+    )
 
 
 def _state(layer: MaskedLayer) -> tuple:

@@ -294,9 +294,9 @@ def _deferred(
             bucket.backend,
         )
         for i, each in zip(stale, made, strict=True):
-            masked[i] = each
             if not each.is_inference():  # those could not be saved for a backward
-                deferral.store(layers[i], each, commits[i])
+                each = deferral.store(layers[i], each, commits[i])
+            masked[i] = each
     if not torch.is_grad_enabled():
         return masked
     # DistributedDataParallel wants the weight's dtype, and GradScaler unscales no float16.
