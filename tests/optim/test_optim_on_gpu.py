@@ -24,7 +24,7 @@ class Run:
         torch.manual_seed(0)
         self.autocast = autocast
         model = nn.Sequential(
-            nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(),
+            nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(),
             nn.Linear(16 * 64, 72), nn.ReLU(), nn.Linear(72, 10),
         )  # fmt: skip
         self.model = dst_kernels.sparsify_(model).cuda().to(memory_format=torch.channels_last)
