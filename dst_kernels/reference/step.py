@@ -210,7 +210,7 @@ class _Run:
         beta1, beta2, eps = h.rest
         grad = -grad if h.maximize else grad
         real = grad.dtype
-        count = (step + 1).to(real)
+        count = (step.reshape(()) + 1).double()  # in float32 1 - beta2 is off by 5e-5 of itself
         new = parameter.to(real) * (1 - h.lr * h.weight_decay)
         first = average.to(real).lerp(grad, 1 - beta1)
         second = beta2 * square.to(real) + (1 - beta2) * grad.square()

@@ -1,0 +1,21 @@
+"""Every backend that can serve here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dst_kernels._backends import ENVIRONMENT_VARIABLE, unavailable
+
+
+@pytest.fixture(autouse=True)
+def _no_other_backend(monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request) -> str:
+    reason = unavailable(request.param, torch.device("cpu"))
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
