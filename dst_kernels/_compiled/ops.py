@@ -1,5 +1,6 @@
 """What the backends "cpu" and "cuda" offer. Importing this needs the CPU library loaded."""
 
+from .regularization import regularization
 from .step import adamw_step_, grad_norm_, sgd_step_
 from .weight import (
     effective_threshold,
@@ -17,5 +18,6 @@ __all__ = [
     "masked_weight_backward",
     "masked_weights",
     "masked_weights_backward",
+    "regularization",
     "sgd_step_",
 ]

@@ -6,7 +6,7 @@ what `python -m dst_kernels.aot` compiles. Nothing here knows about autograd or 
 
 import functools
 
-from ..reference import group
+from ..reference import group, regularization
 from .linear import masked_linear, masked_linear_grad_input, masked_linear_grad_weight
 from .weight import effective_threshold, masked_weight, masked_weight_backward
 
@@ -24,4 +24,5 @@ __all__ = [
     "masked_weight_backward",
     "masked_weights",
     "masked_weights_backward",
+    "regularization",
 ]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..reference.regularization import sparse_regularization_and_slope
+from .._backends import implementation
+from ..reference import regularization
 from ._function import MaskedFunction, once_differentiable
 
 __all__ = ["sparse_regularization"]
@@ -18,8 +19,11 @@ class _SparseRegularization(MaskedFunction):
 
     @staticmethod
     def compute(*thresholds):
-        flat = torch.cat([threshold.reshape(-1) for threshold in thresholds])
-        return sparse_regularization_and_slope(flat)
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return regularization(thresholds)
+        first = thresholds[0]
+        double = any(threshold.dtype == torch.float64 for threshold in thresholds)
+        return implementation("auto", first.device, "regularization", double=double)(thresholds)
 
     @staticmethod
     def save(ctx, inputs, output):

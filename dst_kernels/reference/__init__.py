@@ -9,7 +9,7 @@ knows about autograd, modules or dispatch.
 from .conv import masked_conv, masked_conv_grad_input, masked_conv_grad_weight
 from .group import masked_weights, masked_weights_backward
 from .linear import masked_linear, masked_linear_grad_input, masked_linear_grad_weight
-from .regularization import sparse_regularization
+from .regularization import regularization, sparse_regularization
 from .step import adamw_step_, grad_norm_, sgd_step_
 from .surrogate import SURROGATES
 from .weight import (
@@ -34,6 +34,7 @@ __all__ = [
     "masked_weight_backward",
     "masked_weights",
     "masked_weights_backward",
+    "regularization",
     "sgd_step_",
     "sparse_regularization",
     "threshold_mask",

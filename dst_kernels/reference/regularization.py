@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["LINEAR_BEYOND", "sparse_regularization", "sparse_regularization_and_slope"]
+__all__ = [
+    "LINEAR_BEYOND",
+    "regularization",
+    "sparse_regularization",
+    "sparse_regularization_and_slope",
+]
 
 # exp(-t) overflows fp32 at t = -88.7, and a sum over many thresholds sooner. From t = -64 downwards
 # the function goes on along its tangent: value and gradient stay finite and the gradient keeps
@@ -25,3 +32,8 @@ def sparse_regularization_and_slope(threshold: Tensor) -> tuple[Tensor, Tensor]:
     exponent = negated.clamp(max=LINEAR_BEYOND)
     exponential = exponent.exp()
     return (exponential * (1 + (negated - exponent))).sum(), -exponential
+
+
+def regularization(thresholds: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The sum over all elements of all thresholds, and the slope by each of them in one row."""
+    return sparse_regularization_and_slope(torch.cat([each.reshape(-1) for each in thresholds]))

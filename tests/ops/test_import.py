@@ -82,13 +82,16 @@ def test_public_names():
         "__version__",
         "finalize_",
         "functional",
+        "group_",
         "nn",
+        "optim",
         "parameter_groups",
         "plan_sparsify",
         "remaining_ratio",
         "sparse_regularization",
         "sparsify_",
         "sparsity_report",
+        "ungroup_",
         "weights_unchanged",
     ]
     assert sorted(dst_kernels.functional.__all__) == [
