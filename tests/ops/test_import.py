@@ -112,6 +112,8 @@ def test_public_names():
         "MaskedConv3d",
         "MaskedLayer",
         "MaskedLinear",
+        "group_",
+        "ungroup_",
         "weights_unchanged",
     ]
 
