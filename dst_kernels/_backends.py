@@ -103,10 +103,7 @@ def serving(backend: str, device: torch.device | None, *, double: bool = False) 
     them where no other serves. Raises ValueError for an unknown name. Without a device, whatever
     could serve some device passes. `double` says that float64 is among the dtypes.
     """
-    argument = "backend"
-    if backend == "auto":
-        backend = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-        argument = ENVIRONMENT_VARIABLE
+    argument, backend = _asked_for(backend)
     check_backend(backend, argument)
     if backend == "auto":
         preferred = () if device is None else _PREFERRED.get(device.type, ())
@@ -118,6 +115,13 @@ def serving(backend: str, device: torch.device | None, *, double: bool = False) 
             f"{argument}={backend!r} cannot serve: {reason}. Use backend='auto' or 'reference'."
         )
     return (backend,)
+
+
+def _asked_for(backend: str) -> tuple[str, str]:
+    """(who says so, what "auto" means by the environment or the name itself)."""
+    if backend != "auto":
+        return "backend", backend
+    return ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or backend
 
 
 def resolve(backend: str, device: torch.device | None = None) -> str:
@@ -137,7 +141,7 @@ def implementation(
         function = getattr(_module(name), op, None)
         if function is not None:
             return function
-    if backend == "auto" and not os.environ.get(ENVIRONMENT_VARIABLE):
+    if _asked_for(backend)[1] == "auto":
         return getattr(reference, op)
     raise RuntimeError(
         f"the {names[0]} backend has no fused {op}: use path='packed' or path='auto'"

@@ -15,7 +15,10 @@ from .authors import AuthorsConv, AuthorsLayer, AuthorsLinear, regularizer
 
 STEPS = 220
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
+    pytest.mark.usefixtures("each_backend"),
+]
 
 
 def stack():

@@ -11,6 +11,8 @@ import dst_kernels.functional as dst
 from . import naive
 from .tolerance import assert_as_accurate
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 
 def autocast(dtype=torch.bfloat16, **options):
     return torch.autocast("cpu", dtype, **options)

@@ -10,6 +10,8 @@ import torch
 import dst_kernels.functional as dst
 from dst_kernels.nn import MaskedLinear
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 WEIGHT_OPS = [
     dst.effective_threshold,
     dst.threshold_mask,

@@ -7,6 +7,8 @@ import torch
 
 import dst_kernels.functional as dst
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 # A weight that bfloat16 (float16) has, and float32 thresholds that round onto it.
 CASES = {torch.bfloat16: 1e-4, torch.float16: 1e-5}
 SHAPES = ([], [1], [2], [2, 2])

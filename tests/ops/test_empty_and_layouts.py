@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 import dst_kernels.functional as dst
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 CONV = {1: dst.masked_conv1d, 2: dst.masked_conv2d, 3: dst.masked_conv3d}
 TORCH = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

@@ -14,7 +14,10 @@ import dst_kernels.functional as dst
 
 from .convolutions import GEOMETRIES
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
+    pytest.mark.usefixtures("each_backend"),
+]
 
 
 def weight_and_threshold(shape, granularity="row"):

@@ -12,6 +12,8 @@ import dst_kernels.functional as dst
 from dst_kernels.nn import MaskedConv2d, MaskedLinear
 from dst_kernels.reference.weight import largest_collapsed_count
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 GRANULARITIES = {"row": [20], "scalar": [], "layer": [1], "element": [20, 25]}
 
 

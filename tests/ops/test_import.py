@@ -37,6 +37,7 @@ def test_import_brings_in_torch_only_and_leaves_cuda_alone():
             "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
             "print(json.dumps({'new': sorted(new), 'all': sorted(sys.modules),"
             " 'cuda': torch.cuda.is_initialized(),"
+            " 'libraries': [path for path in torch.ops.loaded_libraries if 'dst' in path],"
             " 'dynamo': 'torch._dynamo' in set(sys.modules) - before,"
             " 'distributed': 'torch.distributed.tensor' in set(sys.modules) - before}))\n"
         )
@@ -44,6 +45,7 @@ def test_import_brings_in_torch_only_and_leaves_cuda_alone():
     assert not set(HEAVY) & set(report["new"])
     assert not set(HEAVY) & set(report["all"])
     assert "dst_kernels" in report["new"]
+    assert not report["libraries"], "they are loaded at first use"
     assert not report["cuda"] and not report["dynamo"] and not report["distributed"]
 
 
@@ -69,9 +71,12 @@ def test_report_of_the_installation():
     assert rows["DST_KERNELS_BACKEND"] == "reference"
     assert rows["triton"] and rows["device"]
     assert rows["backend reference"] == "available"
-    for name in ("triton", "cuda"):
+    for name in ("cpu", "triton", "cuda"):
         row = rows[f"backend {name}"]
         assert row == "available" or (row.startswith("no: ") and len(row) > len("no: ") + 5)
+    for name in ("cpu", "cuda"):
+        row = rows[f"library {name}"]
+        assert row.startswith("no: ") or f"libdst_kernels_{name}" in row
 
 
 def test_public_names():

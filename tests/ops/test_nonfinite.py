@@ -9,6 +9,8 @@ import torch
 
 import dst_kernels.functional as dst
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 NAN, INF = math.nan, math.inf
 SURROGATES = ("long_tailed", "rectangular", "triangular", "straight_through")
 SHAPES = {"row": [2], "scalar": [], "layer": [1], "element": [2, 3]}

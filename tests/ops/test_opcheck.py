@@ -10,15 +10,24 @@ import torch
 from torch.library import opcheck
 
 from dst_kernels import _ops
+from dst_kernels._compiled import library
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = {"row": [4], "scalar": [], "layer": [1], "element": [4, 6]}
 SURROGATE = ("long_tailed", True)
-BACKEND = "reference"
+BACKEND = "reference"  # the one with all ops on a CPU
+BACKENDS = [BACKEND] if library.unavailable("cpu") else [BACKEND, "cpu"]  # with the weight's ops
 
 
 def rand(*shape, dtype=torch.float32):
     return torch.randn(shape).to(dtype)
+
+
+def check_weight_ops(weight, threshold, ratio, dtype, backend):
+    opcheck(_ops.effective_threshold, (weight, threshold, ratio, backend))
+    opcheck(_ops.masked_weight, (weight, threshold, ratio, dtype, backend))
+    grad = torch.randn(weight.shape).to(weight.dtype)
+    opcheck(_ops.masked_weight_backward, (grad, weight, threshold, *SURROGATE, backend))
 
 
 def test_every_op_is_checked_here():
@@ -36,22 +45,15 @@ def test_every_op_is_checked_here():
     }
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("granularity", list(SHAPES))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_effective_threshold(dtype, granularity):
+def test_weight_ops(dtype, granularity, backend):
     weight, threshold = rand(4, 6, dtype=dtype), torch.rand(SHAPES[granularity])
-    for ratio in (0.01, None, 1.0):
-        opcheck(_ops.effective_threshold, (weight, threshold, ratio, BACKEND))
-
-
-@pytest.mark.parametrize("granularity", list(SHAPES))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_masked_weight(dtype, granularity):
-    weight, threshold = rand(4, 6, dtype=dtype), torch.rand(SHAPES[granularity])
-    for out in (dtype, torch.float32):
-        opcheck(_ops.masked_weight, (weight, threshold, 0.01, out, BACKEND))
-    grad = rand(4, 6, dtype=dtype)
-    opcheck(_ops.masked_weight_backward, (grad, weight, threshold, *SURROGATE, BACKEND))
+    check_weight_ops(weight, threshold, 0.01, dtype, backend)
+    for ratio in (None, 1.0):
+        opcheck(_ops.effective_threshold, (weight, threshold, ratio, backend))
+    opcheck(_ops.masked_weight, (weight, threshold, 1.0, torch.float32, backend))
 
 
 LAYOUTS = {
@@ -67,9 +69,10 @@ def test_layouts_of_weight_and_threshold(layout):
     arrange = LAYOUTS[layout]
     weight, grad = arrange(rand(4, 6)), arrange(rand(4, 6))
     for threshold in (torch.rand(4), arrange(torch.rand(4, 6)), torch.rand(8)[::2]):
-        opcheck(_ops.effective_threshold, (weight, threshold, 0.01, BACKEND))
-        opcheck(_ops.masked_weight, (weight, threshold, None, torch.float32, BACKEND))
-        opcheck(_ops.masked_weight_backward, (grad, weight, threshold, *SURROGATE, BACKEND))
+        for backend in BACKENDS:
+            opcheck(_ops.effective_threshold, (weight, threshold, 0.01, backend))
+            opcheck(_ops.masked_weight, (weight, threshold, None, torch.float32, backend))
+            opcheck(_ops.masked_weight_backward, (grad, weight, threshold, *SURROGATE, backend))
     input = arrange(rand(5, 6))
     threshold = torch.rand(8)[::2]
     opcheck(_ops.masked_linear, (input, weight, threshold, None, 0.01, BACKEND))
@@ -92,8 +95,8 @@ def test_linear(dtype, batch):
 @pytest.mark.parametrize(("rows", "columns"), [(0, 6), (4, 0), (0, 0)])
 def test_linear_without_features(rows, columns):
     input, weight, threshold = rand(5, columns), rand(rows, columns), torch.rand(rows)
-    opcheck(_ops.effective_threshold, (weight, threshold, 0.01, BACKEND))
-    opcheck(_ops.masked_weight, (weight, threshold, None, torch.float32, BACKEND))
+    for backend in BACKENDS:
+        check_weight_ops(weight, threshold, 0.01, torch.float32, backend)
     opcheck(_ops.masked_linear, (input, weight, threshold, rand(rows), 0.01, BACKEND))
     opcheck(_ops.masked_linear_grad_input, (rand(5, rows), weight, threshold, BACKEND))
     opcheck(
@@ -150,7 +153,8 @@ def test_convolution_in_channels_last(name, which):
     threshold = torch.rand(weight.shape)
     if which == "all":
         threshold = threshold.contiguous(memory_format=format)
-    opcheck(_ops.effective_threshold, (weight, threshold, 0.01, BACKEND))
+    for backend in BACKENDS:
+        check_weight_ops(weight, threshold, 0.01, torch.float32, backend)
     check_convolution(
         input,
         weight,

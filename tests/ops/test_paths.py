@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import dst_kernels
 import dst_kernels.functional as dst
 from dst_kernels import _plan
+from dst_kernels._compiled import library
 from dst_kernels.nn import MaskedConv2d, MaskedLinear
 
 from . import naive
@@ -20,10 +21,27 @@ HAS_TRITON = importlib.util.find_spec("triton.language") is not None
 TRITON = pytest.param(
     "triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 )
+NAME = "cuda" if torch.cuda.is_available() else "cpu"
+COMPILED = pytest.param(
+    NAME, marks=pytest.mark.skipif(library.unavailable(NAME) is not None, reason="not built")
+)
 
 PATHS = ("fused", "packed", "mixed", "auto")
 every_path = pytest.mark.parametrize("path", PATHS)
-every_backend = pytest.mark.parametrize("backend", ["reference", TRITON])
+
+
+def every_backend(*paths):
+    """The path and backend arguments: those of `paths` that each backend has."""
+    combined = [(path, "reference") for path in paths]
+    combined += [pytest.param(path, *TRITON.values, marks=TRITON.marks) for path in paths]
+    combined += [
+        pytest.param(path, *COMPILED.values, marks=COMPILED.marks)
+        for path in paths
+        if path in ("packed", "auto")
+    ]
+    return pytest.mark.parametrize(("path", "backend"), combined)
+
+
 GRANULARITIES = {"row": [17], "layer": [1], "element": [17, 33]}
 every_granularity = pytest.mark.parametrize("granularity", list(GRANULARITIES))
 
@@ -66,8 +84,7 @@ def by_formula(leaves, cotangent, cast, product_dtype=None):
 
 
 @every_granularity
-@every_backend
-@every_path
+@every_backend(*PATHS)
 def test_the_formulas(path, backend, granularity, leaves, device):
     arguments = leaves(granularity)
     cotangent = arguments[0].detach() @ arguments[1].detach().t() / K**0.5
@@ -79,8 +96,7 @@ def test_the_formulas(path, backend, granularity, leaves, device):
 
 
 @every_granularity
-@every_backend
-@every_path
+@every_backend(*PATHS)
 def test_under_autocast(path, backend, granularity, leaves, device):
     """Float32 masters and a float16 product."""
     arguments = leaves(granularity)
@@ -95,8 +111,7 @@ def test_under_autocast(path, backend, granularity, leaves, device):
         assert_as_accurate(result, close.to(device, result.dtype), truth.to(device))
 
 
-@every_backend
-@every_path
+@every_backend(*PATHS)
 def test_a_reset_reaches_every_product(path, backend, leaves):
     arguments = leaves("row")
     cotangent = torch.ones(M, N, device=arguments[0].device)
@@ -110,8 +125,7 @@ def test_a_reset_reaches_every_product(path, backend, leaves):
         assert torch.equal(one, other)
 
 
-@every_backend
-@pytest.mark.parametrize("path", ["packed", "auto"])
+@every_backend("packed", "auto")
 def test_float64_where_the_path_has_it(path, backend, leaves):
     arguments = leaves("row", torch.float64)
     cotangent = torch.randn(M, N, dtype=torch.float64).to(arguments[0].device)
@@ -144,7 +158,8 @@ def conv_results(device, **options):
 @pytest.mark.parametrize(
     ("path", "backend"),
     [(p, "reference") for p in ("packed", "mixed", "auto")]
-    + [pytest.param(p, "triton", marks=TRITON.marks) for p in ("packed", "auto")],
+    + [pytest.param(p, "triton", marks=TRITON.marks) for p in ("packed", "auto")]
+    + [pytest.param(p, NAME, marks=COMPILED.marks) for p in ("packed", "auto")],
 )
 def test_convolutions(path, backend, device):
     ours = conv_results(device, path=path, backend=backend)

@@ -13,6 +13,8 @@ from . import naive
 from .strategies import LAYOUTS, arrange, tensors, weights_and_thresholds
 from .tolerance import assert_as_accurate
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 RESET_RATIOS = st.sampled_from([None, 0.0, 0.01, 0.5, 1.0])
 CONV = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}
 OURS = {1: dst.masked_conv1d, 2: dst.masked_conv2d, 3: dst.masked_conv3d}

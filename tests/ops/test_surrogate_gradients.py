@@ -14,7 +14,10 @@ from .tolerance import assert_as_accurate
 SURROGATES = tuple(naive.SURROGATES)
 GRANULARITIES = ("row", "scalar", "layer", "element")
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
+    pytest.mark.usefixtures("each_backend"),
+]
 
 
 def threshold_for(shape, granularity, dtype=torch.float64):

@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 import dst_kernels.functional as dst
 from dst_kernels.nn import MaskedConv2d, MaskedLinear
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 
 def leaves():
     return (
