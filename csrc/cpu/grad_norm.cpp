@@ -28,7 +28,7 @@ DST_FUNCTION double square_run(const Step& step, const StepSegment& s, Real thre
 
 template <typename Real>
 DST_FUNCTION double square_of_threshold(const Step& step, const StepSegment& s, int64_t row,
-                                        Real threshold, Real minus_sum) {
+                                        Real threshold, double minus_sum) {
   const double gradient = threshold_gradient(s, step, 1, row, threshold, minus_sum);
   return gradient * gradient;
 }
@@ -46,7 +46,7 @@ DST_FUNCTION void square_rows(const Step& step, const StepSegment& s, const Part
     const Real threshold = s.threshold ? static_cast<const Real*>(s.threshold.data)[row] : Real(0);
     squares[unit] = of_weight ? square_run(step, s, threshold, begin, end) : 0;
     if (!of_threshold) continue;
-    const Real minus_sum = s.grad ? sum_run(s, step.grad_scale, threshold, begin, end) : Real(0);
+    const double minus_sum = s.grad ? sum_row(s, step.grad_scale, threshold, begin, end) : 0;
     if (is_long(s.shape)) {
       sums[unit] = minus_sum;
     } else {
@@ -72,7 +72,7 @@ double square_long_thresholds(const Step& step, const StepSegment& s, const doub
     double minus_sum = 0;
     for (int64_t u = 0; u < units; ++u) minus_sum += sums[u];
     const Real threshold = static_cast<const Real*>(s.threshold.data)[row];
-    total += square_of_threshold(step, s, row, threshold, static_cast<Real>(minus_sum));
+    total += square_of_threshold(step, s, row, threshold, minus_sum);
   }
   return total;
 }

@@ -11,7 +11,7 @@
 namespace dst {
 namespace {
 
-// One run of a row: writes dW, returns its share of -dt.
+// Up to kRun elements of a row: writes dW, returns their share of -dt.
 template <typename Real, Surrogate surrogate, bool structure>
 DST_FUNCTION Real post_run(const PostSegment& s, Real threshold, int64_t begin, int64_t end) {
   Real grads[kBlock], weights[kBlock], results[kBlock];
@@ -31,7 +31,7 @@ DST_FUNCTION Real post_run(const PostSegment& s, Real threshold, int64_t begin, 
   return lanes.sum();
 }
 
-// One run with a threshold for each element: writes dW and dt.
+// Elements with a threshold each: writes dW and dt.
 template <typename Real, Surrogate surrogate, bool structure>
 DST_FUNCTION void post_elements(const PostSegment& s, int64_t begin, int64_t end) {
   Real grads[kBlock], weights[kBlock], results[kBlock];
@@ -63,11 +63,14 @@ DST_FUNCTION void post_rows(const PostSegment& s, const Part& part, double* part
       post_elements<Real, surrogate, structure>(s, begin, end);
       continue;
     }
-    const Real sum = post_run<Real, surrogate, structure>(s, thresholds[row], begin, end);
+    double sum = 0;
+    for (int64_t at = begin; at < end; at += kRun) {
+      sum += post_run<Real, surrogate, structure>(s, thresholds[row], at, std::min(at + kRun, end));
+    }
     if (is_long(s.shape)) {
       partials[part.unit] = sum;
     } else {
-      grad_thresholds[row] = -sum;
+      grad_thresholds[row] = static_cast<Real>(-sum);
     }
   }
 }

@@ -22,10 +22,12 @@ DST_FUNCTION double run(const Thresholds& s, int64_t begin, int64_t end) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - at));
     const Real* threshold = load(s.values, at, count, thresholds);
     Real* slope = target(s.slopes, at, slopes);
+    double block = 0;
     for (int i = 0; i < count; ++i) {
       slope[i] = regularization_slope(threshold[i]);
-      sum += regularization_value(threshold[i]);
+      block += regularization_value(threshold[i]);
     }
+    sum += block;
     store(s.slopes, at, count, slope);
   }
   return sum;

@@ -10,7 +10,7 @@ template <typename Real>
 DST_FUNCTION double sum_unit_of(const StepSegment& s, const Part& part, double grad_scale) {
   const Real threshold = static_cast<const Real*>(s.threshold.data)[part.row];
   const int64_t begin = part.row * s.shape.columns + part.column;
-  return sum_run<Real>(s, grad_scale, threshold, begin, begin + part.columns);
+  return sum_row(s, grad_scale, threshold, begin, begin + part.columns);
 }
 
 DST_CLONES double sum_unit(const StepSegment& s, const Part& part, double grad_scale) {

@@ -44,31 +44,41 @@ DST_FUNCTION const Real* load_gradient(const StepSegment& s, double grad_scale, 
   return buffer;
 }
 
-// -dt of one run of a row, from G alone.
-template <typename Real>
+// -dt of up to kRun elements of a row, from G alone.
+template <typename Real, Surrogate surrogate>
 DST_FUNCTION Real sum_run(const StepSegment& s, double grad_scale, Real threshold, int64_t begin,
                           int64_t end) {
   Real grads[kBlock], weights[kBlock];
   Lanes<Real> lanes(end - begin);
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int count = static_cast<int>(std::min<int64_t>(kBlock, end - at));
+    const Real* grad = load_gradient(s, grad_scale, at, count, grads);
+    const Real* weight = load(s.weight, at, count, weights);
+    DST_VECTORIZE for (int i = 0; i < count; ++i) {
+      lanes[i] += gradients<Real, surrogate, false>(grad[i], weight[i], threshold).minus_threshold;
+    }
+  }
+  return lanes.sum();
+}
+
+// -dt of a row, or of one unit of a long row, from G alone.
+template <typename Real>
+DST_FUNCTION double sum_row(const StepSegment& s, double grad_scale, Real threshold, int64_t begin,
+                            int64_t end) {
+  double sum = 0;
   dispatch(s.surrogate, false, [&]<Surrogate surrogate, bool structure>() DST_LAMBDA {
-    for (int64_t at = begin; at < end; at += kBlock) {
-      const int count = static_cast<int>(std::min<int64_t>(kBlock, end - at));
-      const Real* grad = load_gradient(s, grad_scale, at, count, grads);
-      const Real* weight = load(s.weight, at, count, weights);
-      DST_VECTORIZE for (int i = 0; i < count; ++i) {
-        lanes[i] +=
-            gradients<Real, surrogate, structure>(grad[i], weight[i], threshold).minus_threshold;
-      }
+    for (int64_t at = begin; at < end; at += kRun) {
+      sum += sum_run<Real, surrogate>(s, grad_scale, threshold, at, std::min(at + kRun, end));
     }
   });
-  return lanes.sum();
+  return sum;
 }
 
 // Final dt of one row, `minus_sum` being what G contributes to -dt.
 template <typename Real>
 DST_FUNCTION Real threshold_gradient(const StepSegment& s, const Step& step, double clip,
-                                     int64_t row, Real threshold, Real minus_sum) {
-  Real gradient = -minus_sum;
+                                     int64_t row, Real threshold, double minus_sum) {
+  Real gradient = static_cast<Real>(-minus_sum);
   if (s.threshold_grad) {
     gradient += load_one<Real>(s.threshold_grad, row) / static_cast<Real>(step.grad_scale);
   }

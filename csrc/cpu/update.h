@@ -12,7 +12,7 @@ namespace dst {
 // Updates one threshold in place.
 template <template <typename> class Rule, typename Real>
 DST_FUNCTION void update_threshold(const Step& step, const StepSegment& s, int64_t row,
-                                   Real minus_sum) {
+                                   double minus_sum) {
   Real* threshold = static_cast<Real*>(s.threshold.data) + row;
   const Real gradient = threshold_gradient(s, step, step.clip, row, *threshold, minus_sum);
   const Rule<Real> rule(step.threshold_hyper(s), s.threshold_state);
@@ -63,8 +63,8 @@ DST_FUNCTION int64_t update_rows(const Step& step, const StepSegment& s, const P
       old_threshold =
           is_long(s.shape) ? static_cast<Real>(old_threshold_of_long_row) : thresholds[row];
       if (with_threshold && !is_long(s.shape)) {
-        const Real minus_sum =
-            s.grad ? sum_run(s, step.grad_scale, old_threshold, begin, end) : Real(0);
+        const double minus_sum =
+            s.grad ? sum_row(s, step.grad_scale, old_threshold, begin, end) : 0;
         update_threshold<Rule, Real>(step, s, row, minus_sum);
       }
       threshold = thresholds[row];
@@ -88,7 +88,7 @@ void update_long_threshold(const Step& step, const StepSegment& s, int64_t row, 
   if (s.weight.storage == Storage::kFloat64) {
     update_threshold<Rule, double>(step, s, row, minus_sum);
   } else {
-    update_threshold<Rule, float>(step, s, row, static_cast<float>(minus_sum));
+    update_threshold<Rule, float>(step, s, row, minus_sum);
   }
 }
 

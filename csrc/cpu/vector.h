@@ -2,6 +2,7 @@
 // and chosen when the library is loaded.
 #pragma once
 
+#include <cstdint>
 #include <cstdlib>  // for __GLIBC__
 
 // On a function: compile it for AVX-512, AVX2 and the baseline. What it calls must be inlined into
@@ -26,5 +27,8 @@ namespace dst {
 
 // Elements handled at once: a few arrays of this many stay in the first-level cache.
 constexpr int kBlock = 512;
+
+// Longer sums are made run by run and added in double: errors stay small whatever the length.
+constexpr int64_t kRun = 8 * kBlock;
 
 }  // namespace dst
