@@ -48,8 +48,10 @@ class Side:
 class Twins:
     """`groups(model)` gives param groups in which alpha may stand; `options` are for all groups.
 
-    With alpha_in_loss the deferred optimizer gets no alpha either.
+    With alpha_in_loss the deferred optimizer gets no alpha either. `tolerance` is relative.
     """
+
+    tolerance = 1e-12  # what 200 steps make of another order of additions in float64
 
     def __init__(
         self,
@@ -97,7 +99,7 @@ class Twins:
             losses.append(loss.detach())
             if side is self.theirs:
                 self.resets += was_reset(before, thresholds_of(side.model))
-        assert_close(losses[0], losses[1], "loss")
+        self._assert_close(losses[0], losses[1], "loss")
 
     def step(self, input: Tensor, target: Tensor) -> None:
         self.both(lambda side: side.optimizer.zero_grad())
@@ -118,12 +120,24 @@ class Twins:
         """
         if input is not None:
             with torch.no_grad():
-                assert_close(*self.both(lambda side: side.model(input)), "output")
+                self._assert_close(*self.both(lambda side: side.model(input)), "output")
         mine, yours = self.both(lambda side: side.model.state_dict())
         assert mine.keys() == yours.keys()
         for name, tensor in mine.items():
-            assert_close(tensor, yours[name], name)
-        assert_same_state(self.ours.optimizer, self.theirs.optimizer)
+            self._assert_close(tensor, yours[name], name)
+        self._assert_same_state()
+
+    def _assert_same_state(self) -> None:
+        mine, yours = self.both(lambda side: side.optimizer.state_dict()["state"])
+        assert mine.keys() == yours.keys()
+        for index, state in mine.items():
+            kept = {key: value for key, value in yours[index].items() if value is not None}
+            assert state.keys() == kept.keys()
+            for key, value in state.items():
+                self._assert_close(value, kept[key], f"{key} of parameter {index}")
+
+    def _assert_close(self, a: Tensor, b: Tensor, what: str) -> None:
+        assert_close(a, b, what, self.tolerance)
 
 
 def without(options: dict, names: Sequence[str]) -> dict:
@@ -143,16 +157,6 @@ def was_reset(before: Sequence[Tensor], after: Sequence[Tensor]) -> int:
     return sum(bool((b != 0).any() and (a == 0).all()) for b, a in pairs)
 
 
-def assert_same_state(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer) -> None:
-    mine, yours = (optimizer.state_dict()["state"] for optimizer in (ours, theirs))
-    assert mine.keys() == yours.keys()
-    for index, state in mine.items():
-        kept = {key: value for key, value in yours[index].items() if value is not None}
-        assert state.keys() == kept.keys()
-        for key, value in state.items():
-            assert_close(value, kept[key], f"{key} of parameter {index}")
-
-
 def assert_same_dtypes(twins: Twins) -> None:
     """Of all that the optimizers keep."""
     mine, yours = twins.both(lambda side: side.optimizer.state_dict()["state"])
@@ -161,12 +165,11 @@ def assert_same_dtypes(twins: Twins) -> None:
             assert value.dtype == yours[index][key].dtype, (index, key)
 
 
-def assert_close(a: Tensor, b: Tensor, what: str) -> None:
-    """Equal up to what 200 steps make of another order of additions in float64."""
+def assert_close(a: Tensor, b: Tensor, what: str, tolerance: float = Twins.tolerance) -> None:
+    """`tolerance` in units of the largest element."""
     scale = b.abs().max().item() if b.numel() else 0.0
-    torch.testing.assert_close(
-        a.detach(), b.detach(), rtol=1e-12, atol=1e-12 * scale, msg=lambda m: f"{what}: {m}"
-    )
+    options = {"rtol": tolerance, "atol": tolerance * scale, "msg": lambda m: f"{what}: {m}"}
+    torch.testing.assert_close(a.detach(), b.detach(), **options)
 
 
 def batches(shape: Sequence[int], count: int = 4, size: int = 16, dtype=torch.float64) -> list:
