@@ -152,7 +152,8 @@ class Group:
             else:
                 masked = _deferred(bucket, layers, weights, thresholds, _is_parallel(module))
             for layer, weight, each in zip(layers, weights, masked, strict=True):
-                layer._attached = _Attached(each, weight, weight._version, self)
+                # Modules take long to set an attribute, as it might be a parameter.
+                layer.__dict__["_attached"] = _Attached(each, weight, weight._version, self)
             self._made += layers
         self.active = True
 
@@ -165,7 +166,7 @@ class Group:
     def _detach(self) -> None:
         for layer in self._made:
             if layer._attached is not None and layer._attached.group is self:
-                layer._attached = None
+                layer.__dict__["_attached"] = None
         self._made = []
 
     def _in_backward(self) -> None:
