@@ -38,14 +38,14 @@ def _measure(name: str, provider: ListProvider, problem: ListProblem, add: Add) 
     """Bandwidth under a CUDA graph: calls with dozens of tensors are no shorter than the host."""
     if provider.verify is not None:
         provider.verify(name, problem)
-    timing = device_time(provider.calls[name](problem), problem.device)
+    call = provider.calls[name](problem)
+    timing = device_time(call, problem.device)
     add(name, "time", timing.median, "s")
     add(name, "spread", timing.spread, "s")
     seconds = timing.median
     if problem.device.type == "cuda":
         try:
-            # Prepared anew: state must have been made on the stream that captures.
-            seconds = graph_time(provider.calls[name](problem)).median
+            seconds = graph_time(call).median
             add(name, "graph_time", seconds, "s")
         except Exception as error:
             record_failure(add, name, error, problem.device, "graph_time: ")
