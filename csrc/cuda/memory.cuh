@@ -92,7 +92,11 @@ __device__ __forceinline__ Vector<T, N> load(const T* pointer) {
   Word words[Words::kCount];
 #pragma unroll
   for (int i = 0; i < Words::kCount; ++i) {
-    words[i] = cache == Cache::kOnce ? __ldcs(from + i) : __ldca(from + i);
+    if constexpr (cache == Cache::kOnce) {
+      words[i] = __ldcs(from + i);
+    } else {
+      words[i] = from[i];
+    }
   }
   Vector<T, N> result;
   memcpy(&result, words, sizeof(result));
@@ -111,7 +115,7 @@ __device__ __forceinline__ void store(T* pointer, const Vector<T, N>& value) {
     if constexpr (cache == Cache::kOnce) {
       __stcs(to + i, words[i]);
     } else {
-      __stwb(to + i, words[i]);
+      to[i] = words[i];
     }
   }
 }

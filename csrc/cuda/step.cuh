@@ -41,7 +41,7 @@ struct Updater {
   __device__ __forceinline__ Updater(const StepEntry& entry, const Group<Rule>& group)
       : grads(static_cast<const G*>(entry.grad)),
         parameters(static_cast<W*>(entry.weight)),
-        fresh(entry.fresh_weight),
+        fresh(Rule::kOptionalStates && entry.fresh_weight),
         update(group.update(entry.of_weight.steps)) {
 #pragma unroll
     for (int s = 0; s < Rule::kStates; ++s) states[s] = static_cast<W*>(entry.of_weight.states[s]);
@@ -53,11 +53,15 @@ struct Updater {
     loaded.parameter = load<Cache::kOnce, N>(static_cast<const W*>(parameters) + i);
 #pragma unroll
     for (int s = 0; s < Rule::kStates; ++s) {
-      if (states[s] != nullptr && !fresh) {
+      if (has_state(s) && !fresh) {
         loaded.states[s] = load<Cache::kOnce, N>(static_cast<const W*>(states[s]) + i);
       }
     }
     return loaded;
+  }
+
+  __device__ __forceinline__ bool has_state(int s) const {
+    return !Rule::kOptionalStates || states[s] != nullptr;
   }
 
   // gradient(parameter, raw gradient) is the final one. Returns the parameter as stored.
@@ -83,7 +87,7 @@ struct Updater {
     store<Cache::kOnce>(parameters + i, rounded);
 #pragma unroll
     for (int s = 0; s < Rule::kStates; ++s) {
-      if (states[s] != nullptr) store<Cache::kOnce>(states[s] + i, from_floats<W>(state[s]));
+      if (has_state(s)) store<Cache::kOnce>(states[s] + i, from_floats<W>(state[s]));
     }
     return to_floats(rounded);
   }
@@ -109,6 +113,7 @@ template <typename Rule>
 struct ThresholdUpdater {
   typename Rule::Update update;
   float old, further;  // `further`: what its gradient has besides the row's sum
+  bool fresh;
   float states[Rule::kStates];
 
   __device__ __forceinline__ ThresholdUpdater(const StepEntry& entry, const Group<Rule>& group,
@@ -116,6 +121,7 @@ struct ThresholdUpdater {
       : update(group.update(entry.of_threshold.steps)),
         old(entry.threshold[row]),
         further(0.0f),
+        fresh(Rule::kOptionalStates && entry.fresh_threshold),
         states{} {
     if (entry.threshold_grad != nullptr) {
       further = load_as(entry.threshold_grad_storage, entry.threshold_grad, row) * inverse;
@@ -124,14 +130,13 @@ struct ThresholdUpdater {
 #pragma unroll
     for (int s = 0; s < Rule::kStates; ++s) {
       const float* state = static_cast<const float*>(entry.of_threshold.states[s]);
-      if (state != nullptr && !entry.fresh_threshold) states[s] = state[row];
+      if (state != nullptr && !fresh) states[s] = state[row];
     }
   }
 
   __device__ __forceinline__ float operator()(const StepEntry& entry, int64_t row, float sum,
                                               float clip) {
-    const float threshold =
-        Rule::apply(update, old, (further - sum) * clip, states, entry.fresh_threshold);
+    const float threshold = Rule::apply(update, old, (further - sum) * clip, states, fresh);
 #pragma unroll
     for (int s = 0; s < Rule::kStates; ++s) {
       float* state = static_cast<float*>(entry.of_threshold.states[s]);

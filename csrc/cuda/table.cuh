@@ -13,6 +13,9 @@ namespace dst::cuda {
 // All parameters of a kernel together, from CUDA 12.1 on.
 constexpr int kParameterBytes = 32764;
 
+// The parameters of a ResNet-50 or of a GPT with 124 M: these should be one launch.
+constexpr int kUsualSegments = 160;
+
 struct Nothing {};
 
 // Passed by value as a `const __grid_constant__` parameter, which a kernel reads in place.
@@ -51,7 +54,7 @@ struct Table {
 // Fills tables and hands each to `start(table, blocks)` when it is full, and at the end.
 template <typename Table, typename Start>
 class Batch {
-  static_assert(sizeof(Table) <= kParameterBytes);
+  static_assert(sizeof(Table) <= kParameterBytes && Table::kCapacity >= kUsualSegments);
 
  public:
   explicit Batch(const Start& start) : start_(start) { table_.count = 0; }

@@ -12,6 +12,7 @@ namespace dst::cuda {
 struct SgdRule {
   using Update = Sgd<float>;
   static constexpr int kStates = 1;
+  static constexpr bool kOptionalStates = true;  // absent without momentum, unread at first
 
   float momentum, dampening;
   bool nesterov;
@@ -34,6 +35,7 @@ struct SgdRule {
 struct AdamWRule {
   using Update = AdamW<float>;
   static constexpr int kStates = 2;
+  static constexpr bool kOptionalStates = false;
 
   float rest1, beta2, rest2, log_beta1, log_beta2, eps;
 
@@ -48,13 +50,13 @@ struct AdamWRule {
   DST_FUNCTION Update update(float lr, float weight_decay, bool maximize,
                              const float* steps) const {
     const float step = *steps + 1.0f;
+    const float root = std::sqrt(-std::expm1(step * log_beta2));
     return {1.0f - lr * weight_decay,
             rest1,
             beta2,
             rest2,
-            lr / -std::expm1(step * log_beta1),
-            std::sqrt(-std::expm1(step * log_beta2)),
-            eps,
+            root * lr / -std::expm1(step * log_beta1),
+            root * eps,
             maximize};
   }
 

@@ -132,9 +132,7 @@ T __shfl_sync(unsigned mask, T value, int lane) {
 
 // clang-format off
 template <typename T> T __ldcs(const T* pointer) { return emulation::read(pointer); }
-template <typename T> T __ldca(const T* pointer) { return emulation::read(pointer); }
 template <typename T> void __stcs(T* pointer, T value) { emulation::write(pointer, value); }
-template <typename T> void __stwb(T* pointer, T value) { emulation::write(pointer, value); }
 // clang-format on
 
 inline unsigned long long atomicAdd(unsigned long long* target, unsigned long long value) {

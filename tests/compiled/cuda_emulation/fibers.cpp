@@ -1,5 +1,6 @@
 // Runs the threads of a block in turn, each until it waits for others.
 #include <link.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -18,10 +19,14 @@ constexpr size_t kStackBytes = 256 * 1024;
 
 enum class State { kReady, kAtBarrier, kInWarp, kDone };
 
+// A stack of its own, made once; contexts are switched by jumps, which unlike swapcontext leave the
+// kernel alone.
 struct Fiber {
   ucontext_t context;
+  jmp_buf resume;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   State state;
+  bool started = false;
   uint3 index;
 };
 
@@ -35,20 +40,36 @@ struct Warp {
 std::vector<std::unique_ptr<Fiber>> fibers;
 std::vector<Warp> warps;
 std::vector<int> order;
-ucontext_t scheduler;
+jmp_buf scheduler;
 Fiber* current = nullptr;
 const std::function<void()>* body = nullptr;
 
 // Gives the other fibers their turn until somebody makes this one ready again.
 void wait(State state) {
   current->state = state;
-  swapcontext(&current->context, &scheduler);
+  if (_setjmp(current->resume) == 0) _longjmp(scheduler, 1);
 }
 
 void fiber_main() {
-  (*body)();
-  current->state = State::kDone;
-  swapcontext(&current->context, &scheduler);
+  for (;;) {
+    (*body)();
+    wait(State::kDone);  // until the next block
+  }
+}
+
+// Runs the fiber until it waits.
+__attribute__((noinline)) void turn(Fiber& fiber) {
+  current = &fiber;
+  threadIdx = fiber.index;
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.resume, 1);
+  fiber.started = true;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = kStackBytes;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, fiber_main, 0);
+  setcontext(&fiber.context);
 }
 
 // The order in which threads get their turn, chosen by DST_EMULATION_ORDER.
@@ -90,14 +111,8 @@ void run_block(int threads) {
   fill_shared_memory();
   warps.assign((threads + kLanes - 1) / kLanes, Warp());
   for (int i = 0; i < threads; ++i) {
-    Fiber& fiber = *fibers[i];
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, fiber_main, 0);
-    fiber.state = State::kReady;
-    fiber.index = {static_cast<unsigned>(i), 0, 0};
+    fibers[i]->state = State::kReady;
+    fibers[i]->index = {static_cast<unsigned>(i), 0, 0};
   }
   for (int done = 0; done < threads;) {
     bool progress = false;
@@ -107,9 +122,7 @@ void run_block(int threads) {
       Fiber& fiber = *fibers[i];
       if (fiber.state == State::kReady) {
         progress = true;
-        current = &fiber;
-        threadIdx = fiber.index;
-        swapcontext(&scheduler, &fiber.context);
+        turn(fiber);
       }
       done += fiber.state == State::kDone;
       waiting += fiber.state == State::kAtBarrier;
