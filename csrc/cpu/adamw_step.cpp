@@ -56,7 +56,7 @@ void adamw_step(const Tensors& weights, const Tensors& grads, const Tensors& ave
                    threshold_averages, threshold_squares, threshold_steps, segments);
   int64_t* counts = reader.counts(kept, "kept");
   const Step step(std::move(segments), std::move(rows), read_scales(reader, scales));
-  run_step(step, {adamw_part, update_long_threshold<AdamWRule>}, counts);
+  run_step(step, {adamw_part, update_split_threshold<AdamWRule>}, counts);
   if (step.skipped) return;
   for (const StepSegment& s : step.segments) {
     if (s.weight_state.step) *s.weight_state.step += 1;

@@ -65,7 +65,7 @@ DST_CLONES void square_part(const Step& step, const StepSegment& s, const Part& 
 }
 
 template <typename Real>
-double square_long_thresholds(const Step& step, const StepSegment& s, const double* sums) {
+double square_split_thresholds(const Step& step, const StepSegment& s, const double* sums) {
   const int64_t units = units_per_row(s.shape);
   double total = 0;
   for (int64_t row = 0; row < s.shape.rows; ++row, sums += units) {
@@ -100,10 +100,10 @@ void grad_norm(const Tensors& weights, const Tensors& grads, const Tensors& thre
   for (int64_t unit = 0; unit < work.units(); ++unit) total += squares[unit];
   for (size_t i = 0; i < step.segments.size(); ++i) {
     const StepSegment& s = step.segments[i];
-    if (!is_long(s.shape) || !updates_threshold(s, step.hypers)) continue;
+    if (has_whole_rows(s.shape) || !updates_threshold(s, step.hypers)) continue;
     const double* first = sums.get() + work.first_unit(i);
-    total += s.weight.storage == Storage::kFloat64 ? square_long_thresholds<double>(step, s, first)
-                                                   : square_long_thresholds<float>(step, s, first);
+    total += s.weight.storage == Storage::kFloat64 ? square_split_thresholds<double>(step, s, first)
+                                                   : square_split_thresholds<float>(step, s, first);
   }
   *static_cast<float*>(result.data) = static_cast<float>(std::sqrt(total));
 }

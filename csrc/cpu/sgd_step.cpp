@@ -63,7 +63,7 @@ void sgd_step(const Tensors& weights, const Tensors& grads, const Tensors& buffe
   read_sgd_state(reader, rows, Half::kThreshold, "threshold_buffers", threshold_buffers, segments);
   int64_t* counts = reader.counts(kept, "kept");
   const Step step(std::move(segments), std::move(rows), read_scales(reader, scales));
-  run_step(step, {sgd_part, update_long_threshold<SgdRule>}, counts);
+  run_step(step, {sgd_part, update_split_threshold<SgdRule>}, counts);
 }
 
 }  // namespace dst

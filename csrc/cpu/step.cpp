@@ -42,9 +42,9 @@ DST_CLONES int64_t mask_collapsed(const StepSegment& s, const Part& part) {
 
 void count(int64_t* kept, int64_t more) { __atomic_fetch_add(kept, more, __ATOMIC_RELAXED); }
 
-// Updates the thresholds of rows that span several units. `memory` has a number for each unit: a
-// share of -dt on the way, the row's old threshold at the end.
-void update_long_rows(const Step& step, const Kernels& kernels, const Work& work, double* memory) {
+// Updates the thresholds of rows that no part has as a whole. `memory` has a number for each unit:
+// a share of -dt on the way, the row's old threshold at the end.
+void update_split_rows(const Step& step, const Kernels& kernels, const Work& work, double* memory) {
   bool any = false;
   for (const StepSegment& s : step.segments) any |= sums_first(s, step);
   if (any) {
@@ -55,7 +55,7 @@ void update_long_rows(const Step& step, const Kernels& kernels, const Work& work
   }
   for (size_t i = 0; i < step.segments.size(); ++i) {
     const StepSegment& s = step.segments[i];
-    if (!s.threshold || !is_long(s.shape)) continue;
+    if (!s.threshold || has_whole_rows(s.shape)) continue;
     const int64_t units = units_per_row(s.shape);
     double* unit = memory + work.first_unit(i);
     for (int64_t row = 0; row < s.shape.rows; ++row, unit += units) {
@@ -98,15 +98,17 @@ Step::Step(std::vector<StepSegment> segments, std::vector<Hyper> hypers, const S
     if (hyper.rate) hyper.lr = *hyper.rate;
     if (hyper.alpha_tensor) hyper.alpha = *hyper.alpha_tensor;
   }
+  for (StepSegment& s : this->segments) {
+    const bool idle =
+        !updates_weight(s, this->hypers) && !updates_threshold(s, this->hypers) && !s.masked;
+    if (idle) s.shape = {0, 0};
+  }
 }
 
 Work Step::work() const {
   std::vector<Rows> shapes;
   shapes.reserve(segments.size());
-  for (const StepSegment& s : segments) {
-    const bool idle = !updates_weight(s, hypers) && !updates_threshold(s, hypers) && !s.masked;
-    shapes.push_back(idle ? Rows{0, 0} : s.shape);
-  }
+  for (const StepSegment& s : segments) shapes.push_back(s.shape);
   return Work(std::move(shapes));
 }
 
@@ -114,7 +116,7 @@ void run_step(const Step& step, const Kernels& kernels, int64_t* kept) {
   if (step.skipped) return;
   const Work work = step.work();
   const std::unique_ptr<double[]> memory(new double[work.units()]);
-  update_long_rows(step, kernels, work, memory.get());
+  update_split_rows(step, kernels, work, memory.get());
   for (size_t i = 0; i < step.segments.size(); ++i) {
     if (step.segments[i].masked) kept[i] = 0;
   }

@@ -84,7 +84,7 @@ DST_FUNCTION int64_t update_part(const Step& step, const StepSegment& s, const P
 }
 
 template <template <typename> class Rule>
-void update_long_threshold(const Step& step, const StepSegment& s, int64_t row, double minus_sum) {
+void update_split_threshold(const Step& step, const StepSegment& s, int64_t row, double minus_sum) {
   if (s.weight.storage == Storage::kFloat64) {
     update_threshold<Rule, double>(step, s, row, minus_sum);
   } else {

@@ -28,6 +28,9 @@ struct Part {
 
 inline bool is_long(Rows shape) { return shape.columns > kUnit; }
 
+// Whether some part has all of a row: neither long rows nor those without elements are in one.
+inline bool has_whole_rows(Rows shape) { return shape.columns != 0 && !is_long(shape); }
+
 inline int64_t units_per_row(Rows shape) { return (shape.columns + kUnit - 1) / kUnit; }
 
 class Work {
