@@ -23,6 +23,7 @@ __all__ = ["LIBRARIES", "SOURCES", "SUFFIX", "Library", "build"]
 
 SOURCES = Path(__file__).resolve().parent.parent
 SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
+DESCRIPTION = "dst_kernels_build"  # the one symbol that a library shows
 
 _COMMON = ("-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000")
 _HOST = ("-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden")
@@ -79,8 +80,8 @@ def build(library: Library, folder: Path) -> Path:
     sources = [*library.sources, _write_description(folder, tools.described)]
     target = folder / library.file
     try:
-        shims = _shims(cxx, library, folder)
-        _compile_and_link(compile, tools.link, shims, sources, target)
+        options = _linker_options(cxx, library, folder)
+        _compile_and_link(compile, tools.link, options, sources, target)
     except subprocess.CalledProcessError as error:
         raise BuildError(f"{library.file} could not be built: see the messages above") from error
     return target
@@ -108,7 +109,7 @@ def _write_description(folder: Path, text: str) -> Path:
     quoted = text.replace("\\", "\\\\").replace('"', '\\"')
     content = (
         'extern "C" __attribute__((visibility("default"))) const char\n'
-        f'    dst_kernels_build[] = "{quoted}";\n'
+        f'    {DESCRIPTION}[] = "{quoted}";\n'
     )
     path = folder / "description.cpp"
     if not path.exists() or path.read_text(encoding="utf-8") != content:
@@ -116,15 +117,18 @@ def _write_description(folder: Path, text: str) -> Path:
     return path
 
 
-def _shims(cxx: list[str], library: Library, folder: Path) -> list[str]:
-    """Options for the linker that name torch's libraries, which will be in the process already.
+def _linker_options(cxx: list[str], library: Library, folder: Path) -> list[str]:
+    """Names torch's libraries, which will be in the process already, and hides all symbols.
 
-    An empty library of the same name takes the place of each: torch's own may be of another build
-    than the one that the library will meet, or lack CUDA.
+    An empty library of the same name takes the place of each of torch's: those may be of another
+    build than the one that the library will meet, or lack CUDA.
     """
     if sys.platform == "darwin":
         return ["-undefined", "dynamic_lookup"]
-    arguments = ["--no-as-needed"]
+    # Functions that are compiled for several processors would stay visible without it.
+    visible = folder / "visible.map"
+    visible.write_text(f"{{ global: {DESCRIPTION}; local: *; }};\n", encoding="utf-8")
+    arguments = [f"--version-script={visible}", "--no-as-needed"]
     for name in library.shims:
         stub = folder / f"lib{name}.so"
         command = [*cxx, "-shared", f"-Wl,-soname,{stub.name}", "-x", "c++", os.devnull]
@@ -135,12 +139,12 @@ def _shims(cxx: list[str], library: Library, folder: Path) -> list[str]:
 
 
 def _compile_and_link(
-    compile: list[str], link: list[str], shims: list[str], sources: list[Path], target: Path
+    compile: list[str], link: list[str], options: list[str], sources: list[Path], target: Path
 ) -> None:
     objects = [target.parent / f"{source.name}.o" for source in sources]
     jobs = environment.jobs()
     if ninja := shutil.which("ninja"):
-        rules = _ninja_file(compile, link, shims, sources, objects, target)
+        rules = _ninja_file(compile, link, options, sources, objects, target)
         (target.parent / "build.ninja").write_text(rules, encoding="utf-8")
         subprocess.run([ninja, "-C", str(target.parent), f"-j{jobs}"], check=True)
         return
@@ -150,13 +154,13 @@ def _compile_and_link(
             for source, made in zip(sources, objects, strict=True)
         ]
         list(pool.map(functools.partial(subprocess.run, check=True), commands))
-    subprocess.run([*link, *map(str, objects), *shims, "-o", str(target)], check=True)
+    subprocess.run([*link, *map(str, objects), *options, "-o", str(target)], check=True)
 
 
 def _ninja_file(
     compile: list[str],
     link: list[str],
-    shims: list[str],
+    options: list[str],
     sources: list[Path],
     objects: list[Path],
     target: Path,
@@ -167,7 +171,7 @@ def _ninja_file(
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = {_command(link)} $in {_command(shims)} -o $out",
+        f"  command = {_command(link)} $in {_command(options)} -o $out",
         *(f"build {_path(o)}: compile {_path(s)}" for s, o in zip(sources, objects, strict=True)),
         f"build {_path(target)}: link {' '.join(map(_path, objects))}",
     ]
