@@ -119,7 +119,7 @@ class Reader {
   // Rows of a weight, whose elements must lie as `Rows` says.
   Rows rows(const Tensor& tensor, Name name) const {
     STD_TORCH_CHECK(tensor.dim() > 0, op_, ": ", name, " must have at least 1 dimension");
-    check_dense(tensor, name);
+    check_dense_rows(tensor, name);
     const int64_t rows = tensor.size(0);
     return {rows, rows == 0 ? 0 : tensor.numel() / rows};
   }
@@ -134,14 +134,28 @@ class Reader {
     return Granularity::kElement;
   }
 
-  // Rows follow each other without gaps; tensors of equal strides can be walked side by side.
+  // Elements fill a flat run of memory, in any order: tensors of equal strides can be walked side
+  // by side.
   void check_dense(const Tensor& tensor, Name name) const {
-    if (tensor.dim() == 0) return;
-    const int64_t rows = tensor.size(0);
-    if (rows <= 1 || tensor.numel() == 0) return;
-    STD_TORCH_CHECK(tensor.stride(0) == tensor.numel() / rows, op_, ": ", name, " has stride ",
-                    tensor.stride(0), " between rows of ", tensor.numel() / rows,
-                    " elements; rows must be dense (contiguous or channels_last)");
+    const auto sizes = tensor.sizes(), strides = tensor.strides();
+    int64_t numel = 1, extent = 1;
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      numel *= sizes[i];
+      extent += (sizes[i] - 1) * strides[i];
+    }
+    STD_TORCH_CHECK(numel == 0 || extent == numel, op_, ": ", name, " has ", numel,
+                    " elements within ", extent, "; they must be dense in memory");
+  }
+
+  // The first dimension, too, goes from one flat run to the next.
+  void check_dense_rows(const Tensor& tensor, Name name) const {
+    if (tensor.dim() != 0 && tensor.size(0) > 1 && tensor.numel() != 0) {
+      const int64_t columns = tensor.numel() / tensor.size(0);
+      STD_TORCH_CHECK(tensor.stride(0) == columns, op_, ": ", name, " has stride ",
+                      tensor.stride(0), " between rows of ", columns,
+                      " elements; rows must be dense (contiguous or channels_last)");
+    }
+    check_dense(tensor, name);
   }
 
   void check_storage(const Array& array, Storage expected, Name name) const {

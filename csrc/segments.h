@@ -39,9 +39,9 @@ inline std::vector<PackSegment> pack_segments(const Reader& reader, const Tensor
     s.effective = reader.required(effective[i], {"effective", i}, s.threshold.numel);
     reader.check_storage(s.threshold, arithmetic(s.weight), {"thresholds", i});
     reader.check_storage(s.effective, arithmetic(s.weight), {"effective", i});
-    reader.check_dense(thresholds[i], {"thresholds", i});
-    reader.check_dense(masked[i], {"masked", i});
-    reader.check_dense(effective[i], {"effective", i});
+    reader.check_dense_rows(thresholds[i], {"thresholds", i});
+    reader.check_dense_rows(masked[i], {"masked", i});
+    reader.check_dense_rows(effective[i], {"effective", i});
     s.collapsed = settings[2 * i];
     s.commit = settings[2 * i + 1] != 0;
   }
@@ -71,10 +71,10 @@ inline std::vector<PostSegment> post_segments(const Reader& reader, const Tensor
     reader.check_storage(s.threshold, arithmetic(s.weight), {"thresholds", i});
     reader.check_storage(s.grad_weight, s.weight.storage, {"grad_weights", i});
     reader.check_storage(s.grad_threshold, arithmetic(s.weight), {"grad_thresholds", i});
-    reader.check_dense(grads[i], {"grads", i});
-    reader.check_dense(thresholds[i], {"thresholds", i});
-    reader.check_dense(grad_weights[i], {"grad_weights", i});
-    reader.check_dense(grad_thresholds[i], {"grad_thresholds", i});
+    reader.check_dense_rows(grads[i], {"grads", i});
+    reader.check_dense_rows(thresholds[i], {"thresholds", i});
+    reader.check_dense_rows(grad_weights[i], {"grad_weights", i});
+    reader.check_dense_rows(grad_thresholds[i], {"grad_thresholds", i});
     s.surrogate = reader.surrogate(settings[2 * i], i);
     s.structure = settings[2 * i + 1] != 0;
   }

@@ -95,9 +95,11 @@ inline std::vector<StepSegment> step_segments(const Reader& reader, const Tensor
     if (s.threshold) {
       s.shape = reader.rows(weights[i], {"weights", i});
       reader.required(thresholds[i], {"thresholds", i}, s.shape.rows);  // one per row
-      reader.check_dense(thresholds[i], {"thresholds", i});
-      if (s.grad) reader.check_dense(grads[i], {"grads", i});
+      reader.check_dense_rows(thresholds[i], {"thresholds", i});
+      if (s.grad) reader.check_dense_rows(grads[i], {"grads", i});
     } else {
+      reader.check_dense(weights[i], {"weights", i});
+      if (s.grad) reader.check_dense(grads[i], {"grads", i});
       s.shape = {1, s.weight.numel};
     }
     s.threshold_grad =
@@ -139,7 +141,7 @@ inline void read_masked(const Reader& reader, const Tensors& masked,
     if (!s.masked) continue;
     STD_TORCH_CHECK(s.threshold, reader.op(), ": ", Name{"masked", i},
                     " is given for a parameter without threshold");
-    reader.check_dense(masked[i], {"masked", i});
+    reader.check_dense_rows(masked[i], {"masked", i});
   }
 }
 
@@ -166,6 +168,7 @@ inline Array read_state(const Reader& reader, const Tensor& tensor, Name name,
                         const Array& parameter) {
   const Array state = reader.required(tensor, name, parameter.numel);
   reader.check_storage(state, parameter.storage, name);
+  reader.check_dense(tensor, name);
   return state;
 }
 

@@ -48,6 +48,8 @@ void regularization(const Tensors& thresholds, const Tensor& value, const Tensor
     s.slopes = reader.required(slopes[i], {"slopes", i}, s.values.numel);
     reader.check_storage(s.values, arithmetic(s.values), {"thresholds", i});
     reader.check_storage(s.slopes, s.values.storage, {"slopes", i});
+    reader.check_dense(thresholds[i], {"thresholds", i});
+    reader.check_dense(slopes[i], {"slopes", i});
     doubles |= s.values && s.values.storage == Storage::kFloat64;
     shapes.push_back({1, s.values.numel});
   }
