@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .._backends import check_backend, implementation
+from .._backends import implementation, resolve
 from .._dtensor import norm_over_shards
 from ..model import parameter_groups
 from ..nn import MaskedLayer
@@ -47,7 +47,16 @@ class DeferredOptimizer(Optimizer):
                 f"model must be the torch.nn.Module to train, but is a {type(model).__name__}; "
                 "parameters go into params"
             )
-        check_backend(backend)
+        if params is not None and not isinstance(params, Iterable):
+            raise TypeError(
+                f"params must be parameters, param groups or None (the model's), but is {params!r}"
+            )
+        if backend == "triton":
+            raise ValueError(
+                "backend must be one of auto, reference, cpu, cuda, but is 'triton', "
+                "which has no kernels for steps"
+            )
+        resolve(backend)
         self._model, self._backend = model, backend
         self._clip: Tensor | None = None
         self._deferral: Deferral | None = None
