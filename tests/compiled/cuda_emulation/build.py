@@ -15,6 +15,7 @@ import torch
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
+TORCH = Path(torch.__file__).parent
 
 FLAGS = (
     "-std=c++20",
@@ -35,58 +36,87 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "c++"))
 
 
-def build(csrc: Path = CSRC) -> Path:
-    """The path of the library, which defines `torch.ops.dst_kernels_emulated`."""
-    folder = Path(tempfile.gettempdir()) / f"dst_kernels_emulated_{os.getuid()}"
-    library = folder / f"{_fingerprint(csrc)}.so"
-    if library.exists():
-        return library
-    folder.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        built = _build(csrc, Path(name))
-        os.replace(built, library)  # at once, for others may be building the same
-    return library
+def build() -> Path:
+    """The path of the library, which defines `torch.ops.dst_kernels_emulated`.
 
-
-def _sources(csrc: Path) -> list[Path]:
-    cuda = [path for path in sorted((csrc / "cuda").glob("*.cu")) if path.stem != "library"]
-    return [*cuda, *sorted(HERE.glob("*.cpp"))]
-
-
-def _fingerprint(csrc: Path) -> str:
-    digest = hashlib.sha256(repr((torch.__version__, FLAGS)).encode())
-    headers = [path for folder in (csrc, csrc / "cuda", HERE) for path in folder.glob("*.*h")]
-    for path in [*_sources(csrc), *sorted(headers), csrc / "cpu" / "library.cpp", Path(__file__)]:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _build(csrc: Path, folder: Path) -> Path:
+    DST_EMULATION_CSRC names another folder than csrc to build from.
+    """
+    csrc = Path(os.environ.get("DST_EMULATION_CSRC", CSRC))
+    sources = [path for path in (csrc / "cuda").glob("*.cu") if path.stem != "library"]
+    sources += [HERE / "fibers.cpp", HERE / "library.cpp"]
     schemas = re.findall(
         r'library\.def\(\s*((?:"[^"]*"\s*)+)\)', (csrc / "cpu" / "library.cpp").read_text()
     )
-    (folder / "schemas.inc").write_text(",\n".join(schemas))
-    torch_folder = Path(torch.__file__).parent
-    # The emulation first, in place of the toolkit's headers.
-    paths = [f"-I{path}" for path in (HERE, folder, csrc, torch_folder / "include")]
-
-    def compile(source: Path) -> Path:
-        target = folder / f"{source.stem}.o"
-        included = ["-include", "cuda_runtime.h"]  # as nvcc does
-        _run(["-x", "c++", *FLAGS, *paths, *included, "-c", str(source), "-o", str(target)])
-        return target
-
+    folder = _folder()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile, _sources(csrc)))
-    library = folder / "emulated.so"
+        objects = list(pool.map(lambda source: _object(source, csrc, schemas), sorted(sources)))
+    library = folder / f"{_digest([path.name for path in objects])}.so"
+    libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
     # The few functions of PyTorch that the emulation replaces must be found here first.
-    libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
-    _run(["-shared", "-Wl,-Bsymbolic", *map(str, objects), *libraries, "-o", str(library)])
+    _make(library, ["-shared", "-Wl,-Bsymbolic", *map(str, objects), *libraries])
     return library
 
 
-def _run(arguments: list[str]) -> None:
-    result = subprocess.run([compiler(), *arguments], capture_output=True, text=True)
+def build_program(source: Path) -> Path:
+    """An executable of one file and the emulation alone."""
+    files = [source, HERE / "fibers.cpp"]
+    program = _folder() / _digest([FLAGS, *(path.read_bytes() for path in [*files, *_headers()])])
+    included = ["-include", "cuda_runtime.h", f"-I{HERE}", "-x", "c++"]
+    _make(program, [*FLAGS, *included, *map(str, files)])
+    return program
+
+
+def _folder() -> Path:
+    """What has been compiled stays there, named by what it was made from."""
+    folder = Path(tempfile.gettempdir()) / f"dst_kernels_emulated_{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _headers() -> list[Path]:
+    return sorted(HERE.glob("*.h"))
+
+
+def _object(source: Path, csrc: Path, schemas: list[str]) -> Path:
+    read = [path.read_bytes() for path in [*_with_includes(source, csrc), *_headers()]]
+    target = _folder() / f"{source.stem}_{_digest([torch.__version__, FLAGS, schemas, *read])}.o"
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "schemas.inc").write_text(",\n".join(schemas))
+        # The emulation first, in place of the toolkit's headers, one of which nvcc always includes.
+        paths = [f"-I{path}" for path in (HERE, folder, csrc, TORCH / "include")]
+        included = ["-include", "cuda_runtime.h"]
+        _make(target, ["-x", "c++", *FLAGS, *paths, *included, "-c", str(source)])
+    return target
+
+
+def _with_includes(source: Path, csrc: Path) -> list[Path]:
+    """The file, and those of csrc that it comes to include."""
+    found: list[Path] = []
+    pending = [source]
+    while pending:
+        path = pending.pop().resolve()
+        if path in found:
+            continue
+        found.append(path)
+        for name in re.findall(r'^#include "(.+)"', path.read_text(), re.M):
+            candidates = (folder / name for folder in (path.parent, csrc))
+            pending += [candidate for candidate in candidates if candidate.exists()][:1]
+    return sorted(found)
+
+
+def _digest(parts: list) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _make(target: Path, arguments: list[str]) -> None:
+    """Run the compiler, unless the target is there: its name says what it was made from."""
+    if target.exists():
+        return
+    handle, made = tempfile.mkstemp(dir=target.parent)
+    os.close(handle)
+    command = [compiler(), *arguments, "-o", made]
+    result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        raise RuntimeError(f"{' '.join(result.args)}\n{result.stderr[:4000]}")
-    print(result.stderr, end="")
+        os.unlink(made)
+        raise RuntimeError(f"{' '.join(command)}\n{result.stderr[:4000]}")
+    os.replace(made, target)  # at once, for others may be making the same

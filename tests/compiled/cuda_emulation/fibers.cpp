@@ -39,7 +39,7 @@ struct Warp {
 
 std::vector<std::unique_ptr<Fiber>> fibers;
 std::vector<Warp> warps;
-std::vector<int> order;
+std::vector<int> order;  // of threads
 jmp_buf scheduler;
 Fiber* current = nullptr;
 const std::function<void()>* body = nullptr;
@@ -72,18 +72,18 @@ __attribute__((noinline)) void turn(Fiber& fiber) {
   setcontext(&fiber.context);
 }
 
-// The order in which threads get their turn, chosen by DST_EMULATION_ORDER.
-void choose_order(int threads) {
-  order.resize(threads);
+// The order in which blocks, or the threads of one, get their turn: DST_EMULATION_ORDER.
+std::vector<int> chosen_order(int count) {
+  std::vector<int> order(count);
   std::iota(order.begin(), order.end(), 0);
   const char* given = std::getenv("DST_EMULATION_ORDER");
   const std::string name = given ? given : "forward";
-  if (name == "forward") return;
   if (name == "reversed") {
     std::reverse(order.begin(), order.end());
-  } else {
+  } else if (name != "forward") {
     std::shuffle(order.begin(), order.end(), std::mt19937(std::stoul(name)));
   }
+  return order;
 }
 
 thread_local char anchor;  // makes this library's thread-local memory exist
@@ -160,19 +160,17 @@ const uint64_t* exchange(int operation, uint64_t word) {
 
 void run_grid(dim3 grid, dim3 block, const std::function<void()>& kernel) {
   const int threads = static_cast<int>(block.x);
-  if (threads % kLanes != 0 || block.y != 1 || block.z != 1) fail("such blocks are not emulated");
+  if (threads % kLanes != 0 || block.y != 1 || block.z != 1 || grid.z != 1) {
+    fail("such grids are not emulated");
+  }
   while (static_cast<int>(fibers.size()) < threads) fibers.push_back(std::make_unique<Fiber>());
-  choose_order(threads);
+  order = chosen_order(threads);
   body = &kernel;
   blockDim = block;
   gridDim = grid;
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        blockIdx = {x, y, z};
-        run_block(threads);
-      }
-    }
+  for (const int i : chosen_order(static_cast<int>(grid.x * grid.y))) {
+    blockIdx = {i % grid.x, i / grid.x, 0};
+    run_block(threads);
   }
 }
 
