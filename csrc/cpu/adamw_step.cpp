@@ -31,8 +31,8 @@ class AdamWRule {
 };
 
 DST_CLONES int64_t adamw_part(const Step& step, const StepSegment& s, const Part& part,
-                              double old_threshold) {
-  return update_part<AdamWRule>(step, s, part, old_threshold);
+                              double& minus_sum) {
+  return update_part<AdamWRule>(step, s, part, minus_sum);
 }
 
 }  // namespace

@@ -8,22 +8,29 @@
 namespace dst {
 namespace {
 
-// Sum of squares of one run's weight gradients; in double, which neither over- nor underflows.
+// Up to kRun elements of a row, or of a plain parameter: adds their squares, and their share of
+// -dt. Squares are in double, which neither over- nor underflows.
 template <typename Real>
-DST_FUNCTION double square_run(const Step& step, const StepSegment& s, Real threshold,
-                               int64_t begin, int64_t end) {
+DST_FUNCTION void square_run(const Step& step, const StepSegment& s, Real threshold, int64_t begin,
+                             int64_t end, double& squares, double& minus_sum) {
   Real weights[kBlock], grads[kBlock];
-  Lanes<double> lanes(end - begin);
+  Lanes<Real> lanes(end - begin);
+  Lanes<double> square_lanes(end - begin);
   for (int64_t at = begin; at < end; at += kBlock) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - at));
     const Real* weight = load(s.weight, at, count, weights);
-    weight_gradients(s, step, 1, weight, threshold, at, count, grads);
+    if (s.threshold) {
+      masked_gradients(s, step, 1, weight, threshold, at, count, grads, lanes);
+    } else {
+      plain_gradients(s, step, 1, weight, at, count, grads);
+    }
     DST_VECTORIZE for (int i = 0; i < count; ++i) {
       const double gradient = grads[i];
-      lanes[i] += gradient * gradient;
+      square_lanes[i] += gradient * gradient;
     }
   }
-  return lanes.sum();
+  squares += square_lanes.sum();
+  minus_sum += lanes.sum();
 }
 
 template <typename Real>
@@ -39,18 +46,22 @@ DST_FUNCTION void square_rows(const Step& step, const StepSegment& s, const Part
                               double* squares, double* sums) {
   const bool of_weight = updates_weight(s, step.hypers);
   const bool of_threshold = updates_threshold(s, step.hypers);
+  const bool differentiate = of_weight || (of_threshold && s.grad);
   for (int64_t i = 0; i < part.rows; ++i) {
-    const int64_t row = part.row + i, unit = part.unit + i;
+    const int64_t row = part.row + i;
     const int64_t begin = row * s.shape.columns + part.column;
     const int64_t end = begin + part.columns;
     const Real threshold = s.threshold ? static_cast<const Real*>(s.threshold.data)[row] : Real(0);
-    squares[unit] = of_weight ? square_run(step, s, threshold, begin, end) : 0;
-    if (!of_threshold) continue;
-    const double minus_sum = s.grad ? sum_row(s, step.grad_scale, threshold, begin, end) : 0;
+    double of_weights = 0, minus_sum = 0;
+    for (int64_t at = begin; differentiate && at < end; at += kRun) {
+      square_run(step, s, threshold, at, std::min(at + kRun, end), of_weights, minus_sum);
+    }
+    double& total = squares[part.unit + i];
+    total = of_weight ? of_weights : 0;
     if (is_long(s.shape)) {
-      sums[unit] = minus_sum;
-    } else {
-      squares[unit] += square_of_threshold(step, s, row, threshold, minus_sum);
+      sums[part.unit] = minus_sum;
+    } else if (of_threshold) {
+      total += square_of_threshold(step, s, row, threshold, minus_sum);
     }
   }
 }

@@ -43,8 +43,8 @@ class SgdRule {
 };
 
 DST_CLONES int64_t sgd_part(const Step& step, const StepSegment& s, const Part& part,
-                            double old_threshold) {
-  return update_part<SgdRule>(step, s, part, old_threshold);
+                            double& minus_sum) {
+  return update_part<SgdRule>(step, s, part, minus_sum);
 }
 
 }  // namespace

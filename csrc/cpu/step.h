@@ -28,11 +28,6 @@ struct Step {
   const Hyper& threshold_hyper(const StepSegment& s) const { return hypers[s.threshold_hyper]; }
 };
 
-// Whether a row's dt, a sum over all of it, must be known before any of its units can go on.
-inline bool sums_first(const StepSegment& s, const Step& step) {
-  return is_long(s.shape) && s.threshold && s.grad && updates_threshold(s, step.hypers);
-}
-
 // G of a block of weights, unscaled.
 template <typename Real>
 DST_FUNCTION const Real* load_gradient(const StepSegment& s, double grad_scale, int64_t at,
@@ -44,34 +39,43 @@ DST_FUNCTION const Real* load_gradient(const StepSegment& s, double grad_scale, 
   return buffer;
 }
 
-// -dt of up to kRun elements of a row, from G alone.
-template <typename Real, Surrogate surrogate>
-DST_FUNCTION Real sum_run(const StepSegment& s, double grad_scale, Real threshold, int64_t begin,
-                          int64_t end) {
-  Real grads[kBlock], weights[kBlock];
-  Lanes<Real> lanes(end - begin);
-  for (int64_t at = begin; at < end; at += kBlock) {
-    const int count = static_cast<int>(std::min<int64_t>(kBlock, end - at));
-    const Real* grad = load_gradient(s, grad_scale, at, count, grads);
-    const Real* weight = load(s.weight, at, count, weights);
-    DST_VECTORIZE for (int i = 0; i < count; ++i) {
-      lanes[i] += gradients<Real, surrogate, false>(grad[i], weight[i], threshold).minus_threshold;
-    }
-  }
-  return lanes.sum();
-}
-
-// -dt of a row, or of one unit of a long row, from G alone.
+// Final dW of a block of a masked weight into `result`; its shares of -dt, from G alone and not
+// clipped, are added to `lanes`.
 template <typename Real>
-DST_FUNCTION double sum_row(const StepSegment& s, double grad_scale, Real threshold, int64_t begin,
-                            int64_t end) {
-  double sum = 0;
-  dispatch(s.surrogate, false, [&]<Surrogate surrogate, bool structure>() DST_LAMBDA {
-    for (int64_t at = begin; at < end; at += kRun) {
-      sum += sum_run<Real, surrogate>(s, grad_scale, threshold, at, std::min(at + kRun, end));
+DST_FUNCTION void masked_gradients(const StepSegment& s, const Step& step, double clip,
+                                   const Real* weight, Real threshold, int64_t at, int count,
+                                   Real* result, Lanes<Real>& lanes) {
+  const Real factor = static_cast<Real>(clip);
+  const Real* grad = load_gradient(s, step.grad_scale, at, count, result);
+  dispatch(s.surrogate, s.structure, [&]<Surrogate surrogate, bool structure>() DST_LAMBDA {
+    DST_VECTORIZE for (int i = 0; i < count; ++i) {
+      const auto both = gradients<Real, surrogate, structure>(grad[i], weight[i], threshold);
+      result[i] = factor * both.weight;
+      lanes[i] += both.minus_threshold;
     }
   });
-  return sum;
+}
+
+// Final gradients of a block of a plain parameter.
+template <typename Real>
+DST_FUNCTION void plain_gradients(const StepSegment& s, const Step& step, double clip,
+                                  const Real* parameter, int64_t at, int count, Real* result) {
+  const Real factor = static_cast<Real>(clip);
+  const Real* grad = result;
+  if (s.grad) {
+    grad = load_gradient(s, step.grad_scale, at, count, result);
+  } else {
+    std::fill(result, result + count, Real(0));
+  }
+  const Hyper& hyper = step.weight_hyper(s);
+  if (hyper.has_alpha) {
+    const Real alpha = static_cast<Real>(hyper.alpha);
+    for (int i = 0; i < count; ++i) {
+      result[i] = factor * (grad[i] + alpha * regularization_slope(parameter[i]));
+    }
+  } else {
+    DST_VECTORIZE for (int i = 0; i < count; ++i) result[i] = factor * grad[i];
+  }
 }
 
 // Final dt of one row, `minus_sum` being what G contributes to -dt.
@@ -89,44 +93,27 @@ DST_FUNCTION Real threshold_gradient(const StepSegment& s, const Step& step, dou
   return gradient * static_cast<Real>(clip);
 }
 
-// Final gradients of a block of weights, or of a plain parameter, into `result`.
+// W * M of one run of a row; returns how many are kept.
 template <typename Real>
-DST_FUNCTION void weight_gradients(const StepSegment& s, const Step& step, double clip,
-                                   const Real* weight, Real threshold, int64_t at, int count,
-                                   Real* result) {
-  const Real factor = static_cast<Real>(clip);
-  const Real* grad = result;
-  if (s.grad) {
-    grad = load_gradient(s, step.grad_scale, at, count, result);
-  } else {
-    std::fill(result, result + count, Real(0));
+DST_FUNCTION int64_t mask_run(const StepSegment& s, Real threshold, int64_t begin, int64_t end) {
+  Real weights[kBlock], results[kBlock];
+  int64_t kept = 0;
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int count = static_cast<int>(std::min<int64_t>(kBlock, end - at));
+    const Real* weight = load(s.weight, at, count, weights);
+    Real* result = target(s.masked, at, results);
+    kept += mask_block(weight, RowThreshold<Real>{threshold}, result, count);
+    store(s.masked, at, count, result);
   }
-  if (s.threshold) {
-    dispatch(s.surrogate, s.structure, [&]<Surrogate surrogate, bool structure>() DST_LAMBDA {
-      DST_VECTORIZE for (int i = 0; i < count; ++i) {
-        result[i] =
-            factor * gradients<Real, surrogate, structure>(grad[i], weight[i], threshold).weight;
-      }
-    });
-    return;
-  }
-  const Hyper& hyper = step.weight_hyper(s);
-  if (hyper.has_alpha) {
-    const Real alpha = static_cast<Real>(hyper.alpha);
-    for (int i = 0; i < count; ++i) {
-      result[i] = factor * (grad[i] + alpha * regularization_slope(weight[i]));
-    }
-  } else {
-    DST_VECTORIZE for (int i = 0; i < count; ++i) result[i] = factor * grad[i];
-  }
+  return kept;
 }
 
 // What an update rule compiles.
 struct Kernels {
-  // Whole rows, or one unit of a long row whose threshold was `old_threshold` when dW was made.
-  // Returns how many weights are kept.
-  int64_t (*part)(const Step& step, const StepSegment& s, const Part& part, double old_threshold);
-  // The threshold of a long row.
+  // Whole rows: new thresholds, weights and W * M; returns how many weights are kept. Of one unit
+  // of a long row the new weights only, and its share of -dt.
+  int64_t (*part)(const Step& step, const StepSegment& s, const Part& part, double& minus_sum);
+  // The threshold of a row that no part has as a whole.
   void (*threshold)(const Step& step, const StepSegment& s, int64_t row, double minus_sum);
 };
 

@@ -5,6 +5,8 @@
 // that updates `count` elements from `at` on and their state. `result` may be `parameter`.
 #pragma once
 
+#include <optional>
+
 #include "step.h"
 
 namespace dst {
@@ -19,68 +21,64 @@ DST_FUNCTION void update_threshold(const Step& step, const StepSegment& s, int64
   rule.update(threshold, &gradient, s.threshold_state, row, 1, threshold);
 }
 
-// One run of a row, or of a plain parameter: new weights from the old threshold, W * M from the
-// new.
+// Up to kRun elements of a row, or of a plain parameter: new weights from the old threshold, where
+// there is a rule for them. Returns their share of -dt.
 template <template <typename> class Rule, typename Real>
-DST_FUNCTION int64_t update_run(const Step& step, const StepSegment& s, const Rule<Real>* rule,
-                                Real old_threshold, Real threshold, int64_t begin, int64_t end) {
-  Real weights[kBlock], grads[kBlock], results[kBlock];
-  int64_t kept = 0;
+DST_FUNCTION Real update_run(const Step& step, const StepSegment& s, const Rule<Real>* rule,
+                             Real threshold, int64_t begin, int64_t end) {
+  Real weights[kBlock], grads[kBlock];
+  Lanes<Real> lanes(end - begin);
   for (int64_t at = begin; at < end; at += kBlock) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - at));
-    if (rule) {
-      const Real* weight = load(s.weight, at, count, weights);
-      weight_gradients(s, step, step.clip, weight, old_threshold, at, count, grads);
-      Real* result = target(s.weight, at, weights);
-      rule->update(weight, grads, s.weight_state, at, count, result);
-      store(s.weight, at, count, result);
+    const Real* weight = load(s.weight, at, count, weights);
+    if (s.threshold) {
+      masked_gradients(s, step, step.clip, weight, threshold, at, count, grads, lanes);
+    } else {
+      plain_gradients(s, step, step.clip, weight, at, count, grads);
     }
-    if (s.masked) {  // of what was stored: it may have been rounded
-      const Real* weight = load(s.weight, at, count, weights);
-      Real* result = target(s.masked, at, results);
-      kept += mask_block(weight, RowThreshold<Real>{threshold}, result, count);
-      store(s.masked, at, count, result);
-    }
+    if (!rule) continue;
+    Real* result = target(s.weight, at, weights);
+    rule->update(weight, grads, s.weight_state, at, count, result);
+    store(s.weight, at, count, result);
   }
-  return kept;
+  return lanes.sum();
 }
 
 template <template <typename> class Rule, typename Real>
 DST_FUNCTION int64_t update_rows(const Step& step, const StepSegment& s, const Part& part,
-                                 double old_threshold_of_long_row) {
-  const bool with_weight = updates_weight(s, step.hypers);
+                                 double& minus_sum_of_unit) {
   const bool with_threshold = updates_threshold(s, step.hypers);
-  Real* thresholds = static_cast<Real*>(s.threshold.data);
-  alignas(Rule<Real>) unsigned char memory[sizeof(Rule<Real>)];
-  const Rule<Real>* rule =
-      with_weight ? new (memory) Rule<Real>(step.weight_hyper(s), s.weight_state) : nullptr;
+  const Real* thresholds = static_cast<const Real*>(s.threshold.data);
+  std::optional<Rule<Real>> rule;
+  if (updates_weight(s, step.hypers)) rule.emplace(step.weight_hyper(s), s.weight_state);
+  const bool differentiate = rule || (with_threshold && s.grad);
   int64_t kept = 0;
   for (int64_t row = part.row; row < part.row + part.rows; ++row) {
     const int64_t begin = row * s.shape.columns + part.column;
     const int64_t end = begin + part.columns;
-    Real old_threshold = 0, threshold = 0;
-    if (s.threshold) {
-      old_threshold =
-          is_long(s.shape) ? static_cast<Real>(old_threshold_of_long_row) : thresholds[row];
-      if (with_threshold && !is_long(s.shape)) {
-        const double minus_sum =
-            s.grad ? sum_row(s, step.grad_scale, old_threshold, begin, end) : 0;
-        update_threshold<Rule, Real>(step, s, row, minus_sum);
-      }
-      threshold = thresholds[row];
+    const Real old_threshold = s.threshold ? thresholds[row] : Real(0);
+    double minus_sum = 0;
+    for (int64_t at = begin; differentiate && at < end; at += kRun) {
+      minus_sum += update_run<Rule, Real>(step, s, rule ? &*rule : nullptr, old_threshold, at,
+                                          std::min(at + kRun, end));
     }
-    kept += update_run<Rule, Real>(step, s, rule, old_threshold, threshold, begin, end);
+    if (is_long(s.shape)) {
+      minus_sum_of_unit = minus_sum;
+      continue;
+    }
+    if (with_threshold) update_threshold<Rule, Real>(step, s, row, minus_sum);
+    if (s.masked) kept += mask_run(s, thresholds[row], begin, end);
   }
   return kept;
 }
 
 template <template <typename> class Rule>
 DST_FUNCTION int64_t update_part(const Step& step, const StepSegment& s, const Part& part,
-                                 double old_threshold) {
+                                 double& minus_sum) {
   if (s.weight.storage == Storage::kFloat64) {
-    return update_rows<Rule, double>(step, s, part, old_threshold);
+    return update_rows<Rule, double>(step, s, part, minus_sum);
   }
-  return update_rows<Rule, float>(step, s, part, old_threshold);
+  return update_rows<Rule, float>(step, s, part, minus_sum);
 }
 
 template <template <typename> class Rule>
