@@ -2,8 +2,6 @@
 // (Row) or one for each (Element).
 #pragma once
 
-#include <algorithm>
-#include <bit>
 #include <cstdint>
 
 #include "../formulas.h"
@@ -34,29 +32,42 @@ DST_FUNCTION int mask_block(const Real* weight, Threshold threshold, Real* resul
   return count - dropped;
 }
 
-// Sums over a run, element by element into kBlock lanes, which are added as a tree at the end: a
-// fixed order that needs no reassociation by the compiler.
+// Sums over a run, element by element into up to kBlock lanes, which are added as a tree at the
+// end: a fixed order that needs no reassociation by the compiler.
 template <typename Real>
 class Lanes {
  public:
   // For a run of `columns` elements.
-  explicit DST_FUNCTION Lanes(int64_t columns)
-      : used_(static_cast<int>(
-            std::bit_ceil(static_cast<uint64_t>(std::min<int64_t>(columns, kBlock))))) {
-    for (int i = 0; i < used_; ++i) values_[i] = Real(0);
+  explicit DST_FUNCTION Lanes(int64_t columns) {
+    while (used_ < columns && used_ < kBlock) used_ *= 2;
+    for (int i = 0; i < used_; i += kLeast) fill<kLeast>(values_ + i);
   }
 
   DST_FUNCTION Real& operator[](int i) { return values_[i]; }
 
   DST_FUNCTION Real sum() {
-    for (int half = used_ / 2; half > 0; half /= 2) {
-      DST_VECTORIZE for (int i = 0; i < half; ++i) values_[i] += values_[i + half];
+    for (int half = used_ / 2; half >= kLeast; half /= 2) {
+      for (int i = 0; i < half; i += kLeast) add<kLeast>(values_ + i, values_ + half + i);
     }
-    return values_[0];
+    add<8>(values_, values_ + 8);
+    add<4>(values_, values_ + 4);
+    return (values_[0] + values_[2]) + (values_[1] + values_[3]);
   }
 
  private:
-  int used_;
+  static constexpr int kLeast = 16;
+
+  template <int count>
+  static DST_FUNCTION void fill(Real* lanes) {
+    for (int i = 0; i < count; ++i) lanes[i] = Real(0);
+  }
+
+  template <int count>
+  static DST_FUNCTION void add(Real* lanes, const Real* others) {
+    DST_VECTORIZE for (int i = 0; i < count; ++i) lanes[i] += others[i];
+  }
+
+  int used_ = kLeast;
   Real values_[kBlock];
 };
 

@@ -14,10 +14,9 @@ namespace dst {
 // Updates one threshold in place.
 template <template <typename> class Rule, typename Real>
 DST_FUNCTION void update_threshold(const Step& step, const StepSegment& s, int64_t row,
-                                   double minus_sum) {
+                                   const Rule<Real>& rule, double minus_sum) {
   Real* threshold = static_cast<Real*>(s.threshold.data) + row;
   const Real gradient = threshold_gradient(s, step, step.clip, row, *threshold, minus_sum);
-  const Rule<Real> rule(step.threshold_hyper(s), s.threshold_state);
   rule.update(threshold, &gradient, s.threshold_state, row, 1, threshold);
 }
 
@@ -47,11 +46,13 @@ DST_FUNCTION Real update_run(const Step& step, const StepSegment& s, const Rule<
 template <template <typename> class Rule, typename Real>
 DST_FUNCTION int64_t update_rows(const Step& step, const StepSegment& s, const Part& part,
                                  double& minus_sum_of_unit) {
-  const bool with_threshold = updates_threshold(s, step.hypers);
   const Real* thresholds = static_cast<const Real*>(s.threshold.data);
-  std::optional<Rule<Real>> rule;
+  std::optional<Rule<Real>> rule, threshold_rule;
   if (updates_weight(s, step.hypers)) rule.emplace(step.weight_hyper(s), s.weight_state);
-  const bool differentiate = rule || (with_threshold && s.grad);
+  if (updates_threshold(s, step.hypers)) {
+    threshold_rule.emplace(step.threshold_hyper(s), s.threshold_state);
+  }
+  const bool differentiate = rule || (threshold_rule && s.grad);
   int64_t kept = 0;
   for (int64_t row = part.row; row < part.row + part.rows; ++row) {
     const int64_t begin = row * s.shape.columns + part.column;
@@ -66,7 +67,7 @@ DST_FUNCTION int64_t update_rows(const Step& step, const StepSegment& s, const P
       minus_sum_of_unit = minus_sum;
       continue;
     }
-    if (with_threshold) update_threshold<Rule, Real>(step, s, row, minus_sum);
+    if (threshold_rule) update_threshold(step, s, row, *threshold_rule, minus_sum);
     if (s.masked) kept += mask_run(s, thresholds[row], begin, end);
   }
   return kept;
@@ -81,12 +82,19 @@ DST_FUNCTION int64_t update_part(const Step& step, const StepSegment& s, const P
   return update_rows<Rule, float>(step, s, part, minus_sum);
 }
 
+template <template <typename> class Rule, typename Real>
+void update_split_threshold_as(const Step& step, const StepSegment& s, int64_t row,
+                               double minus_sum) {
+  const Rule<Real> rule(step.threshold_hyper(s), s.threshold_state);
+  update_threshold(step, s, row, rule, minus_sum);
+}
+
 template <template <typename> class Rule>
 void update_split_threshold(const Step& step, const StepSegment& s, int64_t row, double minus_sum) {
   if (s.weight.storage == Storage::kFloat64) {
-    update_threshold<Rule, double>(step, s, row, minus_sum);
+    update_split_threshold_as<Rule, double>(step, s, row, minus_sum);
   } else {
-    update_threshold<Rule, float>(step, s, row, minus_sum);
+    update_split_threshold_as<Rule, float>(step, s, row, minus_sum);
   }
 }
 
