@@ -31,27 +31,43 @@ class _Pack:
 
 
 class Deferral:
-    """The packed weights, which each step renews. Layers that share a weight share its pack."""
+    """The packed weights, which each step renews. Layers that share a weight share its pack.
+
+    Holds for the parameters that the layers have when it is made, not for what takes their place.
+    """
 
     def __init__(self, layers: Iterable[MaskedLayer]) -> None:
-        self._layers = list(layers)
+        self._layers = {layer: (layer.weight, layer.threshold) for layer in layers}
         self._packs: dict[int, _Pack] = {}
         for layer in self._layers:
             layer._deferral = self
 
-    def release(self) -> None:
-        """From now on the layers have gradients of their own again, in their own dtype.
+    def serves(self, layer: MaskedLayer) -> bool:
+        """Whether weight and threshold are those of then: none that functional_call swaps in, that
+        were assigned or that a parametrization computes. (FSDP2 does swap parameters.)"""
+        if layer._sharded_threshold is not None:
+            return True
+        mine, now = self._layers.get(layer), layer._parameters
+        return mine is not None and now.get("weight") is mine[0] and now.get("threshold") is mine[1]
 
-        What waits in `.grad` for a step is dropped: nobody else could tell it from dW.
+    def release(self, layers: Iterable[MaskedLayer] | None = None) -> None:
+        """From now on `layers` (None: all) have gradients of their own again, in their own dtype.
+
+        A G that waits in `.grad` for a step is dropped: nobody else could tell it from dW.
         """
-        for layer in self._layers:
-            if layer._deferral is self:
-                layer._deferral = None
-                weight = layer._parameters["weight"]
+        for layer in list(self._layers if layers is None else layers):
+            dense = self.serves(layer)
+            weight, _ = self._layers.pop(layer)
+            self._packs.pop(id(weight), None)
+            if layer._deferral is not self:
+                continue
+            layer._deferral = None
+            if dense:
                 weight.grad = None
-                if weight.grad_dtype != weight.dtype:
-                    weight.grad_dtype = weight.dtype
-        self._layers, self._packs = [], {}
+            if weight.grad_dtype != weight.dtype:
+                grad, weight.grad = weight.grad, None
+                weight.grad_dtype = weight.dtype
+                weight.grad = None if grad is None else grad.to(weight.dtype)
 
     def fresh(self, layer: MaskedLayer) -> Tensor | None:
         """W * M if weight and threshold are as they were when it was made.
@@ -65,7 +81,6 @@ class Deferral:
             return None
         return pack.masked
 
-    @torch.no_grad()
     def commit(self, layer: MaskedLayer) -> None:
         """Write a reset into the threshold, if the last forward did not: one in evaluation mode.
 
@@ -78,7 +93,8 @@ class Deferral:
         if pack is not None and pack.committed:
             return
         weight, threshold = layer._parameters["weight"], layer._parameters["threshold"]
-        threshold.copy_(F.effective_threshold(weight, threshold, reset_ratio=layer.reset_ratio))
+        with torch.no_grad():
+            threshold.copy_(F.effective_threshold(weight, threshold, reset_ratio=layer.reset_ratio))
         if pack is not None:
             self.store(layer, pack.masked, committed=True)
 

@@ -91,7 +91,7 @@ def attached_weight(layer: MaskedLayer, input: Tensor) -> Tensor | None:
     made: _Attached | None = layer._attached
     if made is None or torch._C._are_functorch_transforms_active():
         return None
-    weight = layer._parameters["weight"]
+    weight = layer._parameters.get("weight")
     if weight is not made.weight or weight._version != made.version:
         return None
     if autograd.product_dtype(input, weight) != made.masked.dtype:
@@ -205,7 +205,10 @@ class Group:
         """Made anew where anything has changed that they depend on."""
         signature = [_autocast("cpu"), _autocast("cuda")]
         for layer in self._layers:
-            weight, threshold = layer._parameters["weight"], layer._parameters["threshold"]
+            weight, threshold = map(layer._parameters.get, ("weight", "threshold"))
+            if weight is None or threshold is None:  # a parametrization computes it
+                signature.append(None)
+                continue
             signature += (
                 id(weight), id(threshold), weight.dtype, weight.device, weight.requires_grad,
                 threshold.requires_grad, layer.path, layer.backend, layer._deferral,
@@ -221,11 +224,13 @@ class Group:
         done: list[_Bucket] = []
         filling: dict[tuple, _Bucket] = {}
         for layer in self._layers:
+            if not _can_be_grouped(layer):
+                continue
             weight, threshold = layer._parameters["weight"], layer._parameters["threshold"]
             deferral = layer.deferral()
             wanted = weight.requires_grad or threshold.requires_grad  # else nobody asks for G
             size = weight.numel() * weight.element_size()
-            if not _can_be_grouped(layer) or (deferral is None and size > self._bucket_bytes):
+            if deferral is None and size > self._bucket_bytes:
                 continue
             kind = weight.device, _product_dtype(weight), layer.backend, deferral
             key = kind, weight.dtype == torch.float64, wanted
@@ -239,7 +244,7 @@ class Group:
 
 
 def _can_be_grouped(layer: MaskedLayer) -> bool:
-    weight, threshold = layer._parameters["weight"], layer._parameters["threshold"]
+    weight, threshold = map(layer._parameters.get, ("weight", "threshold"))
     return (
         type(weight) is nn.Parameter is type(threshold)
         and weight.device == threshold.device

@@ -167,7 +167,10 @@ class MaskedLayer:
 
         A frozen weight has no gradient that could be deferred, so its threshold gets its own.
         """
-        return self._deferral if self.weight.requires_grad else None
+        deferral = self._deferral
+        if deferral is None or not self.weight.requires_grad:
+            return None
+        return deferral if torch.compiler.is_compiling() or deferral.serves(self) else None
 
     # -- torch.nn.Module machinery -------------------------------------------------------------
 

@@ -154,6 +154,16 @@ class DeferredOptimizer(Optimizer):
             before.release()  # what is not in the new one
         self._forget()
 
+    def _let_go(self) -> None:
+        """Of layers with other parameters than they had: these gradients are their own."""
+        served = [p for p in self._pairs if all(map(self._deferral.serves, p.layers))]
+        if len(served) < len(self._pairs):
+            kept = {layer for pair in served for layer in pair.layers}
+            layers = {layer for pair in self._pairs for layer in pair.layers}
+            self._deferral.release(layers - kept)
+            self._pairs = served
+            self._forget()
+
     def release(self) -> None:
         """Give the layers back: their gradients are dW and dt again, for any optimizer to use.
 
@@ -222,6 +232,7 @@ class DeferredOptimizer(Optimizer):
 
     def _current_batches(self) -> list[Batch]:
         """Collected anew where anything is not as it was in the last step but the numbers."""
+        self._let_go()
         self._commit_resets()
         groups = [[id(p) for p in group["params"]] for group in self.param_groups]
         if groups != self._groups:

@@ -13,6 +13,9 @@ from ..nn import MaskedLayer
 __all__ = ["Pair", "deferrable_pairs"]
 
 
+_NAMES = {"weight", "threshold"}  # not among the parameters where they are parametrized
+
+
 @dataclass(frozen=True)
 class Pair:
     """A weight and its threshold, and the layers that use them (more than one where they are tied).
@@ -38,7 +41,7 @@ def deferrable_pairs(model: nn.Module, optimized: Container[int]) -> list[Pair]:
                 users.setdefault(id(parameter), []).append(module)
     pairs = {}
     for layer in model.modules():
-        if not isinstance(layer, MaskedLayer):
+        if not isinstance(layer, MaskedLayer) or not layer._parameters.keys() >= _NAMES:
             continue
         weight, threshold = layer.weight, layer.threshold
         layers = users[id(weight)]
@@ -49,8 +52,8 @@ def deferrable_pairs(model: nn.Module, optimized: Container[int]) -> list[Pair]:
             and type(layer)._rows is MaskedLayer._rows
             and _rows_are_whole(weight)
             and all(isinstance(each, MaskedLayer) for each in layers)
-            and len({_masking(each) for each in layers}) == 1
             and users[id(threshold)] == layers
+            and len({_masking(each) for each in layers}) == 1
         ):
             pairs[id(weight)] = Pair(weight, threshold, tuple(layers))
     return list(pairs.values())
