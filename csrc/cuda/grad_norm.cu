@@ -118,7 +118,9 @@ __device__ __forceinline__ double norm_of_plain(const NormEntry& entry, const Sh
 
 template <typename W>
 __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ NormTable table) {
-  const auto [entry, block] = table.place(blockIdx.x);
+  const auto place = table.place(blockIdx.x);
+  const NormEntry& entry = place.entry;
+  const int block = place.block;
   const Share share = entry.tiling.share(block);
   const float* scale = table.common.grad_scale;
   const float inverse = scale != nullptr ? 1.0f / *scale : 1.0f;

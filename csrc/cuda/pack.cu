@@ -85,7 +85,9 @@ __device__ __forceinline__ int pack_by_element(const PackEntry& entry, const Sha
 
 template <typename W>
 __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ PackTable table) {
-  const auto [entry, block] = table.place(blockIdx.x);
+  const auto place = table.place(blockIdx.x);
+  const PackEntry& entry = place.entry;
+  const int block = place.block;
   const Share share = entry.tiling.share(block);
   int kept = 0;
   with_type(entry.masked_storage, [&](auto type) {

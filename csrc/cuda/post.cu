@@ -102,7 +102,9 @@ __device__ __forceinline__ void post_by_element(const PostEntry& entry, const Sh
 
 template <typename W>
 __global__ void __launch_bounds__(kThreads) post_kernel(const __grid_constant__ PostTable table) {
-  const auto [entry, block] = table.place(blockIdx.x);
+  const auto place = table.place(blockIdx.x);
+  const PostEntry& entry = place.entry;
+  const int block = place.block;
   const Share share = entry.tiling.share(block);
   const Differentiation differentiate{Curve::of(entry.surrogate), entry.structure};
   float sum = 0.0f;
@@ -142,7 +144,9 @@ using PieceTable = Table<PieceEntry>;
 // One warp for each threshold.
 __global__ void __launch_bounds__(kThreads)
     add_pieces_kernel(const __grid_constant__ PieceTable table) {
-  const auto [entry, block] = table.place(blockIdx.x);
+  const auto place = table.place(blockIdx.x);
+  const PieceEntry& entry = place.entry;
+  const int block = place.block;
   const int64_t row = static_cast<int64_t>(block) * kWarps + threadIdx.x / kWarp;
   if (row >= entry.rows) return;
   const float* partial = entry.partial + row * entry.pieces;

@@ -44,7 +44,9 @@ __device__ __forceinline__ double regularize(const RegularizationEntry& entry, c
 
 __global__ void __launch_bounds__(kThreads)
     regularization_kernel(const __grid_constant__ RegularizationTable table) {
-  const auto [entry, block] = table.place(blockIdx.x);
+  const auto place = table.place(blockIdx.x);
+  const RegularizationEntry& entry = place.entry;
+  const int block = place.block;
   const Share share = entry.tiling.share(block);
   const double total =
       block_sum(entry.wide ? regularize<kWidth<float>>(entry, share) : regularize<1>(entry, share));

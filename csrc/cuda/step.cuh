@@ -247,7 +247,9 @@ __global__ void __launch_bounds__(kThreads, 4)
     step_kernel(const __grid_constant__ StepTable<Rule> table) {
   const Scales& scales = table.common.scales;
   if (scales.found_inf != nullptr && *scales.found_inf == 1.0f) return;
-  const auto [entry, block] = table.place(blockIdx.x);
+  const auto place = table.place(blockIdx.x);
+  const StepEntry& entry = place.entry;
+  const int block = place.block;
   const Group<Rule>* groups = table.common.groups;
   const Scaling scaling = Scaling::of(scales);
   const auto step = [&](auto type) {

@@ -7,11 +7,8 @@ import subprocess
 import cuda_cases
 import pytest
 import torch
-from cuda_cases import DTYPES, Memory
 from cuda_emulation import build
-from cuda_steps import OPS, call_of
-from test_cuda_steps import all_segments
-from test_cuda_weights import mixed_operands
+from cuda_ops import NAMES, prepare, small_segments
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
 
@@ -44,28 +41,10 @@ def everything() -> list[torch.Tensor]:
     library = cuda_cases.emulated()
     torch.manual_seed(0)
     results = []
-    for dtype in DTYPES:
-        weights, thresholds = mixed_operands(dtype)
-        count = len(weights)
-        guards = [(weight.numel() // 2, 1) for weight in weights]
-        masked, effective, kept, _ = cuda_cases.pack(
-            library, Memory(library), weights, thresholds, guards, [dtype] * count
-        )
-        grads = [torch.randn_like(weight) for weight in weights]
-        gradients = cuda_cases.post(
-            library, Memory(library), grads, weights, thresholds, [(0, 1)] * count
-        )
-        results += [*masked, *effective, kept, *gradients[0], *gradients[1]]
-        slopes = [torch.empty_like(threshold) for threshold in thresholds]
-        value = torch.empty(())
-        library.ops.regularization(thresholds, value, slopes)
-        results += [value, *slopes]
-        for rule in OPS.keys() - {"norm"}:
-            call = call_of(rule, all_segments(dtype, dtype))
-            library.ops.grad_norm(*call.norm())
-            getattr(library.ops, OPS[rule])(*call.arguments())
-            results.append(call["norm"])
-            results += [t for name in ("weights", "thresholds", "masked") for t in call[name]]
+    for name in NAMES:
+        prepared = prepare(library, name, small_segments())
+        prepared.run()
+        results += prepared.tensors()
     return results
 
 

@@ -9,6 +9,7 @@ import cuda_cases
 import pytest
 import torch
 from cuda_cases import DTYPES, same
+from cuda_ops import NAMES, prepare, small_segments
 from cuda_steps import HYPERS, OPS, REFERENCES, STATES, Segment, call_of
 from ops.tolerance import assert_as_accurate
 
@@ -151,6 +152,7 @@ def test_what_is_absent(library, rule, alpha):
     for weight in (row, -1):
         for grad in (torch.float32, None):
             segments.append(Segment((70,), masked=False, grad_dtype=grad, weight_hyper=weight))
+    segments.append(replace(base, shape=(4, 0), threshold_grad=True))
     call = call_of(rule, segments)
     compare(run(library, call), call)
 
@@ -257,6 +259,18 @@ def test_norm_of_scaled_gradients_and_without_any(library):
     check_norm(library, call_of("sgd", segments, alphas={2: 0.5}, grad_scale=96.0, clip=0.1))
     frozen = [replace(s, weight_hyper=-1, threshold_hyper=-1) for s in segments]
     assert check_norm(library, call_of("sgd", frozen)) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_results_repeat_bit_by_bit(library, name):
+    prepared = prepare(library, name, small_segments())
+    before = prepared.snapshot()
+    prepared.run()
+    expected = prepared.snapshot()
+    prepared.restore(before)
+    prepared.run()
+    for ours, other in zip(prepared.tensors(), expected, strict=True):
+        same(ours, other.cpu())
 
 
 @every_rule
