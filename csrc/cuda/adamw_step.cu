@@ -3,10 +3,13 @@
 
 namespace dst::cuda {
 
-void adamw_step(Tensors weights, Tensors grads, Tensors averages, Tensors squares, Tensors steps,
-                Tensors thresholds, Tensors threshold_grads, Tensors threshold_averages,
-                Tensors threshold_squares, Tensors threshold_steps, Tensors masked, Tensor kept,
-                Integers settings, Tensor hypers, Tensors rates, Tensors alphas, Tensors scales) {
+void adamw_step(const Tensors& weights, const Tensors& grads, const Tensors& averages,
+                const Tensors& squares, const Tensors& steps, const Tensors& thresholds,
+                const Tensors& threshold_grads, const Tensors& threshold_averages,
+                const Tensors& threshold_squares, const Tensors& threshold_steps,
+                const Tensors& masked, const Tensor& kept, const Integers& settings,
+                const Tensor& hypers, const Tensors& rates, const Tensors& alphas,
+                const Tensors& scales) {
   const Reader reader("adamw_step", weights, false);
   const auto groups = read_hypers(reader, hypers, &rates, alphas);
   auto segments =

@@ -167,8 +167,9 @@ NormEntry entry_of(const StepSegment& s, const std::vector<Hyper>& hypers) {
 
 }  // namespace
 
-void grad_norm(Tensors weights, Tensors grads, Tensors thresholds, Tensors threshold_grads,
-               Integers settings, Tensor hypers, Tensors alphas, Tensors scales, Tensor norm) {
+void grad_norm(const Tensors& weights, const Tensors& grads, const Tensors& thresholds,
+               const Tensors& threshold_grads, const Integers& settings, const Tensor& hypers,
+               const Tensors& alphas, const Tensors& scales, const Tensor& norm) {
   const Reader reader("grad_norm", weights.empty() ? Tensors{norm} : weights, false);
   const Array result = reader.required(norm, {"norm", 0}, 1);
   reader.check_storage(result, Storage::kFloat32, {"norm", 0});

@@ -5,24 +5,30 @@
 
 namespace dst::cuda {
 
-void pack(Tensors weights, Tensors thresholds, Integers settings, Tensors masked, Tensors effective,
-          Tensor kept);
+void pack(const Tensors& weights, const Tensors& thresholds, const Integers& settings,
+          const Tensors& masked, const Tensors& effective, const Tensor& kept);
 
-void post(Tensors grads, Tensors weights, Tensors thresholds, Integers settings,
-          Tensors grad_weights, Tensors grad_thresholds);
+void post(const Tensors& grads, const Tensors& weights, const Tensors& thresholds,
+          const Integers& settings, const Tensors& grad_weights, const Tensors& grad_thresholds);
 
-void regularization(Tensors thresholds, Tensor value, Tensors slopes);
+void regularization(const Tensors& thresholds, const Tensor& value, const Tensors& slopes);
 
-void sgd_step(Tensors weights, Tensors grads, Tensors buffers, Tensors thresholds,
-              Tensors threshold_grads, Tensors threshold_buffers, Tensors masked, Tensor kept,
-              Integers settings, Tensor hypers, Tensors rates, Tensors alphas, Tensors scales);
+void sgd_step(const Tensors& weights, const Tensors& grads, const Tensors& buffers,
+              const Tensors& thresholds, const Tensors& threshold_grads,
+              const Tensors& threshold_buffers, const Tensors& masked, const Tensor& kept,
+              const Integers& settings, const Tensor& hypers, const Tensors& rates,
+              const Tensors& alphas, const Tensors& scales);
 
-void adamw_step(Tensors weights, Tensors grads, Tensors averages, Tensors squares, Tensors steps,
-                Tensors thresholds, Tensors threshold_grads, Tensors threshold_averages,
-                Tensors threshold_squares, Tensors threshold_steps, Tensors masked, Tensor kept,
-                Integers settings, Tensor hypers, Tensors rates, Tensors alphas, Tensors scales);
+void adamw_step(const Tensors& weights, const Tensors& grads, const Tensors& averages,
+                const Tensors& squares, const Tensors& steps, const Tensors& thresholds,
+                const Tensors& threshold_grads, const Tensors& threshold_averages,
+                const Tensors& threshold_squares, const Tensors& threshold_steps,
+                const Tensors& masked, const Tensor& kept, const Integers& settings,
+                const Tensor& hypers, const Tensors& rates, const Tensors& alphas,
+                const Tensors& scales);
 
-void grad_norm(Tensors weights, Tensors grads, Tensors thresholds, Tensors threshold_grads,
-               Integers settings, Tensor hypers, Tensors alphas, Tensors scales, Tensor norm);
+void grad_norm(const Tensors& weights, const Tensors& grads, const Tensors& thresholds,
+               const Tensors& threshold_grads, const Integers& settings, const Tensor& hypers,
+               const Tensors& alphas, const Tensors& scales, const Tensor& norm);
 
 }  // namespace dst::cuda

@@ -147,8 +147,8 @@ GuardEntry guard_of(const PackSegment& s, const PackEntry& entry) {
 
 }  // namespace
 
-void pack(Tensors weights, Tensors thresholds, Integers settings, Tensors masked, Tensors effective,
-          Tensor kept) {
+void pack(const Tensors& weights, const Tensors& thresholds, const Integers& settings,
+          const Tensors& masked, const Tensors& effective, const Tensor& kept) {
   const Reader reader("pack", weights, false);
   const auto segments = pack_segments(reader, weights, thresholds, settings, masked, effective);
   int64_t* const counts_kept = reader.counts(kept, "kept");

@@ -187,8 +187,8 @@ bool in_pieces(const PostEntry& entry) { return !entry.by_element && entry.tilin
 
 }  // namespace
 
-void post(Tensors grads, Tensors weights, Tensors thresholds, Integers settings,
-          Tensors grad_weights, Tensors grad_thresholds) {
+void post(const Tensors& grads, const Tensors& weights, const Tensors& thresholds,
+          const Integers& settings, const Tensors& grad_weights, const Tensors& grad_thresholds) {
   const Reader reader("post", weights, false);
   const auto segments =
       post_segments(reader, grads, weights, thresholds, settings, grad_weights, grad_thresholds);

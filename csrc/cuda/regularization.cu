@@ -62,6 +62,8 @@ std::vector<RegularizationEntry> read_entries(const Reader& reader, const Tensor
     const Array slope = reader.required(slopes[i], {"slopes", i}, threshold.numel);
     reader.check_storage(threshold, Storage::kFloat32, {"thresholds", i});
     reader.check_storage(slope, Storage::kFloat32, {"slopes", i});
+    reader.check_dense(thresholds[i], {"thresholds", i});
+    reader.check_dense(slopes[i], {"slopes", i});
     RegularizationEntry entry = {};
     entry.threshold = static_cast<const float*>(threshold.data);
     entry.slope = static_cast<float*>(slope.data);
@@ -74,7 +76,7 @@ std::vector<RegularizationEntry> read_entries(const Reader& reader, const Tensor
 
 }  // namespace
 
-void regularization(Tensors thresholds, Tensor value, Tensors slopes) {
+void regularization(const Tensors& thresholds, const Tensor& value, const Tensors& slopes) {
   const Reader reader("regularization", thresholds.empty() ? Tensors{value} : thresholds, false);
   const Array result = reader.required(value, {"value", 0}, 1);
   reader.check_storage(result, Storage::kFloat32, {"value", 0});

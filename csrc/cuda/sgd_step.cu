@@ -3,9 +3,11 @@
 
 namespace dst::cuda {
 
-void sgd_step(Tensors weights, Tensors grads, Tensors buffers, Tensors thresholds,
-              Tensors threshold_grads, Tensors threshold_buffers, Tensors masked, Tensor kept,
-              Integers settings, Tensor hypers, Tensors rates, Tensors alphas, Tensors scales) {
+void sgd_step(const Tensors& weights, const Tensors& grads, const Tensors& buffers,
+              const Tensors& thresholds, const Tensors& threshold_grads,
+              const Tensors& threshold_buffers, const Tensors& masked, const Tensor& kept,
+              const Integers& settings, const Tensor& hypers, const Tensors& rates,
+              const Tensors& alphas, const Tensors& scales) {
   const Reader reader("sgd_step", weights, false);
   const auto groups = read_hypers(reader, hypers, &rates, alphas);
   auto segments =
