@@ -105,10 +105,17 @@ class _WithDenseGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, masked, *parameters):
         ctx.set_materialize_grads(False)
+        ctx.weights = parameters[: len(masked)]
         return tuple([each.detach() for each in masked])
 
     @staticmethod
     def backward(ctx, *grads):
+        for weight, grad in zip(ctx.weights, grads, strict=True):
+            if grad is not None and weight.grad is not None and weight.grad.dtype != weight.dtype:
+                # The sum over micro-batches is in the weight's dtype, as it is anywhere in torch.
+                so_far, weight.grad = weight.grad, None
+                weight.grad_dtype = weight.dtype
+                weight.grad = so_far.to(weight.dtype)
         return None, *grads, *[None] * len(grads)
 
 

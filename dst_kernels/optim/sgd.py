@@ -17,11 +17,12 @@ class DSTSGD(DeferredOptimizer):
     """`torch.optim.SGD` for a model with masked layers, with their gradients made in the step.
 
     Backward leaves the dense gradient G = dL/d(W * M) in the `.grad` of a masked weight, in the
-    dtype of the product, and nothing in that of its threshold. What happens to gradients between
-    backward and step (accumulation, averaging over ranks, unscaling) happens to G. `step()` then
-    reads every weight once: it makes dW and dt, adds the regulariser's gradient, updates t and W,
-    applies the collapse guard and writes the masked weight of the next forward. The trajectory is
-    that of `torch.optim.SGD` with dW and dt, to rounding.
+    dtype of the product (a sum over several backwards in that of the weight), and nothing in that
+    of its threshold. What happens to gradients between backward and step (accumulation, averaging
+    over ranks, unscaling) happens to G. `step()` then reads every weight once: it makes dW and dt,
+    adds the regulariser's gradient, updates t and W, applies the collapse guard and writes the
+    masked weight of the next forward. The trajectory is that of `torch.optim.SGD` with dW and dt,
+    to rounding. Only the guard also looks at layers that a forward has left out.
 
         optimizer = dst_kernels.optim.DSTSGD(model, lr=0.1, momentum=0.9, alpha=1e-4)
         loss_fn(model(input), target).backward()
@@ -30,10 +31,11 @@ class DSTSGD(DeferredOptimizer):
     Between a forward and its step leave weights and thresholds as they are, and let no other term
     of the loss use a masked weight directly. At other times change them in place only under
     `torch.no_grad()`: writes through `.data` cannot be noticed. Layers with another granularity
-    than "row", weights that dense layers use too and weights outside `params` keep gradients of
-    their own; the step takes those as any optimizer does. Layers that FSDP2 shards, and compiled
-    ones, mask their weight in the forward. `release()` gives all layers back to other optimizers,
-    and so does the end of this one.
+    than "row", weights that dense layers use too, weights outside `params` and what takes a
+    parameter's place (`functional_call`, a parametrization) keep gradients of their own; the step
+    takes those as any optimizer does. Layers that FSDP2 shards, and compiled ones, mask their
+    weight in the forward. `release()` gives all layers back to other optimizers, and so does the
+    end of this one.
 
     Args:
         model: whose masked layers this is for. Call it as it is given here: its hooks attach the

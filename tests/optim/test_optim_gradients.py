@@ -7,9 +7,11 @@ import copy
 import pytest
 import torch
 from networks import channels_last, conv2d, linear, other_granularities, with_dense_layers
+from ops.tolerance import assert_as_accurate
 from torch.nn import functional as F
 from twins import Twins, assert_close, batches, masked_layers
 
+import dst_kernels
 from dst_kernels.nn import MaskedLinear
 from dst_kernels.optim import DSTSGD
 
@@ -92,6 +94,32 @@ def test_a_change_of_autocast_reaches_the_next_gradient(backend):
 
 
 # -- sums over micro-batches -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_micro_batches_of_16_bits_are_summed_in_32(set_to_none, backend):
+    """To the error of torch's own sums; the first alone stays as it is."""
+    model, shape = linear(backend=backend)
+    model.float()
+    plain, exact = (dst_kernels.group_(copy.deepcopy(model)) for _ in "ab")
+    exact.double()
+    optimizer = DSTSGD(model, lr=0.1, backend=backend)
+    data = batches(shape, count=32, dtype=torch.float32)
+    for i, (input, target) in enumerate([*data[:2], *data]):
+        if i in (0, 2):
+            for each in (model, plain, exact):
+                each.zero_grad(set_to_none)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = [F.cross_entropy(each(input), target) for each in (model, plain)]
+        for loss in (*losses, F.cross_entropy(exact(input.double()), target)):
+            loss.backward()
+        if i == 0:
+            assert model[0].weight.grad.dtype == torch.bfloat16
+    optimizer.step()
+    for each in (plain, exact):
+        torch.optim.SGD(each.parameters(), lr=0.1).step()
+    for p, q, r in zip(*(each.parameters() for each in (model, plain, exact)), strict=True):
+        assert_as_accurate(p.detach(), q.detach(), r.detach())
 
 
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])

@@ -142,6 +142,20 @@ def test_unused_layers(set_to_none, alpha, granularity, backend):
     twins.assert_same(data[0][0])
 
 
+def test_the_guard_looks_at_unused_layers_too(backend):
+    """The one difference: layer by layer such a layer waits for a forward that uses it."""
+    model = Branches(backend).double()
+    twins, data = make(model, backend, alpha=None), batches((12,))
+    twins.on_models(lambda model: model.heads[1].reset_threshold(3.0))
+    twins.step(*data[0])
+    ours, theirs = (side.model.heads[1].threshold for side in twins.sides)
+    assert not ours.any() and bool((theirs == 3.0).all())
+    for side in twins.sides:
+        side.model.head = 1
+    twins.step(*data[1])
+    twins.assert_same(data[0][0])
+
+
 def test_layers_outside_of_the_models_forward(backend):
     """A part that is called by itself: its layers mask their own weights."""
     model, shape = linear(backend=backend)
