@@ -50,7 +50,7 @@ void regularization(const Tensors& thresholds, const Tensor& value, const Tensor
     reader.check_storage(s.slopes, s.values.storage, {"slopes", i});
     reader.check_dense(thresholds[i], {"thresholds", i});
     reader.check_dense(slopes[i], {"slopes", i});
-    doubles |= s.values && s.values.storage == Storage::kFloat64;
+    doubles |= s.values.storage == Storage::kFloat64;  // also of a shard without elements
     shapes.push_back({1, s.values.numel});
   }
   const Array result = reader.required(value, {"value", 0}, 1);

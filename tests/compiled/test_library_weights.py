@@ -128,3 +128,13 @@ def test_a_reset_is_written_where_it_is_to_be_committed(dtype, device):
             masked, effective = ops.masked_weights(*arguments)
             assert not threshold.any() and bool((kept == 9).all())
             assert not effective[0].any() and torch.equal(masked[0], masked[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *([F64] if NAME == "cpu" else [])], ids=str)
+@pytest.mark.parametrize("sizes", [(0,), (0, 0), (0, 5), (7, 0, 1)], ids=str)
+def test_the_regulariser_of_shards_some_of_which_are_empty(sizes, dtype, device):
+    parts = [torch.rand(size, dtype=dtype, device=device) for size in sizes]
+    for result, expected in zip(
+        ops.regularization(parts), reference.regularization(parts), strict=True
+    ):
+        torch.testing.assert_close(result, expected)
