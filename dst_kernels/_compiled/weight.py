@@ -52,22 +52,25 @@ def masked_weights(
     dtype: torch.dtype,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As the reference's."""
-    taken = [_operands(*pair) for pair in zip(weights, thresholds, strict=True)]
-    masked = [torch.empty_like(weight, dtype=dtype) for weight, _ in taken]
-    effective = [torch.empty_like(threshold) for _, threshold in taken]
+    taken_weights, taken_thresholds = _operands(weights, thresholds)
+    masked = [torch.empty_like(weight, dtype=dtype) for weight in taken_weights]
+    effective = [torch.empty_like(threshold) for threshold in taken_thresholds]
     settings = []
     for weight, reset_ratio, committed in zip(weights, reset_ratios, commit, strict=True):
         size = weight.numel()
         guarded = reset_ratio is not None and size
         settings.append(largest_collapsed_count(size, reset_ratio) if guarded else _NO_GUARD)
         settings.append(int(committed))
-    kept = weights[0].new_empty(len(taken), dtype=torch.int64)
-    _pack(*_columns(taken), settings, masked, effective, kept)
-    for i, (weight, threshold) in enumerate(taken):
-        masked[i] = _like(masked[i], weight, weights[i], dtype)
-        effective[i] = _like(effective[i], threshold, thresholds[i], thresholds[i].dtype)
-        if commit[i] and threshold is not thresholds[i]:
-            thresholds[i].copy_(threshold)
+    kept = weights[0].new_empty(len(masked), dtype=torch.int64)
+    _pack(taken_weights, taken_thresholds, settings, masked, effective, kept)
+    for i, weight in enumerate(weights):
+        if taken_weights[i] is not weight:
+            masked[i] = _like(weight, masked[i], dtype)
+    for i, threshold in enumerate(thresholds):
+        if taken_thresholds[i] is not threshold:
+            effective[i] = _like(threshold, effective[i])
+            if commit[i]:
+                threshold.copy_(taken_thresholds[i])
     return masked, effective
 
 
@@ -89,38 +92,45 @@ def masked_weights_backward(
     structure_gradients: Sequence[bool],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As the reference's."""
-    taken = [_operands(*pair) for pair in zip(weights, thresholds, strict=True)]
-    given = [_as_laid_out(g, weight) for g, (weight, _) in zip(grads, taken, strict=True)]
-    of_weights = [torch.empty_like(weight) for weight, _ in taken]
-    of_thresholds = [torch.empty_like(threshold) for _, threshold in taken]
+    taken_weights, taken_thresholds = _operands(weights, thresholds)
+    taken_grads = [_laid_out_as(*pair) for pair in zip(taken_weights, grads, strict=True)]
+    of_weights = [torch.empty_like(weight) for weight in taken_weights]
+    of_thresholds = [torch.empty_like(threshold) for threshold in taken_thresholds]
     settings = []
     for surrogate, structure in zip(surrogates, structure_gradients, strict=True):
         settings += _CODES[surrogate], int(structure)
-    _post(given, *_columns(taken), settings, of_weights, of_thresholds)
-    for i, (weight, threshold) in enumerate(taken):
-        of_weights[i] = _like(of_weights[i], weight, weights[i], weights[i].dtype)
-        of_thresholds[i] = _like(of_thresholds[i], threshold, thresholds[i], thresholds[i].dtype)
+    _post(taken_grads, taken_weights, taken_thresholds, settings, of_weights, of_thresholds)
+    for i, weight in enumerate(weights):
+        if taken_weights[i] is not weight:
+            of_weights[i] = _like(weight, of_weights[i])
+    for i, threshold in enumerate(thresholds):
+        if taken_thresholds[i] is not threshold:
+            of_thresholds[i] = _like(threshold, of_thresholds[i])
     return of_weights, of_thresholds
 
 
-def _columns(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-
-
-def _operands(weight: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+def _operands(
+    weights: Sequence[Tensor], thresholds: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
     """Both as the libraries take them: themselves where they are so."""
-    usual = weight.dtype is torch.float32 is threshold.dtype
-    if usual and weight.is_contiguous() and threshold.is_contiguous():
-        return weight, threshold  # decided quickly
+    taken_weights, taken_thresholds = list(weights), list(thresholds)
+    for i, (weight, threshold) in enumerate(zip(weights, thresholds, strict=True)):
+        usual = weight.dtype is torch.float32 is threshold.dtype
+        if not (usual and weight.is_contiguous() and threshold.is_contiguous()):
+            taken_weights[i], taken_thresholds[i] = _converted(weight, threshold)
+    return taken_weights, taken_thresholds
+
+
+def _converted(weight: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     double = torch.float64 in (weight.dtype, threshold.dtype)
-    if double and weight.dtype != torch.float64:
+    if double:
         weight = weight.to(torch.float64)
     if not _rows_are_dense(weight):
         weight = weight.contiguous()
-    real = torch.float64 if double else torch.float32
+    arithmetic = torch.float64 if double else torch.float32
     if threshold.shape == weight.shape:
-        return weight, _as_laid_out(threshold.to(real), weight)
-    return weight, threshold.to(real).contiguous()
+        return weight, _laid_out_as(weight, threshold.to(arithmetic))
+    return weight, threshold.to(arithmetic).contiguous()
 
 
 def _rows_are_dense(weight: Tensor) -> bool:
@@ -134,17 +144,13 @@ def _rows_are_dense(weight: Tensor) -> bool:
     )
 
 
-def _as_laid_out(tensor: Tensor, weight: Tensor) -> Tensor:
+def _laid_out_as(weight: Tensor, tensor: Tensor) -> Tensor:
     """`tensor` with the weight's strides."""
     if tensor.is_contiguous() and weight.is_contiguous():
         return tensor
-    if tensor.stride() == weight.stride():
-        return tensor
-    return torch.empty_like(weight, dtype=tensor.dtype).copy_(tensor)
+    return tensor if tensor.stride() == weight.stride() else _like(weight, tensor, tensor.dtype)
 
 
-def _like(made: Tensor, source: Tensor, original: Tensor, dtype: torch.dtype) -> Tensor:
-    """What was made beside `source`, as if beside the `original` that it stands for."""
-    if source is original:
-        return made
-    return torch.empty_like(original, dtype=dtype).copy_(made)
+def _like(original: Tensor, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of `tensor` with the layout of `original` and, by default, its dtype."""
+    return torch.empty_like(original, dtype=dtype).copy_(tensor)
