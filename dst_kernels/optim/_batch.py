@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._dtensor import is_dtensor
+from ..nn import MaskedLayer
 from ..nn._deferral import Deferral
 from ..reference.surrogate import SURROGATES
 from ..reference.weight import largest_collapsed_count
@@ -26,10 +27,14 @@ class Segment:
     hyper: int
     pair: Pair | None = None
     threshold_hyper: int = -1  # the threshold is not optimized
+    threshold: nn.Parameter | None = field(init=False)
+    layer: MaskedLayer | None = field(init=False)  # stands for all of the pair
+    sharded: bool = field(init=False)
 
-    @property
-    def threshold(self) -> nn.Parameter | None:
-        return None if self.pair is None else self.pair.threshold
+    def __post_init__(self) -> None:
+        self.threshold = None if self.pair is None else self.pair.threshold
+        self.layer = None if self.pair is None else self.pair.layers[0]
+        self.sharded = is_dtensor(self.parameter)
 
 
 @dataclass(eq=False)
@@ -49,7 +54,7 @@ class Batch:
     threshold_state: list[list[Tensor]] = field(default_factory=list)
     settings: list[int] = field(default_factory=list)
     first: bool = False  # of anything in it this is the first step
-    double: bool = False  # float64 is among the dtypes
+    written: list[Tensor] = field(default_factory=list)  # what a step may write to, without W * M
 
     def __post_init__(self) -> None:
         self.absent = torch.empty(0, device=self.device)
@@ -57,14 +62,15 @@ class Batch:
 
     def grads(self) -> tuple[list[Tensor], list[Tensor]]:
         """Of weights and of thresholds; with the strides of what they belong to."""
-        thresholds = [segment.threshold for segment in self.segments]
-        return (
-            [self._grad(s.parameter, w) for s, w in zip(self.segments, self.weights, strict=True)],
-            [
-                self.absent if t is None or t.grad is None else self._grad(t, own)
-                for t, own in zip(thresholds, self.thresholds, strict=True)
-            ],
-        )
+        of_weights = [
+            self._grad(segment.parameter, own)
+            for segment, own in zip(self.segments, self.weights, strict=True)
+        ]
+        of_thresholds = [
+            self.absent if segment.threshold is None else self._grad(segment.threshold, own)
+            for segment, own in zip(self.segments, self.thresholds, strict=True)
+        ]
+        return of_weights, of_thresholds
 
     def _grad(self, parameter: Tensor, own: Tensor) -> Tensor:
         grad = parameter.grad
@@ -75,15 +81,18 @@ class Batch:
                 "sparse gradients are not supported (of a parameter of shape "
                 f"{list(parameter.shape)}): use an embedding with sparse=False"
             )
-        grad = local(grad)
+        if own is not parameter:
+            grad = local(grad)
         if grad.stride() != own.stride():
             grad = torch.empty_like(own, dtype=grad.dtype).copy_(grad)
         return grad
 
-    def masked(self, deferral: Deferral) -> list[Tensor]:
-        """What the step is to renew; nothing where the last forward did not use it as it is."""
-        found = (s.pair and deferral.fresh(s.pair.layers[0]) for s in self.segments)
-        return [self.absent if each is None else each for each in found]
+    def masked(self, deferral: Deferral) -> list[Tensor | None]:
+        """What the step is to renew; None where the last forward did not use it as it is."""
+        return [
+            None if segment.layer is None else deferral.fresh(segment.layer)
+            for segment in self.segments
+        ]
 
     def present(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         """Numbers on the device as the ops want them."""
@@ -91,11 +100,6 @@ class Batch:
             self.absent if each is None else each.to(self.device, torch.float32).reshape(1)
             for each in tensors
         ]
-
-    def changed(self, masked: Sequence[Tensor]) -> list[Tensor]:
-        """Everything that a step may have written to."""
-        lists = self.weights, self.thresholds, *self.state, *self.threshold_state, masked
-        return [each for tensors in lists for each in tensors if each.numel()]
 
 
 def collect(
@@ -147,6 +151,8 @@ def collect(
         )
     for batch in batches.values():
         batch.kept = torch.zeros(len(batch.segments), dtype=torch.int64, device=batch.device)
+        lists = batch.weights, batch.thresholds, *batch.state, *batch.threshold_state
+        batch.written = [each for column in lists for each in column if each is not batch.absent]
     return list(batches.values())
 
 
@@ -168,7 +174,7 @@ def _masking(segment: Segment) -> tuple[int, int, int]:
     """Surrogate, structure gradient, largest collapsed count."""
     if segment.pair is None:
         return 0, 0, -1
-    layer = segment.pair.layers[0]
+    layer = segment.layer
     collapsed = -1
     if layer.reset_ratio is not None:
         collapsed = largest_collapsed_count(segment.parameter.numel(), layer.reset_ratio)

@@ -87,13 +87,15 @@ class DeferredOptimizer(Optimizer):
             implementation(self._backend, batch.device, self._op, double=batch.double)(
                 batch.weights, grads, *batch.state,
                 batch.thresholds, threshold_grads, *batch.threshold_state,
-                masked, batch.kept, batch.settings,
+                [batch.absent if each is None else each for each in masked],
+                batch.kept, batch.settings,
                 hypers, *map(batch.present, (rates, alphas, scales)),
             )  # fmt: skip
-            torch.autograd.graph.increment_version(batch.changed(masked))
+            renewed = [each for each in masked if each is not None]
+            torch.autograd.graph.increment_version(batch.written + renewed)
             for segment, each in zip(batch.segments, masked, strict=True):
-                if each.numel():
-                    self._deferral.store(segment.pair.layers[0], each, committed=True)
+                if each is not None:
+                    self._deferral.store(segment.layer, each, committed=True)
         if any(batch.first for batch in batches):
             self._first_step_done(scales[1])
             self._signature = None
@@ -243,13 +245,15 @@ class DeferredOptimizer(Optimizer):
         signature = [has_alpha, *(self._needs_state(group) for group in self.param_groups)]
         for segment in self._segments:
             parameter, threshold = segment.parameter, segment.threshold
-            signature += parameter.grad is None, local(parameter).data_ptr()
+            own = local(parameter) if segment.sharded else parameter
+            signature += parameter.grad is None, own.data_ptr()
             if threshold is None:
                 signature.append(parameter.requires_grad)
             else:
-                layer = segment.pair.layers[0]
+                layer = segment.layer
+                own = local(threshold) if segment.sharded else threshold
                 signature += (
-                    threshold.grad is None, local(threshold).data_ptr(), threshold.requires_grad,
+                    threshold.grad is None, own.data_ptr(), threshold.requires_grad,
                     layer.reset_ratio, layer.surrogate, layer.structure_gradient,
                 )  # fmt: skip
         if [len(self.state), *signature] != self._signature:
