@@ -80,6 +80,7 @@ class _Attached:
     masked: Tensor
     weight: Tensor
     version: int
+    address: int  # an assignment to .data leaves the version as it is
     group: Group
     used_without_grad: bool = False
 
@@ -93,6 +94,8 @@ def attached_weight(layer: MaskedLayer, input: Tensor) -> Tensor | None:
         return None
     weight = layer._parameters.get("weight")
     if weight is not made.weight or weight._version != made.version:
+        return None
+    if weight.data_ptr() != made.address:
         return None
     if autograd.product_dtype(input, weight) != made.masked.dtype:
         return None
@@ -153,7 +156,8 @@ class Group:
                 masked = _deferred(bucket, layers, weights, thresholds, _is_parallel(module))
             for layer, weight, each in zip(layers, weights, masked, strict=True):
                 # Modules take long to set an attribute, as it might be a parameter.
-                layer.__dict__["_attached"] = _Attached(each, weight, weight._version, self)
+                made = _Attached(each, weight, weight._version, weight.data_ptr(), self)
+                layer.__dict__["_attached"] = made
             self._made += layers
         self.active = True
 

@@ -10,7 +10,6 @@ from networks import linear, other_granularities, with_dense_layers
 from torch import nn
 from twins import Twins, batches, masked_layers
 
-import dst_kernels
 from dst_kernels.nn import MaskedLinear
 from dst_kernels.optim import DSTSGD
 
@@ -172,68 +171,28 @@ def test_layers_outside_of_the_models_forward(backend):
     twins.assert_same(data[0][0])
 
 
-# -- layers used twice, weights used twice -----------------------------------------------------
+class Renormalized(MaskedLinear):
+    """Bounds its rows before every product, as some networks for short signals do."""
 
-
-class Twice(nn.Module):
-    """One layer in two places, and two layers with one weight."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(12, 12)
-        self.one, self.other = nn.Linear(12, 12), nn.Linear(12, 12)
-        self.other.weight = self.one.weight
-        self.last = nn.Linear(12, 4)
+    assigns = False
 
     def forward(self, input):
-        twice = self.layer(self.layer(input).relu()).relu()
-        return self.last(self.other(self.one(twice).relu()).relu())
+        bounded = torch.renorm(self.weight.data, 2, 0, 0.5)
+        if self.assigns:
+            self.weight.data = bounded
+        else:
+            with torch.no_grad():
+                self.weight.copy_(bounded)
+        return super().forward(input)
 
 
-def test_tied_weights_and_layers_used_twice(backend):
-    config = dst_kernels.SparsifyConfig(backend=backend)
-    model = dst_kernels.sparsify_(Twice(), config).double()
-    assert model.one.threshold is model.other.threshold
-    twins, data = make(model, backend), batches((12,))
-    run(twins, data)
-    twins.on_models(lambda model: model.other.reset_threshold(3.0))
-    run(twins, data)
-    assert model.one._deferral is not None and model.other._deferral is not None
-
-
-@pytest.mark.parametrize("option", ["threshold", "surrogate"])
-def test_tied_weights_that_are_masked_in_two_ways(option, backend):
-    """There is no one G for both, so each makes gradients of its own."""
-    config = dst_kernels.SparsifyConfig(backend=backend)
-    model = dst_kernels.sparsify_(Twice(), config).double()
-    if option == "threshold":
-        model.other.threshold = nn.Parameter(torch.full_like(model.one.threshold, 0.1))
-    else:
-        model.other.surrogate = "triangular"
-    twins = make(model, backend)
-    assert model.one._deferral is None and model.layer._deferral is not None
-    run(twins, batches((12,)))
-
-
-def test_a_weight_that_a_dense_layer_uses_too(backend):
-    model, shape = linear(backend=backend)
-    head = nn.Linear(16, 4).double()
-    head.weight = model[-1].weight
-    model = nn.Sequential(model[:-1], nn.ModuleList([model[-1], head]))
-    model.forward = None  # never called as it is
-
-    class Both(nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.body, self.heads = model
-
-        def forward(self, input):
-            hidden = self.body(input)
-            return self.heads[0](hidden) + self.heads[1](hidden)
-
-    twins = make(Both(model), backend)
-    assert twins.ours.model.heads[0]._deferral is None
-    run(twins, batches(shape))
+@pytest.mark.parametrize("assigns", [False, True])
+def test_layers_that_write_their_weight_in_forward(assigns, backend):
+    """After the hook on the model has packed it."""
+    layer = Renormalized(12, 10, backend=backend)
+    layer.assigns = assigns
+    model = nn.Sequential(layer, nn.ReLU(), MaskedLinear(10, 4, backend=backend)).double()
+    run(make(model, backend), batches((12,)))
 
 
 # -- models without anything to defer ----------------------------------------------------------
