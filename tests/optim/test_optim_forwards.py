@@ -152,6 +152,17 @@ def test_collapsed_layers_in_evaluation_mode(mode_of_step, backend, packed):
     assert sum(packed) == 1
 
 
+def test_a_training_forward_commits_what_an_evaluation_did_not(backend):
+    """Though both compute with the same masked weights."""
+    twins, data = trained(backend)
+    layer = twins.ours.model[2]
+    layer.reset_threshold(3.0)
+    twins.ours.model.eval()(data[0][0])
+    assert bool((layer.threshold == 3.0).all())
+    twins.ours.model.train()(data[0][0])
+    assert not layer.threshold.any()
+
+
 @pytest.mark.parametrize("network", [linear, conv2d])
 def test_weights_unchanged(network, backend):
     """Evaluations reuse packs of their own; a step inside of the scope is noticed, too."""
