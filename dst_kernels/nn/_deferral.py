@@ -44,8 +44,11 @@ class Deferral:
 
     def serves(self, layer: MaskedLayer) -> bool:
         """Whether weight and threshold are those of then: none that functional_call swaps in, that
-        were assigned or that a parametrization computes. (FSDP2 does swap parameters.)"""
-        if layer._sharded_threshold is not None:
+        were assigned or that a parametrization computes.
+
+        FSDP2 and DataParallel do swap parameters, and hand their gradients on.
+        """
+        if layer._sharded_threshold is not None or layer._is_replica:
             return True
         mine, now = self._layers.get(layer), layer._parameters
         return mine is not None and now.get("weight") is mine[0] and now.get("threshold") is mine[1]

@@ -38,6 +38,7 @@ class MaskedLayer:
     dense_type: ClassVar[type[nn.Module]]
     _sharded_threshold: Tensor | None = None
     _deferral: Deferral | None = None
+    _is_replica = False  # DataParallel sets it
     _attached: object = None  # see _group.py
 
     def _init_masking(

@@ -113,11 +113,13 @@ def test_groups_with_rules_of_their_own(backend):
     run(backend, groups=groups, lr=0.02)
 
 
-def test_parameters_without_groups(backend):
-    model, shape = linear(backend=backend)
-    twins = Twins(model, groups=lambda model: [{"params": model.parameters()}], alpha=0.1, lr=0.1)
-    twins.train(batches(shape), 3)
-    twins.assert_same(batches(shape)[0][0])
+@pytest.mark.parametrize("method", ["parameters", "named_parameters"])
+def test_parameters_from_generators(method, backend):
+    def groups(model):
+        return [{"params": getattr(model, method)()}]
+
+    twins = run(backend, groups=groups, alpha=0.1, lr=0.1, steps=4)
+    assert ("param_names" in twins.ours.optimizer.param_groups[0]) == method.startswith("named")
 
 
 @pytest.mark.parametrize(

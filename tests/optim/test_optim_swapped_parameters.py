@@ -13,6 +13,8 @@ from torch.nn.utils import parametrize
 from twins import Twins, assert_close, batches, masked_layers
 
 import dst_kernels
+from dst_kernels.nn import MaskedLinear
+from dst_kernels.optim import DSTSGD
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "alpha": 0.05}
 
@@ -66,6 +68,22 @@ def test_torch_func_has_gradients_of_its_own(backend):
     for name, grad in ours.items():
         assert_close(grad, theirs[name], name)
     go_on(twins, data)
+
+
+def test_replicas_hand_gradients_on(backend):
+    """DataParallel's, here made by hand: what reaches the weight is G, as from the layer itself."""
+    layer = MaskedLinear(6, 4, backend=backend).double()
+    optimizer = DSTSGD(layer, lr=0.1, backend=backend)
+    input = torch.randn(3, 6, dtype=torch.float64)
+    layer(input).square().sum().backward()
+    expected = layer.weight.grad
+    optimizer.zero_grad()
+    replica = layer._replicate_for_data_parallel()
+    for name in ("weight", "threshold", "bias"):
+        setattr(replica, name, getattr(layer, name).clone())
+    replica.forward(input).square().sum().backward()
+    assert_close(layer.weight.grad, expected, "G")
+    assert layer.threshold.grad is None
 
 
 class Halved(nn.Module):
