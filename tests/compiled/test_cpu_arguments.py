@@ -53,7 +53,7 @@ INTEGERS = torch.ones(3, 4, dtype=torch.int32)
     ("masked", [STRIDED], r"masked\[0\] has stride 8"),
     ("effective", [torch.empty(1)], r"effective\[0\] has 1 elements, expected 3"),
     ("effective", [torch.empty(3, dtype=DOUBLE)], r"effective\[0\] is float64"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_pack(name, value, message):
     with pytest.raises(RuntimeError, match=message):
         ops().pack(*(pack_arguments() | {name: value}).values())
@@ -74,7 +74,7 @@ def test_pack(name, value, message):
     ("grad_weights", [STRIDED], r"grad_weights\[0\] has stride 8"),
     ("grad_thresholds", [torch.empty(1)], r"grad_thresholds\[0\] has 1 elements"),
     ("grad_thresholds", [torch.empty(3).half()], r"grad_thresholds\[0\] is float16"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_post(name, value, message):
     with pytest.raises(RuntimeError, match=message):
         ops().post(*(post_arguments() | {name: value}).values())
@@ -89,7 +89,7 @@ def test_post(name, value, message):
     (([torch.rand(3)], torch.empty(()), [torch.empty(6)[::2]]), "3 elements within 5"),
     (([torch.rand(3).half()], torch.empty(()), [torch.empty(3)]), r"thresholds\[0\] is float16"),
     (([torch.rand(3)], torch.empty(()), [torch.empty(3).half()]), r"slopes\[0\] is float16"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_regularization(arguments, message):
     with pytest.raises(RuntimeError, match=message):
         ops().regularization(*arguments)
@@ -133,7 +133,7 @@ SCALAR = torch.tensor(1.0)
     ("adamw", "threshold_steps", [ABSENT], r"threshold_steps\[0\] is missing"),
     ("adamw", "steps", [SCALAR.double()], r"steps\[0\] is float64"),
     ("adamw", "kept", torch.zeros(2, dtype=torch.int64), "kept has 2 elements"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_steps(rule, name, value, message):
     call = call_of(rule, [Segment((3, 4), hypers=(1, 1))])
     call.values[name] = value
