@@ -35,6 +35,7 @@ ENVIRONMENT_VARIABLE = "DST_KERNELS_BACKEND"
 # Best first; the reference has every op and comes last. Only Triton has fused products.
 _PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 _MODULES = {"cpu": "._compiled.ops", "cuda": "._compiled.ops", "triton": "._triton"}
+_PRODUCTS = ("masked_linear", "masked_conv")  # that only a path needs
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 on tensor cores; older GPUs are not tested
 
 
@@ -143,9 +144,11 @@ def implementation(
             return function
     if _asked_for(backend)[1] == "auto":
         return getattr(reference, op)
-    raise RuntimeError(
-        f"the {names[0]} backend has no fused {op}: use path='packed' or path='auto'"
-    )
+    if op.startswith(_PRODUCTS):
+        what = f"fused {op}: use path='packed' or path='auto'"
+    else:
+        what = f"{op.rstrip('_')}: use another backend"
+    raise RuntimeError(f"the {names[0]} backend has no {what}")
 
 
 @functools.cache
