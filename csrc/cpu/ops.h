@@ -1,4 +1,4 @@
-// The ops, as library.cpp registers them; their contract is in csrc/README.md.
+// The ops, as library.cpp registers them and says what they do.
 #pragma once
 
 #include "../arguments.h"

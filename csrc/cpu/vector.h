@@ -6,7 +6,9 @@
 #include <cstdlib>  // for __GLIBC__
 
 // On a function: compile it for AVX-512, AVX2 and the baseline. What it calls must be inlined into
-// it (DST_FUNCTION), else it stays baseline code; lambdas are not.
+// it (DST_FUNCTION), else it stays baseline code; lambdas need DST_LAMBDA for that. Clang 22 loses
+// functions that only its clones call, so there the baseline must do: on large layers memory is the
+// limit anyway.
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #define DST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
