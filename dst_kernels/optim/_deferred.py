@@ -84,7 +84,7 @@ class DeferredOptimizer(Optimizer):
         for batch in batches:
             grads, threshold_grads = batch.grads()
             masked = batch.masked(self._deferral)
-            implementation(self._backend, batch.device, self._op, double=batch.double)(
+            self._implementation(self._op, batch)(
                 batch.weights, grads, *batch.state,
                 batch.thresholds, threshold_grads, *batch.threshold_state,
                 [batch.absent if each is None else each for each in masked],
@@ -119,7 +119,7 @@ class DeferredOptimizer(Optimizer):
             for batch in self._current_batches():
                 grads, threshold_grads = batch.grads()
                 norm = torch.zeros(1, device=batch.device)
-                implementation(self._backend, batch.device, "grad_norm_", double=batch.double)(
+                self._implementation("grad_norm_", batch)(
                     batch.weights, grads, batch.thresholds, threshold_grads, batch.settings,
                     hypers, batch.present(alphas), [batch.absent] * 3, norm,
                 )  # fmt: skip
@@ -151,7 +151,7 @@ class DeferredOptimizer(Optimizer):
                 "call its release() first"
             )
         before, self._deferral, self._pairs = self._deferral, Deferral(layers), pairs
-        weakref.finalize(self, self._deferral.release)
+        weakref.finalize(self, self._deferral.release).atexit = False
         if before is not None:
             before.release()  # what is not in the new one
         self._forget()
