@@ -42,11 +42,13 @@ class Batch:
     """One call of an op: segments on one device, and on one mesh if they are sharded; all
     float64 or none.
 
-    `state` and `threshold_state` have one list of tensors for each kind of state.
+    `state` and `threshold_state` have one list of tensors for each kind of state, `kept` one
+    counter for each segment.
     """
 
     device: torch.device
     double: bool
+    kept: Tensor = field(init=False)
     segments: list[Segment] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
     thresholds: list[Tensor] = field(default_factory=list)
@@ -58,7 +60,6 @@ class Batch:
 
     def __post_init__(self) -> None:
         self.absent = torch.empty(0, device=self.device)
-        self.kept = torch.empty(0, dtype=torch.int64, device=self.device)
 
     def grads(self) -> tuple[list[Tensor], list[Tensor]]:
         """Of weights and of thresholds; with the strides of what they belong to."""
@@ -135,7 +136,6 @@ def collect(
             batch.threshold_state = [[] for _ in range(kinds)]
         batch.segments.append(segment)
         batch.weights.append(_dense(own))
-        batch.double |= own.dtype == torch.float64
         batch.thresholds.append(batch.absent if threshold is None else local(threshold))
         first = _add_state(batch, batch.state, state_of, weight, segment.hyper, of_weight)
         first_threshold = _add_state(
