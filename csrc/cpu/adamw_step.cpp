@@ -1,4 +1,4 @@
-#include "ops.h"
+#include "../ops.h"
 #include "update.h"
 
 namespace dst {

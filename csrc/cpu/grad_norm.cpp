@@ -2,7 +2,7 @@
 #include <cmath>
 #include <memory>
 
-#include "ops.h"
+#include "../ops.h"
 #include "step.h"
 
 namespace dst {

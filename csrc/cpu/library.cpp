@@ -9,7 +9,7 @@
 // segment's shape alone, so that results repeat bit for bit.
 #include <torch/csrc/stable/library.h>
 
-#include "ops.h"
+#include "../ops.h"
 
 STABLE_TORCH_LIBRARY(dst_kernels_compiled, library) {
   // settings: the largest kept count at which the guard takes all thresholds of the layer for 0

@@ -1,9 +1,9 @@
 // W * M, effective thresholds and kept counts of many layers in one pass.
 #include <algorithm>
 
+#include "../ops.h"
 #include "../segments.h"
 #include "blocks.h"
-#include "ops.h"
 #include "storage.h"
 #include "work.h"
 

@@ -2,9 +2,9 @@
 #include <algorithm>
 #include <memory>
 
+#include "../ops.h"
 #include "../segments.h"
 #include "blocks.h"
-#include "ops.h"
 #include "storage.h"
 #include "work.h"
 

@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <memory>
 
+#include "../ops.h"
 #include "blocks.h"
-#include "ops.h"
 #include "storage.h"
 #include "work.h"
 

@@ -1,7 +1,9 @@
-#include "ops.h"
+#include "../ops.h"
 #include "step_host.cuh"
 
-namespace dst::cuda {
+namespace dst {
+
+using namespace cuda;
 
 void adamw_step(const Tensors& weights, const Tensors& grads, const Tensors& averages,
                 const Tensors& squares, const Tensors& steps, const Tensors& thresholds,
@@ -25,4 +27,4 @@ void adamw_step(const Tensors& weights, const Tensors& grads, const Tensors& ave
   run_step<AdamWRule>(reader, weights[0], segments, groups, read_scales(reader, scales), counts);
 }
 
-}  // namespace dst::cuda
+}  // namespace dst

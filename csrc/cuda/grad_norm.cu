@@ -1,8 +1,8 @@
 // The norm of all final gradients, dW and dt among them, without writing any.
 #include <vector>
 
+#include "../ops.h"
 #include "launch.h"
-#include "ops.h"
 #include "reduce.cuh"
 #include "step_table.cuh"
 #include "surrogate.cuh"
@@ -167,6 +167,12 @@ NormEntry entry_of(const StepSegment& s, const std::vector<Hyper>& hypers) {
 
 }  // namespace
 
+}  // namespace dst::cuda
+
+namespace dst {
+
+using namespace cuda;
+
 void grad_norm(const Tensors& weights, const Tensors& grads, const Tensors& thresholds,
                const Tensors& threshold_grads, const Integers& settings, const Tensor& hypers,
                const Tensors& alphas, const Tensors& scales, const Tensor& norm) {
@@ -212,4 +218,4 @@ void grad_norm(const Tensors& weights, const Tensors& grads, const Tensors& thre
   launch_total(launch, sums, blocks, static_cast<float*>(result.data), Finish::kRoot);
 }
 
-}  // namespace dst::cuda
+}  // namespace dst

@@ -1,11 +1,11 @@
 // W * M in its own dtype, counts and effective thresholds: one pass over all weights.
 #include <vector>
 
+#include "../ops.h"
 #include "../segments.h"
 #include "guard.cuh"
 #include "launch.h"
 #include "memory.cuh"
-#include "ops.h"
 #include "reduce.cuh"
 #include "table.cuh"
 
@@ -147,6 +147,12 @@ GuardEntry guard_of(const PackSegment& s, const PackEntry& entry) {
 
 }  // namespace
 
+}  // namespace dst::cuda
+
+namespace dst {
+
+using namespace cuda;
+
 void pack(const Tensors& weights, const Tensors& thresholds, const Integers& settings,
           const Tensors& masked, const Tensors& effective, const Tensor& kept) {
   const Reader reader("pack", weights, false);
@@ -184,4 +190,4 @@ void pack(const Tensors& weights, const Tensors& thresholds, const Integers& set
   launch_guard(launch, guards, nullptr);
 }
 
-}  // namespace dst::cuda
+}  // namespace dst

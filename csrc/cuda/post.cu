@@ -1,10 +1,10 @@
 // dW and dt from the dense gradient G: one pass over all layers.
 #include <vector>
 
+#include "../ops.h"
 #include "../segments.h"
 #include "launch.h"
 #include "memory.cuh"
-#include "ops.h"
 #include "reduce.cuh"
 #include "surrogate.cuh"
 #include "table.cuh"
@@ -187,6 +187,12 @@ bool in_pieces(const PostEntry& entry) { return !entry.by_element && entry.tilin
 
 }  // namespace
 
+}  // namespace dst::cuda
+
+namespace dst {
+
+using namespace cuda;
+
 void post(const Tensors& grads, const Tensors& weights, const Tensors& thresholds,
           const Integers& settings, const Tensors& grad_weights, const Tensors& grad_thresholds) {
   const Reader reader("post", weights, false);
@@ -233,4 +239,4 @@ void post(const Tensors& grads, const Tensors& weights, const Tensors& threshold
   sums.flush();
 }
 
-}  // namespace dst::cuda
+}  // namespace dst

@@ -1,9 +1,9 @@
 // The regulariser over all thresholds of a model, and its slopes.
 #include <vector>
 
+#include "../ops.h"
 #include "launch.h"
 #include "memory.cuh"
-#include "ops.h"
 #include "reduce.cuh"
 #include "table.cuh"
 #include "total.cuh"
@@ -76,6 +76,12 @@ std::vector<RegularizationEntry> read_entries(const Reader& reader, const Tensor
 
 }  // namespace
 
+}  // namespace dst::cuda
+
+namespace dst {
+
+using namespace cuda;
+
 void regularization(const Tensors& thresholds, const Tensor& value, const Tensors& slopes) {
   const Reader reader("regularization", thresholds.empty() ? Tensors{value} : thresholds, false);
   const Array result = reader.required(value, {"value", 0}, 1);
@@ -102,4 +108,4 @@ void regularization(const Tensors& thresholds, const Tensor& value, const Tensor
   launch_total(launch, sums, blocks, static_cast<float*>(result.data), Finish::kSum);
 }
 
-}  // namespace dst::cuda
+}  // namespace dst

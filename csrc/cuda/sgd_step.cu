@@ -1,7 +1,9 @@
-#include "ops.h"
+#include "../ops.h"
 #include "step_host.cuh"
 
-namespace dst::cuda {
+namespace dst {
+
+using namespace cuda;
 
 void sgd_step(const Tensors& weights, const Tensors& grads, const Tensors& buffers,
               const Tensors& thresholds, const Tensors& threshold_grads,
@@ -21,4 +23,4 @@ void sgd_step(const Tensors& weights, const Tensors& grads, const Tensors& buffe
   run_step<SgdRule>(reader, weights[0], segments, groups, read_scales(reader, scales), counts);
 }
 
-}  // namespace dst::cuda
+}  // namespace dst

@@ -2,7 +2,7 @@
 // of PyTorch's that need a GPU.
 #include <torch/csrc/stable/library.h>
 
-#include "cuda/ops.h"
+#include "ops.h"
 
 STABLE_TORCH_LIBRARY(dst_kernels_emulated, library) {
   for (const char* schema : {
@@ -13,12 +13,12 @@ STABLE_TORCH_LIBRARY(dst_kernels_emulated, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dst_kernels_emulated, CPU, library) {
-  library.impl("pack", TORCH_BOX(&dst::cuda::pack));
-  library.impl("post", TORCH_BOX(&dst::cuda::post));
-  library.impl("regularization", TORCH_BOX(&dst::cuda::regularization));
-  library.impl("sgd_step", TORCH_BOX(&dst::cuda::sgd_step));
-  library.impl("adamw_step", TORCH_BOX(&dst::cuda::adamw_step));
-  library.impl("grad_norm", TORCH_BOX(&dst::cuda::grad_norm));
+  library.impl("pack", TORCH_BOX(&dst::pack));
+  library.impl("post", TORCH_BOX(&dst::post));
+  library.impl("regularization", TORCH_BOX(&dst::regularization));
+  library.impl("sgd_step", TORCH_BOX(&dst::sgd_step));
+  library.impl("adamw_step", TORCH_BOX(&dst::adamw_step));
+  library.impl("grad_norm", TORCH_BOX(&dst::grad_norm));
 }
 
 extern "C" {

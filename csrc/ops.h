@@ -1,9 +1,9 @@
-// The ops as the dispatcher calls them. ../segments.h and ../step_segments.h say what they take.
+// The ops, the same in both libraries. cpu/library.cpp registers them and says what they do.
 #pragma once
 
-#include "../arguments.h"
+#include "arguments.h"
 
-namespace dst::cuda {
+namespace dst {
 
 void pack(const Tensors& weights, const Tensors& thresholds, const Integers& settings,
           const Tensors& masked, const Tensors& effective, const Tensor& kept);
@@ -31,4 +31,4 @@ void grad_norm(const Tensors& weights, const Tensors& grads, const Tensors& thre
                const Tensors& threshold_grads, const Integers& settings, const Tensor& hypers,
                const Tensors& alphas, const Tensors& scales, const Tensor& norm);
 
-}  // namespace dst::cuda
+}  // namespace dst
