@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import functional as F
-from ._layers import named_masked_layers
+from ..nn._layers import named_masked_layers
 
 __all__ = ["parameter_groups", "sparse_regularization"]
 

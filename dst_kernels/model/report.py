@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..nn import MaskedLayer
+from ..nn._layers import named_masked_layers
 from ..reference import threshold_mask
-from ._layers import named_masked_layers
 
 __all__ = ["LayerSparsity", "SparsityReport", "remaining_ratio", "sparsity_report"]
 

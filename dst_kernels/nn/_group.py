@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import autograd
 from .._autocast import autocast_enabled
 from ._deferral import Deferral
+from ._layers import named_masked_layers
 from ._masked import MaskedLayer
 from ._reuse import packs_of
 
@@ -43,12 +44,7 @@ def group_(model: nn.Module, bucket_mb: float = 25) -> nn.Module:
     """
     if not bucket_mb > 0:
         raise ValueError(f"bucket_mb must be positive, but is {bucket_mb!r}")
-    layers = [module for module in model.modules() if isinstance(module, MaskedLayer)]
-    if not layers:
-        raise ValueError(
-            f"model ({type(model).__name__}) has no masked layers: convert it with "
-            "dst_kernels.sparsify_ or build it from dst_kernels.nn"
-        )
+    layers = [layer for _, layer in named_masked_layers(model)]
     ungroup_(model)
     group = Group(layers, int(bucket_mb * 2**20))
     model.register_forward_pre_hook(group.before)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..nn import MaskedLayer
+from ._masked import MaskedLayer
 
 __all__ = ["named_masked_layers"]
 
