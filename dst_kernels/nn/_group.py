@@ -232,7 +232,8 @@ class Group:
             size = weight.numel() * weight.element_size()
             if deferral is None and size > self._bucket_bytes:
                 continue
-            kind = weight.device, _product_dtype(weight), layer.backend, deferral
+            dtype = autograd.product_dtype(weight, weight)  # an input of the weight's own dtype
+            kind = weight.device, dtype, layer.backend, deferral
             key = kind, weight.dtype == torch.float64, wanted
             bucket = filling.get(key)
             if bucket is None or bucket.bytes + size > self._bucket_bytes:
@@ -263,11 +264,6 @@ def _commits(layers: list[MaskedLayer]) -> list[bool]:
 
 def _autocast(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if autocast_enabled(device_type) else None
-
-
-def _product_dtype(weight: Tensor) -> torch.dtype:
-    dtype = _autocast(weight.device.type)
-    return weight.dtype if dtype is None or weight.dtype == torch.float64 else dtype
 
 
 def _is_parallel(module: nn.Module) -> bool:
