@@ -22,6 +22,7 @@ from .reference.conv import conv_memory_format, conv_output_shape
 
 __all__ = [
     "NAMESPACE",
+    "Plainly",
     "call",
     "effective_threshold",
     "masked_conv",
@@ -54,7 +55,7 @@ def _define(schema: str, check: Callable) -> Callable[[Callable], torch._ops.OpO
             check(*args)
             device = args[0].device
             kernel = implementation(backend, device, name, double=_any_double(device, args))
-            with _Plainly(device.type):
+            with Plainly(device.type):
                 return kernel(*args)
 
         def run_fake(*args):
@@ -81,7 +82,7 @@ def _any_double(device: torch.device, args: tuple) -> bool:
     return any(getattr(argument, "dtype", argument) is torch.float64 for argument in args)
 
 
-class _Plainly:
+class Plainly:
     """Without autograd and autocast: gradients and dtypes are settled outside the ops.
 
     torch's own context managers do the same and cost as much as a launch.

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._backends import implementation
+from .._ops import Plainly
 
 __all__ = ["mask_weights", "pack_weights", "with_dense_gradients"]
 
@@ -34,7 +35,7 @@ def pack_weights(
     device = weights[0].device
     double = weights[0].dtype == torch.float64
     function = implementation(backend, device, "masked_weights", double=double)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with Plainly(device.type):
         masked, effective = function(weights, thresholds, reset_ratios, commit, dtype)
     committed = [t for t, wanted in zip(thresholds, commit, strict=True) if wanted]
     if committed:
@@ -71,10 +72,11 @@ class _MaskWeights(torch.autograd.Function):
             function = implementation(
                 backend, weight.device, "masked_weights_backward", double=double
             )
-            of_weights, of_thresholds = function(
-                *([these[i] for i in wanted] for these in (grads, saved[:n], saved[n:])),
-                *([these[i] for i in wanted] for these in (surrogates, structure)),
-            )
+            with Plainly(weight.device.type):
+                of_weights, of_thresholds = function(
+                    *([these[i] for i in wanted] for these in (grads, saved[:n], saved[n:])),
+                    *([these[i] for i in wanted] for these in (surrogates, structure)),
+                )
             for i, of_weight, of_threshold in zip(wanted, of_weights, of_thresholds, strict=True):
                 results[i] = of_weight if ctx.needs_input_grad[3 + i] else None
                 results[n + i] = of_threshold if ctx.needs_input_grad[3 + n + i] else None

@@ -397,6 +397,32 @@ def test_autocast_switched_within_a_forward():
         assert torch.equal(actual.grad, expected.grad)
 
 
+@every_backend
+def test_backward_inside_the_autocast_region(backend, monkeypatch):
+    """Neither autocast nor autograd reaches into the multi-tensor operations."""
+    states, find = [], grouping.implementation
+
+    def watching(*args, **options):
+        function = find(*args, **options)
+
+        def watched(*args):
+            states.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
+            return function(*args)
+
+        return watched
+
+    monkeypatch.setattr(grouping, "implementation", watching)
+    inside, outside = (dst_kernels.group_(network(backend)) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside(images(0)).float().square().mean().backward()
+        assert torch.is_autocast_enabled("cpu")
+        loss = outside(images(0)).float().square().mean()
+    loss.backward()
+    assert states == [(False, False)] * 4
+    for expected, actual in zip(outside.parameters(), inside.parameters(), strict=True):
+        assert torch.equal(actual.grad, expected.grad)
+
+
 def test_a_wrong_dtype_is_the_layers_own_error():
     model = dst_kernels.group_(nn.Sequential(MaskedLinear(4, 4)))
     with pytest.raises(TypeError, match="input must have the weight's dtype"):
