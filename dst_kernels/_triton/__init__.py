@@ -1,12 +1,14 @@
 """Triton kernels for NVIDIA GPUs: kernel and launcher per file, the ops on top.
 
-`pack` and `post` serve any weight; `product` and `grad_weight` the linear layer. `variants` lists
-what `python -m dst_kernels.aot` compiles. Nothing here knows about autograd or modules.
+`pack` and `post` serve any weight; `product` and `grad_weight` the linear layer, `conv_product` and
+`conv_grad_weight` convolutions. `variants` lists what `python -m dst_kernels.aot` compiles. Nothing
+here knows about autograd or modules.
 """
 
 import functools
 
 from ..reference import group, regularization
+from .conv import masked_conv, masked_conv_grad_input, masked_conv_grad_weight
 from .linear import masked_linear, masked_linear_grad_input, masked_linear_grad_weight
 from .weight import effective_threshold, masked_weight, masked_weight_backward
 
@@ -17,6 +19,9 @@ masked_weights_backward = functools.partial(
 
 __all__ = [
     "effective_threshold",
+    "masked_conv",
+    "masked_conv_grad_input",
+    "masked_conv_grad_weight",
     "masked_linear",
     "masked_linear_grad_input",
     "masked_linear_grad_weight",

@@ -19,7 +19,13 @@ from .matrix import Matrix
 from .product import tile_of_program
 from .tiles import GradWeightTile
 
-__all__ = ["dense_slabs", "fused_grad_weight", "grad_weight_kernel", "slabs_kernel"]
+__all__ = [
+    "dense_slabs",
+    "fused_grad_weight",
+    "grad_weight_kernel",
+    "slabs_kernel",
+    "write_gradients",
+]
 
 
 @triton.jit
@@ -90,36 +96,20 @@ def _epilogue(
 
 
 @triton.jit
-def grad_weight_kernel(
-    grad, x, weight, threshold, grad_weight, grad_threshold,
-    M, R, C,
-    stride_gm, stride_gr, stride_xm, stride_xc, stride_wr, stride_wc, stride_tr, stride_tc,
-    stride_or, stride_oc, stride_hr, stride_hc,
+def write_gradients(
+    dense, weight, threshold, grad_weight, grad_threshold, tile_r, tile_c, C, in_r,
+    stride_wr, stride_wc, stride_tr, stride_tc, stride_or, stride_oc, stride_hr, stride_hc,
     THRESHOLD: tl.constexpr, SURROGATE: tl.constexpr, STRUCTURE_GRADIENT: tl.constexpr,
-    PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
-    GROUP: tl.constexpr, PIECES: tl.constexpr,
+    INDEX: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dW [R, C]; its epilogue in PIECES, so that each fits in registers.
-
-    grad_threshold is the result where thresholds are element-wise, else partial sums
-    [tiles of C, R].
-    """
-    tile_r, tile_c = tile_of_program(tl.cdiv(R, BLOCK_R), tl.cdiv(C, BLOCK_C), GROUP)
-    rows = tl.arange(0, BLOCK_R)
-    in_r = tile_r * BLOCK_R + rows < R
-    in_c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C) < C
-    accumulator = _dense_tile(
-        grad, x, tile_r, tile_c, in_r, in_c, 0, M, stride_gm, stride_gr, stride_xm, stride_xc,
-        PRECISION, INDEX, BLOCK_R, BLOCK_C, BLOCK_M,
-    )  # fmt: skip
+    """dW of a tile from its G, in PIECES, so that each fits in registers; each row's sum of dt."""
     PIECE: tl.constexpr = BLOCK_C // PIECES
     if PIECES == 1:
-        pieces = (accumulator,)
+        pieces = (dense,)
     elif PIECES == 2:
-        pieces = _halves(accumulator, BLOCK_R, BLOCK_C)
+        pieces = _halves(dense, BLOCK_R, BLOCK_C)
     else:
-        left, right = _halves(accumulator, BLOCK_R, BLOCK_C)
+        left, right = _halves(dense, BLOCK_R, BLOCK_C)
         a, b = _halves(left, BLOCK_R, BLOCK_C // 2)
         c, d = _halves(right, BLOCK_R, BLOCK_C // 2)
         pieces = (a, b, c, d)
@@ -132,6 +122,38 @@ def grad_weight_kernel(
             stride_or, stride_oc, stride_hr, stride_hc,
             THRESHOLD, SURROGATE, STRUCTURE_GRADIENT, INDEX, BLOCK_R, PIECE,
         )  # fmt: skip
+    return row_sum
+
+
+@triton.jit
+def grad_weight_kernel(
+    grad, x, weight, threshold, grad_weight, grad_threshold,
+    M, R, C,
+    stride_gm, stride_gr, stride_xm, stride_xc, stride_wr, stride_wc, stride_tr, stride_tc,
+    stride_or, stride_oc, stride_hr, stride_hc,
+    THRESHOLD: tl.constexpr, SURROGATE: tl.constexpr, STRUCTURE_GRADIENT: tl.constexpr,
+    PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+    GROUP: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """One tile of dW [R, C].
+
+    grad_threshold is the result where thresholds are element-wise, else partial sums
+    [tiles of C, R].
+    """
+    tile_r, tile_c = tile_of_program(tl.cdiv(R, BLOCK_R), tl.cdiv(C, BLOCK_C), GROUP)
+    rows = tl.arange(0, BLOCK_R)
+    in_r = tile_r * BLOCK_R + rows < R
+    in_c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C) < C
+    accumulator = _dense_tile(
+        grad, x, tile_r, tile_c, in_r, in_c, 0, M, stride_gm, stride_gr, stride_xm, stride_xc,
+        PRECISION, INDEX, BLOCK_R, BLOCK_C, BLOCK_M,
+    )  # fmt: skip
+    row_sum = write_gradients(
+        accumulator, weight, threshold, grad_weight, grad_threshold, tile_r, tile_c, C, in_r,
+        stride_wr, stride_wc, stride_tr, stride_tc, stride_or, stride_oc, stride_hr, stride_hc,
+        THRESHOLD, SURROGATE, STRUCTURE_GRADIENT, INDEX, BLOCK_R, BLOCK_C, PIECES,
+    )  # fmt: skip
     if THRESHOLD != ELEMENT:
         r = tile_r.to(tl.int64) * BLOCK_R + rows
         tl.store(grad_threshold + tile_c.to(tl.int64) * R + r, row_sum, mask=in_r)

@@ -24,7 +24,13 @@ from .tiles import (
 from .tuning import token_bucket, tuned, tuning_is_on
 from .weight import effective_threshold
 
-__all__ = ["masked_linear", "masked_linear_grad_input", "masked_linear_grad_weight"]
+__all__ = [
+    "masked_linear",
+    "masked_linear_grad_input",
+    "masked_linear_grad_weight",
+    "refuse_float64",
+    "traits_of",
+]
 
 
 def masked_linear(
@@ -35,7 +41,7 @@ def masked_linear(
     reset_ratio: float | None,
 ) -> tuple[Tensor, Tensor]:
     """As the reference's; TypeError for float64."""
-    _refuse_float64(input, weight, threshold)
+    refuse_float64(input, weight, threshold)
     x = flatten_batch(input)
     shape = *input.shape[:-1], weight.shape[0]
     if 0 in x.shape or 0 in weight.shape:
@@ -58,7 +64,7 @@ def _product(
     reset_ratio: float | None = None,
     effective: Tensor | None = None,
 ) -> Tensor:
-    traits = _traits(x)
+    traits = traits_of(x)
 
     def run(tile: ProductTile) -> Tensor:
         return masked_product(
@@ -77,7 +83,7 @@ def _product(
 
 def masked_linear_grad_input(grad: Tensor, weight: Tensor, threshold: Tensor) -> Tensor:
     """As the reference's; TypeError for float64."""
-    _refuse_float64(grad, weight, threshold)
+    refuse_float64(grad, weight, threshold)
     dy = flatten_batch(grad)
     if 0 in dy.shape or 0 in weight.shape:
         return grad.new_zeros((*grad.shape[:-1], weight.shape[1]))
@@ -95,7 +101,7 @@ def masked_linear_grad_weight(
     structure_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """As the reference's; TypeError for float64."""
-    _refuse_float64(grad, weight, threshold)
+    refuse_float64(grad, weight, threshold)
     dy, x = flatten_batch(grad), flatten_batch(input)
     grad_weight = torch.empty_like(weight)
     if 0 in weight.shape:
@@ -105,7 +111,7 @@ def masked_linear_grad_weight(
     element_wise = threshold.shape == weight.shape
     grad_threshold = torch.empty_like(threshold) if element_wise else None
     (into,) = as_matrices(grad_threshold) if element_wise else (None,)
-    traits = _traits(x)
+    traits = traits_of(x)
 
     def run(tile: GradWeightTile) -> Tensor | None:
         if tile.split == 1:
@@ -140,13 +146,13 @@ def _operands(weight: Tensor, threshold: Tensor) -> tuple[Matrix, Matrix]:
     return as_matrices(weight)[0], as_threshold(threshold, weight)
 
 
-def _traits(activation: Tensor) -> Traits:
+def traits_of(activation: Tensor) -> Traits:
     found = capability(activation.device)
     hopper = found is None or found[0] == 9  # the interpreter takes what Hopper gets
     return Traits(activation.dtype, tf32_allowed(), hopper)
 
 
-def _refuse_float64(activation: Tensor, weight: Tensor, threshold: Tensor) -> None:
+def refuse_float64(activation: Tensor, weight: Tensor, threshold: Tensor) -> None:
     tensors = {"input": activation, "weight": weight, "threshold": threshold}
     for name, tensor in tensors.items():
         if tensor.dtype == torch.float64:

@@ -24,6 +24,10 @@ __all__ = [
     "ProductTile",
     "StreamTile",
     "Traits",
+    "conv_grad_weight_candidates",
+    "conv_grad_weight_tile",
+    "conv_product_candidates",
+    "conv_product_tile",
     "grad_weight_candidates",
     "grad_weight_tile",
     "pack_tile",
@@ -159,12 +163,26 @@ _GRAD_FLOAT32 = GradWeightTile(64, 64, 16, 4, 2)
 @functools.lru_cache(maxsize=4096)
 def product_tile(M: int, R: int, C: int, traits: Traits) -> ProductTile:
     """For M tokens, R outputs and a sum over C."""
-    tiles = _product_tiles(traits)
-    tile = tiles[min((size for size in tiles if size >= M), default=max(tiles))]
+    tile = _by_tokens(M, traits)
     # Too few tiles to fill the GPU: share each sum, but leave every program a few steps of it.
     programs = -(-R // tile.block_r) * -(-M // tile.block_m)
     steps = C // (4 * tile.block_c * tile.unroll)
     return _split(tile, programs, steps, most=16)
+
+
+def conv_product_tile(M: int, traits: Traits) -> ProductTile:
+    """For M positions of a convolution."""
+    return _by_tokens(M, traits)
+
+
+def conv_product_candidates(traits: Traits) -> list[ProductTile]:
+    """What else is worth trying."""
+    return list(_product_tiles(traits).values())
+
+
+def _by_tokens(M: int, traits: Traits) -> ProductTile:
+    tiles = _product_tiles(traits)
+    return tiles[min((size for size in tiles if size >= M), default=max(tiles))]
 
 
 def product_candidates(default: ProductTile, traits: Traits) -> list[ProductTile]:
@@ -207,6 +225,33 @@ def grad_weight_candidates(
     return whole + [dataclasses.replace(tiles[1], split=split) for split in sorted(splits)]
 
 
+def conv_grad_weight_tile(
+    M: int, R: int, C: int, taps: int, traits: Traits, element_wise: bool
+) -> GradWeightTile:
+    """For M positions and a weight of `taps` matrices [R, C], each with programs of its own."""
+    tile, *middle = _conv_grad_weight_tiles(traits, element_wise)
+    # A tile that is mostly padding does more work than a small one.
+    if middle and middle[0].block_r < 2 * R and middle[0].block_c < 2 * C:
+        tile = middle[0]
+    programs = -(-R // tile.block_r) * -(-C // tile.block_c) * taps
+    # Two rounds of programs: positions are many, so that slabs are small beside the images.
+    return _split(tile, programs, M // (8 * tile.block_m), most=64, wanted=2 * MULTIPROCESSORS)
+
+
+def conv_grad_weight_candidates(
+    default: GradWeightTile, traits: Traits, element_wise: bool
+) -> list[GradWeightTile]:
+    """What else is worth trying."""
+    splits = sorted({1, max(default.split // 2, 1), default.split, 2 * default.split})
+    tiles = _conv_grad_weight_tiles(traits, element_wise)
+    return [dataclasses.replace(tile, split=split) for tile in tiles for split in splits]
+
+
+def _conv_grad_weight_tiles(traits: Traits, element_wise: bool) -> tuple[GradWeightTile, ...]:
+    """Without the large tile, which spills beside the positions' addresses."""
+    return _grad_weight_tiles(traits, element_wise)[:2]
+
+
 def _grad_weight_tiles(traits: Traits, element_wise: bool) -> tuple[GradWeightTile, ...]:
     """Small, middle and, where it pays and fits, large."""
     if not traits.tensor_cores:
@@ -216,8 +261,8 @@ def _grad_weight_tiles(traits: Traits, element_wise: bool) -> tuple[GradWeightTi
     return (_SMALL, _MIDDLE, _LARGE) if traits.hopper and not element_wise else (_SMALL, _MIDDLE)
 
 
-def _split(tile, programs: int, steps: int, most: int):
-    split = min(MULTIPROCESSORS // programs, steps, most)
+def _split(tile, programs: int, steps: int, most: int, wanted: int = MULTIPROCESSORS):
+    split = min(wanted // programs, steps, most)
     return dataclasses.replace(tile, split=split) if split > 1 else tile
 
 

@@ -1,0 +1,338 @@
+"""Ops of the convolution over one and two dimensions, each masking the weight as it multiplies."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference.conv import conv_memory_format, conv_output_shape
+from .conv_grad_weight import conv_grad_weight, conv_slabs
+from .conv_product import Lattice, conv_product
+from .linear import (
+    masked_linear,
+    masked_linear_grad_input,
+    masked_linear_grad_weight,
+    refuse_float64,
+    traits_of,
+)
+from .masking import ALONG_R, LAYER
+from .matrix import Matrix, as_matrices
+from .post import finish_threshold_gradient, post
+from .tiles import (
+    GradWeightTile,
+    ProductTile,
+    conv_grad_weight_candidates,
+    conv_grad_weight_tile,
+    conv_product_candidates,
+    conv_product_tile,
+    post_tile,
+)
+from .tuning import token_bucket, tuned, tuning_is_on
+from .weight import effective_threshold
+
+__all__ = ["masked_conv", "masked_conv_grad_input", "masked_conv_grad_weight"]
+
+
+class _Problem(NamedTuple):
+    """A convolution as the kernels take it: over two dimensions, a line being an image one high.
+
+    `threshold` has the weight's shape or is one for each filter.
+    """
+
+    weight: Tensor
+    threshold: Tensor
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @property
+    def lattices(self) -> tuple[Lattice, Lattice]:
+        """Of the forward pass."""
+        return tuple(
+            Lattice(stride, -padding, dilation)
+            for stride, padding, dilation in zip(
+                self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+
+
+def masked_conv(
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None,
+    reset_ratio: float | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """As the reference's; RuntimeError over three dimensions, TypeError for float64."""
+    _check(input, weight, threshold)
+    if _is_pointwise(weight, stride, padding, groups, input):
+        output, effective = masked_linear(
+            _channels_to_the_end(input), *_matrices(weight, threshold), bias, reset_ratio
+        )
+        return _channels_to_the_front(output), effective.view_as(threshold)
+    effective = effective_threshold(weight, threshold, reset_ratio)
+    output = torch.empty(
+        conv_output_shape(input.shape, weight.shape, stride, padding, dilation),
+        dtype=input.dtype,
+        device=input.device,
+        memory_format=conv_memory_format(input, weight),
+    )
+    if output.numel() == 0:
+        return output, effective
+    problem = _problem(weight, effective, stride, padding, dilation, groups)
+    bias = None if bias is None else bias.contiguous()
+    _product(_planar(input), problem, bias, _planar(output), problem.lattices)
+    return output, effective
+
+
+def masked_conv_grad_input(
+    grad: Tensor,
+    input_shape: Sequence[int],
+    weight: Tensor,
+    threshold: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """As the reference's; RuntimeError over three dimensions, TypeError for float64."""
+    _check(grad, weight, threshold)
+    if _is_pointwise(weight, stride, padding, groups, grad):
+        result = masked_linear_grad_input(_channels_to_the_end(grad), *_matrices(weight, threshold))
+        return _channels_to_the_front(result)
+    result = torch.empty(
+        input_shape,
+        dtype=grad.dtype,
+        device=grad.device,
+        memory_format=conv_memory_format(grad, weight),
+    )
+    problem = _problem(weight, threshold, stride, padding, dilation, groups)
+    written, grad = _planar(result), _planar(grad)
+    taps = problem.weight.shape[2:]
+    dimensions = list(zip(taps, problem.stride, problem.padding, problem.dilation, strict=True))
+    for row, column in itertools.product(*(range(step) for step in problem.stride)):
+        residue = written[:, :, row :: problem.stride[0], column :: problem.stride[1]]
+        if residue.numel() == 0:
+            continue
+        (up, vertical), (left, horizontal) = (
+            _taps_of_residue(start, *dimension)
+            for start, dimension in zip((row, column), dimensions, strict=True)
+        )
+        weight, threshold = problem.weight[:, :, up, left], problem.threshold
+        if threshold.dim() > 1:
+            threshold = threshold[:, :, up, left]
+        part = problem._replace(weight=weight, threshold=threshold)
+        _product(grad, part, None, residue, (vertical, horizontal), by_input=True)
+    return result
+
+
+def _taps_of_residue(
+    residue: int, taps: int, stride: int, padding: int, dilation: int
+) -> tuple[slice, Lattice]:
+    """Which taps reach the inputs at residue, residue + stride, ..., and from which outputs.
+
+    Tap k and output u meet at input u * stride - padding + k * dilation.
+    """
+    period = stride // math.gcd(stride, dilation)
+    for tap in range(min(period, taps)):
+        from_output = residue + padding - tap * dilation
+        if from_output % stride == 0:
+            lattice = Lattice(1, from_output // stride, -(period * dilation // stride))
+            return slice(tap, None, period), lattice
+    return slice(0, 0), Lattice(1, 0, 0)
+
+
+def _product(
+    x: Tensor,
+    problem: _Problem,
+    bias: Tensor | None,
+    out: Tensor,
+    lattices: tuple[Lattice, Lattice],
+    *,
+    by_input: bool = False,
+) -> None:
+    traits = traits_of(x)
+
+    def run(tile: ProductTile) -> None:
+        conv_product(
+            x, problem.weight, problem.threshold, bias, out, lattices, problem.groups,
+            tile, traits.precision, by_input=by_input,
+        )  # fmt: skip
+
+    positions = out.shape[0] * out.shape[2] * out.shape[3]
+    tile = conv_product_tile(positions, traits)
+    if tuning_is_on():
+        shape = "x".join(map(str, problem.weight.shape))
+        name = (
+            f"conv by_input={by_input} element={problem.threshold.dim() > 1} "
+            f"{token_bucket(positions)}x{shape} groups={problem.groups} {lattices} "
+            f"{problem.weight.dtype} {traits}"
+        )
+        tile = tuned(name, tile, conv_product_candidates(traits), run, x)
+    run(tile)
+
+
+def masked_conv_grad_weight(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    surrogate: str,
+    structure_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """As the reference's; RuntimeError over three dimensions, TypeError for float64."""
+    _check(input, weight, threshold)
+    if _is_pointwise(weight, stride, padding, groups, grad, input):
+        grad_weight, grad_threshold = masked_linear_grad_weight(
+            _channels_to_the_end(grad), _channels_to_the_end(input),
+            *_matrices(weight, threshold), surrogate, structure_gradient,
+        )  # fmt: skip
+        return grad_weight.view_as(weight), grad_threshold.view_as(threshold)
+    grad_weight = torch.empty_like(weight)
+    if weight.numel() == 0:
+        return grad_weight, torch.zeros_like(threshold)
+    element_wise = threshold.shape == weight.shape
+    seen = as_matrices(weight, threshold) if element_wise else as_matrices(weight)
+    if seen is None:
+        # Rows in pieces: once more on a dense copy of the arguments.
+        dense = threshold.contiguous() if element_wise else threshold
+        results = masked_conv_grad_weight(
+            grad, input, weight.contiguous(), dense, stride, padding, dilation, groups,
+            surrogate, structure_gradient,
+        )  # fmt: skip
+        return grad_weight.copy_(results[0]), torch.empty_like(threshold).copy_(results[1])
+    grad_threshold = torch.empty_like(threshold) if element_wise else None
+    partial = _grad_weight(
+        _planar(grad), _planar(input),
+        _problem(weight, threshold, stride, padding, dilation, groups),
+        _planar(grad_weight), _planar(grad_threshold), surrogate, structure_gradient,
+    )  # fmt: skip
+    if partial is None:
+        return grad_weight, grad_threshold
+    axis = (ALONG_R if threshold.shape == weight.shape[:1] else LAYER).value
+    return grad_weight, finish_threshold_gradient(partial, threshold, axis)
+
+
+def _grad_weight(
+    grad: Tensor,
+    x: Tensor,
+    problem: _Problem,
+    grad_weight: Tensor,
+    grad_threshold: Tensor | None,
+    surrogate: str,
+    structure_gradient: bool,
+) -> Tensor | None:
+    weight, threshold, groups = problem.weight, problem.threshold, problem.groups
+    traits = traits_of(x)
+    options = surrogate, structure_gradient
+
+    def run(tile: GradWeightTile) -> Tensor | None:
+        if tile.split == 1:
+            return conv_grad_weight(
+                grad, x, weight, threshold, grad_weight, grad_threshold,
+                problem.lattices, groups, *options, tile, traits.precision,
+            )  # fmt: skip
+        slabs = conv_slabs(grad, x, grad_weight, problem.lattices, groups, tile, traits.precision)
+        matrix, written, dense = as_matrices(weight, grad_weight, slabs[0])
+        if grad_threshold is None:
+            rows, columns, axis = matrix.rows, matrix.columns, ALONG_R.value
+            stored, into = Matrix(threshold, rows, columns, threshold.stride(0), 0, axis), None
+        else:
+            stored, into = as_matrices(threshold, grad_threshold)
+        return post(
+            dense, matrix, stored, written, into, *options,
+            post_tile(matrix.columns, 1), slabs=len(slabs), slab_stride=slabs.stride(0),
+        )  # fmt: skip
+
+    positions = grad.shape[0] * grad.shape[2] * grad.shape[3]
+    outputs, channels, *taps = weight.shape
+    sizes = positions, outputs // groups, channels, math.prod(taps) * groups
+    tile = conv_grad_weight_tile(*sizes, traits, grad_threshold is not None)
+    if tuning_is_on():
+        name = (
+            f"conv grad_weight element={grad_threshold is not None} {token_bucket(positions)}x"
+            f"{'x'.join(map(str, weight.shape))} groups={groups} {problem.lattices} "
+            f"{weight.dtype} {traits}"
+        )
+        candidates = conv_grad_weight_candidates(tile, traits, grad_threshold is not None)
+        tile = tuned(name, tile, candidates, run, x)
+    return run(tile)
+
+
+# -- the shapes the kernels take -------------------------------------------------------------------
+
+
+def _check(activation: Tensor, weight: Tensor, threshold: Tensor) -> None:
+    refuse_float64(activation, weight, threshold)
+    if weight.dim() > 4:
+        raise RuntimeError(
+            "Triton's fused convolutions have one or two dimensions, but weight has "
+            f"{weight.dim() - 2}: use path='packed' or path='auto'"
+        )
+
+
+def _is_pointwise(
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    *activations: Tensor,
+) -> bool:
+    """Whether it is a matrix product of the tensors as they lie in memory."""
+    one = all(size == 1 for size in (*weight.shape[2:], *stride, groups))
+    if not one or any(padding) or weight.numel() == 0:
+        return False
+    return all(_channels_to_the_end(tensor).is_contiguous() for tensor in activations)
+
+
+def _channels_to_the_end(tensor: Tensor) -> Tensor:
+    return tensor.movedim(1, -1)
+
+
+def _channels_to_the_front(tensor: Tensor) -> Tensor:
+    return tensor.movedim(-1, 1)
+
+
+def _matrices(weight: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a convolution whose kernel is one element."""
+    if threshold.shape == weight.shape:
+        threshold = threshold.flatten(1)
+    return weight.flatten(1), threshold
+
+
+def _problem(
+    weight: Tensor,
+    threshold: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> _Problem:
+    if threshold.shape == weight.shape:
+        threshold = _planar(threshold)
+    elif threshold.numel() == 1:
+        threshold = threshold.reshape(1).expand(len(weight))
+    if len(stride) == 1:
+        stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
+    return _Problem(
+        _planar(weight), threshold, tuple(stride), tuple(padding), tuple(dilation), groups
+    )
+
+
+def _planar(tensor: Tensor | None) -> Tensor | None:
+    """[N, C, L] as [N, C, 1, L]; images as they are."""
+    return tensor.unsqueeze(2) if tensor is not None and tensor.dim() == 3 else tensor

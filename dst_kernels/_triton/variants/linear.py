@@ -1,0 +1,172 @@
+"""The linear layer's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import triton.language as tl
+
+from ..grad_weight import grad_weight_kernel, slabs_kernel
+from ..masking import ELEMENT, SURROGATE_CODES
+from ..product import finish_kernel, product_kernel
+from ..tiles import SLAB_TILE, TF32_SLAB_TILE, ProductTile
+from .base import Variant, grad_weight_cases, granularities, product_cases, unit_strides, variant
+
+__all__ = ["linear"]
+
+
+def linear(architecture: int) -> Iterator[Variant]:
+    """All of them."""
+    yield from _products(architecture)
+    yield from _finishes(architecture)
+    yield from _grad_weights(architecture)
+    yield from _slabs()
+
+
+def _product_constants(tile: ProductTile, precision: str, transposed: bool) -> dict[str, object]:
+    return {
+        "PRECISION": precision,
+        "TRANSPOSED": transposed,
+        "INDEX": tl.int32,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_R": tile.block_r,
+        "BLOCK_C": tile.block_c,
+        "UNROLL": tile.unroll,
+        "GROUP": tile.group,
+        **unit_strides("xc", "wr" if transposed else "wc"),
+    }
+
+
+def _products(architecture: int) -> Iterator[Variant]:
+    """Forward with and without the guard's count, and dX; whole sums and split ones."""
+    for tile, weight, x, precision, tensor_cores in product_cases(architecture):
+        for purpose in ("forward", "unguarded", "grad_input"):
+            transposed = purpose == "grad_input"
+            for granularity, (axis, unit) in granularities(transposed).items():
+                if granularity == "layer" or (granularity == "element" and x != "bf16"):
+                    continue  # a layer's threshold is read as one for each row
+                for split in (False, True):
+                    if split and (granularity != "row" or x == "fp16" or purpose == "unguarded"):
+                        continue
+                    yield variant(
+                        f"{purpose}{' split' if split else ''} {weight}->{x} {precision} "
+                        f"{granularity} {tile}",
+                        product_kernel,
+                        {
+                            "x": x,
+                            "weight": weight,
+                            "threshold": "fp32",
+                            "bias": "fp32",
+                            "out": "fp32" if split else x,
+                            "pruned_counts": "i32",
+                        },
+                        {
+                            **_product_constants(tile, precision, transposed),
+                            **unit,
+                            "THRESHOLD": axis,
+                            "COUNT": purpose == "forward",
+                            "HAS_BIAS": not transposed and not split,
+                        },
+                        warps=tile.warps,
+                        stages=tile.stages,
+                        tensor_cores=tensor_cores,
+                        operand_a_in_registers=tensor_cores,
+                    )
+
+
+def _finishes(architecture: int) -> Iterator[Variant]:
+    """Of the forward pass: guard alone, guard and split; of dX: split alone."""
+    for tile, weight, x, precision, tensor_cores in product_cases(architecture):
+        for guard, split in ((True, False), (True, True), (False, True)):
+            if x == "fp16" or (weight == x == "bf16" and not guard):
+                continue
+            purpose = " ".join(["finish", *["guard"] * guard, *["split"] * split])
+            yield variant(
+                f"{purpose} {weight}->{x} {precision} {tile}",
+                finish_kernel,
+                {
+                    "x": x,
+                    "weight": weight,
+                    "slabs": "fp32" if split else x,
+                    "bias": "fp32",
+                    "out": x,
+                    "effective": "fp32",
+                    "pruned_counts": "i32",
+                },
+                {
+                    **_product_constants(tile, precision, False),
+                    "GUARD": guard,
+                    "SPLIT": split,
+                    "HAS_BIAS": guard,
+                    "COUNTS": 1024,
+                },
+                warps=tile.warps,
+                stages=tile.stages,
+                tensor_cores=tensor_cores and guard,
+                operand_a_in_registers=tensor_cores and guard,
+            )
+
+
+def _grad_weights(architecture: int) -> Iterator[Variant]:
+    for tile, weight, x, precision, tensor_cores in grad_weight_cases(architecture):
+        for granularity, (axis, unit) in granularities(False).items():
+            for surrogate, code in SURROGATE_CODES.items():
+                special = granularity != "row" or surrogate != "long_tailed"
+                if special and (weight, x, tile.block_c) != ("fp32", "bf16", 128):
+                    continue
+                if granularity != "row" and surrogate != "long_tailed":
+                    continue
+                yield variant(
+                    f"grad_weight {weight},{x} {precision} {granularity} {surrogate} {tile}",
+                    grad_weight_kernel,
+                    {
+                        "grad": x,
+                        "x": x,
+                        "weight": weight,
+                        "threshold": "fp32",
+                        "grad_weight": weight,
+                        "grad_threshold": "fp32",
+                    },
+                    {
+                        **unit_strides("gr", "xc", "wc", "oc", *(["hc"] * (axis == ELEMENT.value))),
+                        **unit,
+                        "THRESHOLD": axis,
+                        "SURROGATE": code,
+                        "STRUCTURE_GRADIENT": True,
+                        "PRECISION": precision,
+                        "INDEX": tl.int32,
+                        "BLOCK_R": tile.block_r,
+                        "BLOCK_C": tile.block_c,
+                        "BLOCK_M": tile.block_m,
+                        "GROUP": tile.group,
+                        "PIECES": tile.pieces,
+                    },
+                    warps=tile.warps,
+                    stages=tile.stages,
+                    tensor_cores=tensor_cores,
+                )
+
+
+def _slabs() -> Iterator[Variant]:
+    for tile, x, precision in (
+        (SLAB_TILE, "bf16", "ieee"),
+        (SLAB_TILE, "fp16", "ieee"),
+        (TF32_SLAB_TILE, "fp32", "tf32"),
+    ):
+        yield variant(
+            f"slabs {x} {precision} {tile}",
+            slabs_kernel,
+            {"grad": x, "x": x, "slabs": "fp32"},
+            {
+                **unit_strides("gr", "xc"),
+                "PRECISION": precision,
+                "INDEX": tl.int32,
+                "BLOCK_R": tile.block_r,
+                "BLOCK_C": tile.block_c,
+                "BLOCK_M": tile.block_m,
+                "GROUP": tile.group,
+            },
+            warps=tile.warps,
+            stages=tile.stages,
+            tensor_cores=True,
+        )

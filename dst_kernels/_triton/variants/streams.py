@@ -1,0 +1,90 @@
+"""The passes over the weight alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import triton.language as tl
+
+from ..masking import ELEMENT
+from ..pack import pack_kernel, settle_kernel
+from ..post import post_kernel
+from ..tiles import StreamTile, pack_tile, post_tile
+from .base import AUTOCAST, FLOAT32, SIXTEEN_BIT, Variant, granularities, unit_strides, variant
+
+__all__ = ["streams"]
+
+
+def streams() -> Iterator[Variant]:
+    """pack, its second launch, and post, for long rows and short ones."""
+    for columns in (4096, 256):
+        tile, of_post = pack_tile(columns, 1), post_tile(columns, 1)
+        for weight, packed in (*AUTOCAST, *SIXTEEN_BIT, *FLOAT32):
+            for granularity, (axis, unit) in granularities(False).items():
+                if granularity != "row" and (weight, packed) != ("fp32", "bf16"):
+                    continue
+                if packed == "fp16" and columns != 4096:
+                    continue
+                element = axis == ELEMENT.value
+                for write in (True, False):
+                    if not write and packed != weight:
+                        continue
+                    constants = {
+                        **_blocks(tile),
+                        **unit_strides(
+                            "wc", "pc", *(["ec"] if element else ["er"] if axis else [])
+                        ),
+                        "THRESHOLD": axis,
+                        "WRITE": write,
+                    }
+                    pointers = {
+                        "weight": weight,
+                        "packed": packed,
+                        "effective": "fp32",
+                        "pruned_counts": "i32",
+                    }
+                    purpose = f"{weight}->{packed}" if write else weight
+                    name = f"{purpose} {granularity} {tile}"
+                    yield variant(
+                        f"{'pack' if write else 'count'} {name}",
+                        pack_kernel,
+                        {**pointers, "threshold": "fp32"},
+                        {**constants, **unit},
+                        warps=tile.warps,
+                        stages=tile.stages,
+                        wide_accesses=True,
+                    )
+                    yield variant(
+                        f"settle {name}",
+                        settle_kernel,
+                        pointers,
+                        {**constants, "COUNTS": 1024},
+                        warps=tile.warps,
+                        stages=tile.stages,
+                    )
+                yield variant(
+                    f"post {packed},{weight} {granularity} {of_post}",
+                    post_kernel,
+                    {
+                        "dense": packed,
+                        "weight": weight,
+                        "threshold": "fp32",
+                        "grad_weight": weight,
+                        "grad_threshold": "fp32",
+                    },
+                    {
+                        **_blocks(of_post),
+                        **unit_strides("dc", "wc", "gc", *(["hc"] if element else [])),
+                        **unit,
+                        "THRESHOLD": axis,
+                        "SURROGATE": 0,
+                        "STRUCTURE_GRADIENT": True,
+                    },
+                    warps=of_post.warps,
+                    stages=of_post.stages,
+                    wide_accesses=True,
+                )
+
+
+def _blocks(tile: StreamTile) -> dict[str, object]:
+    return {"COMPUTE": tl.float32, "ROWS": tile.rows, "BLOCK": tile.block}
