@@ -29,9 +29,14 @@ def _properties(index: int | None):
     return torch.cuda.get_device_properties(index)
 
 
-def tf32_allowed() -> bool:
-    """Whether torch lets float32 matmuls on CUDA round their operands to TF32."""
-    precision = torch.backends.cuda.matmul.fp32_precision
-    if precision == "none":  # not set by itself
-        precision = torch.backends.fp32_precision
-    return precision == "tf32"
+def tf32_allowed(*, convolution: bool = False) -> bool:
+    """Whether torch lets float32 products on CUDA round their operands to TF32.
+
+    Matrix products by default do not, convolutions do.
+    """
+    of_matmul = (torch.backends.cuda.matmul,)
+    of_conv = (torch.backends.cudnn.conv, torch.backends.cudnn)
+    for settings in (*(of_conv if convolution else of_matmul), torch.backends):
+        if settings.fp32_precision != "none":  # else it is as for the next in line
+            return settings.fp32_precision == "tf32"
+    return False

@@ -77,7 +77,11 @@ def masked_conv(
     _check(input, weight, threshold)
     if _is_pointwise(weight, stride, padding, groups, input):
         output, effective = masked_linear(
-            _channels_to_the_end(input), *_matrices(weight, threshold), bias, reset_ratio
+            _channels_to_the_end(input),
+            *_matrices(weight, threshold),
+            bias,
+            reset_ratio,
+            traits_of(input, convolution=True),
         )
         return _channels_to_the_front(output), effective.view_as(threshold)
     effective = effective_threshold(weight, threshold, reset_ratio)
@@ -108,7 +112,10 @@ def masked_conv_grad_input(
     """As the reference's; RuntimeError over three dimensions, TypeError for float64."""
     _check(grad, weight, threshold)
     if _is_pointwise(weight, stride, padding, groups, grad):
-        result = masked_linear_grad_input(_channels_to_the_end(grad), *_matrices(weight, threshold))
+        result = masked_linear_grad_input(
+            _channels_to_the_end(grad), *_matrices(weight, threshold),
+            traits_of(grad, convolution=True),
+        )  # fmt: skip
         return _channels_to_the_front(result)
     result = torch.empty(
         input_shape,
@@ -161,7 +168,7 @@ def _product(
     *,
     by_input: bool = False,
 ) -> None:
-    traits = traits_of(x)
+    traits = traits_of(x, convolution=True)
 
     def run(tile: ProductTile) -> None:
         conv_product(
@@ -200,6 +207,7 @@ def masked_conv_grad_weight(
         grad_weight, grad_threshold = masked_linear_grad_weight(
             _channels_to_the_end(grad), _channels_to_the_end(input),
             *_matrices(weight, threshold), surrogate, structure_gradient,
+            traits_of(input, convolution=True),
         )  # fmt: skip
         return grad_weight.view_as(weight), grad_threshold.view_as(threshold)
     grad_weight = torch.empty_like(weight)
@@ -237,7 +245,7 @@ def _grad_weight(
     structure_gradient: bool,
 ) -> Tensor | None:
     weight, threshold, groups = problem.weight, problem.threshold, problem.groups
-    traits = traits_of(x)
+    traits = traits_of(x, convolution=True)
     options = surrogate, structure_gradient
 
     def run(tile: GradWeightTile) -> Tensor | None:

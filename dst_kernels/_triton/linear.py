@@ -39,8 +39,9 @@ def masked_linear(
     threshold: Tensor,
     bias: Tensor | None,
     reset_ratio: float | None,
+    traits: Traits | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As the reference's; TypeError for float64."""
+    """As the reference's; TypeError for float64. `traits` unless they are a matrix product's."""
     refuse_float64(input, weight, threshold)
     x = flatten_batch(input)
     shape = *input.shape[:-1], weight.shape[0]
@@ -50,7 +51,8 @@ def masked_linear(
         return output, effective_threshold(weight, threshold, reset_ratio)
     effective = threshold.clone(memory_format=torch.contiguous_format)
     bias = None if bias is None else bias.contiguous()
-    output = _product(x, *_operands(weight, threshold), bias, reset_ratio, effective)
+    traits = traits or traits_of(x)
+    output = _product(x, *_operands(weight, threshold), traits, bias, reset_ratio, effective)
     if effective.stride() != threshold.stride():
         effective = torch.empty_like(threshold).copy_(effective)
     return output.view(shape), effective
@@ -60,12 +62,11 @@ def _product(
     x: Tensor,
     weight: Matrix,
     threshold: Matrix,
+    traits: Traits,
     bias: Tensor | None = None,
     reset_ratio: float | None = None,
     effective: Tensor | None = None,
 ) -> Tensor:
-    traits = traits_of(x)
-
     def run(tile: ProductTile) -> Tensor:
         return masked_product(
             x, weight, threshold, bias, tile, traits.precision,
@@ -81,14 +82,16 @@ def _product(
     return run(tile)
 
 
-def masked_linear_grad_input(grad: Tensor, weight: Tensor, threshold: Tensor) -> Tensor:
-    """As the reference's; TypeError for float64."""
+def masked_linear_grad_input(
+    grad: Tensor, weight: Tensor, threshold: Tensor, traits: Traits | None = None
+) -> Tensor:
+    """As the reference's; otherwise as above."""
     refuse_float64(grad, weight, threshold)
     dy = flatten_batch(grad)
     if 0 in dy.shape or 0 in weight.shape:
         return grad.new_zeros((*grad.shape[:-1], weight.shape[1]))
     matrix, stored = (operand.t() for operand in _operands(weight, threshold))
-    output = _product(dy, matrix, stored)
+    output = _product(dy, matrix, stored, traits or traits_of(dy))
     return output.view(*grad.shape[:-1], weight.shape[1])
 
 
@@ -99,8 +102,9 @@ def masked_linear_grad_weight(
     threshold: Tensor,
     surrogate: str,
     structure_gradient: bool,
+    traits: Traits | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As the reference's; TypeError for float64."""
+    """As the reference's; otherwise as above."""
     refuse_float64(grad, weight, threshold)
     dy, x = flatten_batch(grad), flatten_batch(input)
     grad_weight = torch.empty_like(weight)
@@ -111,7 +115,7 @@ def masked_linear_grad_weight(
     element_wise = threshold.shape == weight.shape
     grad_threshold = torch.empty_like(threshold) if element_wise else None
     (into,) = as_matrices(grad_threshold) if element_wise else (None,)
-    traits = traits_of(x)
+    traits = traits or traits_of(x)
 
     def run(tile: GradWeightTile) -> Tensor | None:
         if tile.split == 1:
@@ -146,10 +150,10 @@ def _operands(weight: Tensor, threshold: Tensor) -> tuple[Matrix, Matrix]:
     return as_matrices(weight)[0], as_threshold(threshold, weight)
 
 
-def traits_of(activation: Tensor) -> Traits:
+def traits_of(activation: Tensor, *, convolution: bool = False) -> Traits:
     found = capability(activation.device)
     hopper = found is None or found[0] == 9  # the interpreter takes what Hopper gets
-    return Traits(activation.dtype, tf32_allowed(), hopper)
+    return Traits(activation.dtype, tf32_allowed(convolution=convolution), hopper)
 
 
 def refuse_float64(activation: Tensor, weight: Tensor, threshold: Tensor) -> None:
