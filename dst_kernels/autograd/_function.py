@@ -11,26 +11,12 @@ from torch.autograd import Function
 
 from .._autocast import autocast_enabled
 from .._checks import check_same_dtype
-from .._compiled import library
-from .._plan import FUSED
 
-__all__ = [
-    "DENSE",
-    "MaskedFunction",
-    "cast_for_autocast",
-    "once_differentiable",
-    "path_when_compiled",
-    "path_without_fused_kernels",
-    "product_dtype",
-    "save_operands",
-    "wanted",
-]
-
-DENSE = "dense"  # a path of the weight's gradient: G as it is, for who makes dW and dt later
+__all__ = ["MaskedFunction", "cast_for_autocast", "product_dtype", "wanted"]
 
 
 class MaskedFunction(Function):
-    """Subclasses have `compute(*inputs)`, `save(ctx, inputs, output)` and `backward(ctx, *grads)`.
+    """Subclasses have `compute(*inputs)`, `save(ctx, inputs, output)` and `gradients(ctx, *grads)`.
 
     torch offers that split too, but then binds the arguments to forward's signature at every call,
     which costs as much as a small layer. Only torch.func needs it, and gets it from a twin class.
@@ -42,8 +28,9 @@ class MaskedFunction(Function):
             cls.save(ctx, inputs, output)
             return output
 
-        cls.forward = staticmethod(forward)
-        members = {"forward": cls.compute, "setup_context": cls.save, "backward": cls.backward}
+        backward = _once_differentiable(cls.gradients)
+        cls.forward, cls.backward = staticmethod(forward), staticmethod(backward)
+        members = {"forward": cls.compute, "setup_context": cls.save, "backward": backward}
         members = {name: staticmethod(function) for name, function in members.items()}
         cls.twin = type(f"{cls.__name__}ForFunc", (Function,), members)
 
@@ -74,7 +61,7 @@ class _RefuseSecondDerivative(Function):
         )
 
 
-def once_differentiable(backward):
+def _once_differentiable(backward):
     """As torch's decorator of that name, with an error that says why."""
 
     @functools.wraps(backward)
@@ -86,27 +73,6 @@ def once_differentiable(backward):
         return _RefuseSecondDerivative.apply(grad, *grads) if grad.requires_grad else grads
 
     return wrapper
-
-
-def save_operands(
-    ctx, input: Tensor, weight: Tensor, effective: Tensor, packed: Tensor | None
-) -> None:
-    """Save what the wanted gradients need and no more; `packed` serves the input's alone.
-
-    ctx.grad_input_path says how that gradient runs; the first three inputs are input, weight and
-    threshold.
-    """
-    of_input, of_weight, of_threshold = ctx.needs_input_grad[:3]
-    of_mask = of_weight or of_threshold
-    if not of_input or ctx.grad_input_path == FUSED:
-        packed = None
-    from_weight = of_mask or (of_input and packed is None)
-    ctx.save_for_backward(
-        input if of_mask else None,
-        weight if from_weight else None,
-        effective if from_weight else None,
-        packed,
-    )
 
 
 def wanted(ctx, first: int, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -131,20 +97,3 @@ def cast_for_autocast(input: Tensor, weight: Tensor) -> Tensor:
     """The input in the dtype of the product; the weight keeps its own for the comparison."""
     dtype = product_dtype(input, weight)
     return input if input.dtype == dtype else input.to(dtype)
-
-
-def path_without_fused_kernels(names: Sequence[str]) -> str:
-    """The path that "auto" means where the backends `names` serve and have no kernels for products.
-
-    The reference has them as functions, which spare the packed path's second copy of G.
-    """
-    return "mixed" if "reference" in names else "packed"
-
-
-def path_when_compiled(backend: str, weight: Tensor) -> str:
-    """As above inside torch.compile, from what it takes for constant.
-
-    Only a guess of who will serve, since every backend can do the packed path.
-    """
-    by_reference = backend == "reference" or (backend == "auto" and not library.BUILT["cpu"])
-    return "mixed" if by_reference and not weight.is_cuda else "packed"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._backends import implementation
 from ..reference import regularization
-from ._function import MaskedFunction, once_differentiable
+from ._function import MaskedFunction
 
 __all__ = ["sparse_regularization"]
 
@@ -32,8 +32,7 @@ class _SparseRegularization(MaskedFunction):
         ctx.like = [(threshold.shape, threshold.dtype) for threshold in inputs]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, _):
+    def gradients(ctx, grad, _):
         (slope,) = ctx.saved_tensors
         parts = (grad * slope).split([shape.numel() for shape, _ in ctx.like])
         return tuple(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _ops
 from .._checks import check_surrogate
-from ._function import MaskedFunction, once_differentiable, wanted
+from ._function import MaskedFunction, wanted
 
 __all__ = ["Packed", "masked_weight", "pack"]
 
@@ -47,8 +47,7 @@ class _MaskedWeight(MaskedFunction):
         ctx.save_for_backward(weight, effective)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, *_):
+    def gradients(ctx, grad, *_):
         weight, effective = ctx.saved_tensors
         grads = _ops.call(_ops.masked_weight_backward, grad, weight, effective, *ctx.options)
         return *wanted(ctx, 0, grads), None, None, None, None, None

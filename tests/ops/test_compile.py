@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -95,6 +97,16 @@ def assert_equal_to_eager(compiled, function, batch=3):
 
 @FUNCTIONS
 def test_one_graph_equals_eager(function):
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_equal_to_eager(compiled, function)
+
+
+@pytest.mark.parametrize("path", ["fused", "packed", "mixed", "auto"])
+@pytest.mark.parametrize("function", [linear, conv2d], ids=lambda f: f.__name__)
+def test_every_path_is_one_graph(function, path, monkeypatch):
+    chosen = {"path": path, "backend": "reference"}
+    for name in ("masked_linear", "masked_conv2d"):
+        monkeypatch.setattr(dst, name, functools.partial(getattr(dst, name), **chosen))
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert_equal_to_eager(compiled, function)
 
