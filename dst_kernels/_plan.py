@@ -3,10 +3,11 @@
 The products of a linear layer are y = x (W * M)^T, dX = dY (W * M) and G = dY^T X, from which
 dW and dt follow. Each runs *fused* (one kernel reads W and t, masks and multiplies; or multiplies
 and makes dW and dt in its epilogue) or *packed* (one pass writes W * M in the compute dtype, or
-reads G and W, and the vendor's library multiplies in between).
+reads G and W, and the vendor's library multiplies in between). A convolution has the same three.
 
 Costs come from the GPU's table (`tables/`, written by `python -m bench plan` from measurements)
-where it has a case nearby, else from a roofline estimate.
+where it has a case nearby. Else those of a linear layer come from a roofline estimate, and a
+convolution is packed: the vendor's are hard to beat.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ._plan_table import measured_costs
+from ._plan_table import measured_conv_costs, measured_costs
 
-__all__ = ["FUSED", "PACKED", "PATHS", "PLANS", "Plan", "check_path", "plan_linear"]
+__all__ = ["FUSED", "PACKED", "PATHS", "PLANS", "Plan", "check_path", "plan_conv", "plan_linear"]
 
 FUSED, PACKED = "fused", "packed"
 
@@ -79,6 +80,44 @@ def plan_linear(
     if torch.float64 in (input_dtype, weight_dtype):
         return PLANS["packed"]  # no tensor-core kernels for it
     costs = _costs(M, N, K, input_dtype, weight_dtype, gpu, tf32)
+    return _cheapest(costs, needs_grad_input, packed_available)
+
+
+def plan_conv(
+    M: int,
+    N: int,
+    C: int,
+    input_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    *,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    groups: int,
+    pointwise: bool,
+    channels_last: bool,
+    gpu: str | None = None,
+    tf32: bool = False,
+    needs_grad_input: bool = True,
+    packed_available: bool = False,
+) -> Plan:
+    """The fastest plan on a GPU for M output positions and a weight [N, C, *kernel].
+
+    `pointwise` says that it is a matrix product: kernel and stride of 1, one group, no padding;
+    `channels_last` that the input lies so in memory. All else as in `plan_linear`.
+    """
+    exact_float32 = input_dtype == torch.float32 and not tf32
+    if torch.float64 in (input_dtype, weight_dtype) or exact_float32:
+        return PLANS["packed"]
+    if not channels_last or len(kernel) > 2:
+        return PLANS["packed"]  # no fused kernels for it
+    sizes_and_dtypes = M, N, C, input_dtype, weight_dtype
+    costs = _conv_costs(*sizes_and_dtypes, kernel, stride, groups, pointwise, gpu)
+    if costs is None:
+        return PLANS["packed"]
+    return _cheapest(costs, needs_grad_input, packed_available)
+
+
+def _cheapest(costs: Costs, needs_grad_input: bool, packed_available: bool) -> Plan:
     grad_weight = FUSED if costs.fused_grad_weight < costs.packed_grad_weight else PACKED
     if packed_available:
         return Plan(PACKED, PACKED, grad_weight)
@@ -106,6 +145,27 @@ def _costs(
         if measured is not None:
             return Costs(**measured)
     return _estimated_costs(M, N, K, input_dtype, weight_dtype, exact_float32)
+
+
+@functools.lru_cache(maxsize=4096)
+def _conv_costs(
+    M: int,
+    N: int,
+    C: int,
+    input_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    groups: int,
+    pointwise: bool,
+    gpu: str | None,
+) -> Costs | None:
+    """None where nothing near was measured."""
+    arguments = gpu, M, N, C, input_dtype, weight_dtype
+    measured = measured_conv_costs(*arguments, kernel, stride, groups)
+    if measured is None and pointwise:
+        measured = measured_costs(*arguments)
+    return None if measured is None else Costs(**measured)
 
 
 # -- the estimate ----------------------------------------------------------------------------------

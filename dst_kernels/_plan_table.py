@@ -1,22 +1,18 @@
-"""The planner's measurements: one JSON file for each GPU under `tables/`.
-
-A file is an object with `gpu` (as torch names the device), where it was measured (`torch`,
-`triton`, `commit`, `date`) and `cases`: objects with M, N, K, `input_dtype`, `weight_dtype` and
-for each of `forward`, `grad_input` and `grad_weight` the seconds `fused` and `packed`.
-"""
+"""The planner's measurements: one JSON file for each GPU under `tables/`, which says the format."""
 
 from __future__ import annotations
 
 import functools
 import json
 import math
+from collections.abc import Mapping, Sequence
 from importlib import resources
 
 import torch
 
-__all__ = ["measured_costs"]
+__all__ = ["measured_conv_costs", "measured_costs"]
 
-# How far a measured case may be: the product of the factors by which M, N and K differ.
+# How far a measured case may be: the product of the factors by which its sizes differ.
 _FARTHEST = 8.0
 _PRODUCTS = ("forward", "grad_input", "grad_weight")
 
@@ -29,16 +25,42 @@ def measured_costs(
     input_dtype: torch.dtype,
     weight_dtype: torch.dtype,
 ) -> dict[str, float] | None:
-    """Seconds by `path_product` of the nearest measured case, or None where none is near."""
-    wanted = (_name(input_dtype), _name(weight_dtype))
+    """Seconds by `path_product` of the nearest linear case, or None where none is near."""
+    alike = {"input_dtype": _name(input_dtype), "weight_dtype": _name(weight_dtype)}
+    return _nearest(gpu, "cases", {"M": M, "N": N, "K": K}, alike)
+
+
+def measured_conv_costs(
+    gpu: str | None,
+    M: int,
+    N: int,
+    C: int,
+    input_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    groups: int,
+) -> dict[str, float] | None:
+    """As `measured_costs`, of the nearest convolution."""
+    alike = {
+        "kernel": list(kernel),
+        "stride": list(stride),
+        "groups": groups,
+        "input_dtype": _name(input_dtype),
+        "weight_dtype": _name(weight_dtype),
+    }
+    return _nearest(gpu, "convs", {"M": M, "N": N, "C": C}, alike)
+
+
+def _nearest(
+    gpu: str | None, kind: str, sizes: Mapping[str, int], alike: Mapping[str, object]
+) -> dict[str, float] | None:
+    """Of the cases that have the values `alike`, that whose `sizes` are the nearest."""
     nearest, least = None, math.log(_FARTHEST)
-    for case in _tables().get(gpu, ()):
-        if (case["input_dtype"], case["weight_dtype"]) != wanted:
+    for case in _tables().get(gpu, {}).get(kind, ()):
+        if any(case[name] != value for name, value in alike.items()):
             continue
-        distance = sum(
-            abs(math.log(max(size, 1) / case[name]))
-            for name, size in (("M", M), ("N", N), ("K", K))
-        )
+        distance = sum(abs(math.log(max(size, 1) / case[name])) for name, size in sizes.items())
         if distance <= least:
             nearest, least = case, distance
     if nearest is None:
@@ -55,11 +77,11 @@ def _name(dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def _tables() -> dict[str, list[dict]]:
-    """Cases by GPU."""
+def _tables() -> dict[str, dict[str, list]]:
+    """By GPU."""
     tables = {}
     for file in resources.files(__package__).joinpath("tables").iterdir():
         if file.name.endswith(".json"):
             table = json.loads(file.read_text())
-            tables[table["gpu"]] = table["cases"]
+            tables[table["gpu"]] = table
     return tables

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 from .. import _ops
 from .._checks import check_conv
 from .._conv_arguments import per_dimension, resolve_padding
-from .._plan import PLANS, Plan
-from ..reference.conv import conv, conv_dense_weight_gradient, conv_grad_input
+from .._device import gpu_name, tf32_allowed
+from .._plan import Plan, plan_conv
+from ..reference.conv import conv, conv_dense_weight_gradient, conv_grad_input, conv_output_shape
 from ._product import Product, masked_product
 
 __all__ = ["masked_conv"]
@@ -31,8 +33,33 @@ class _Conv(Product):
         return grad.sum((0, *range(2, grad.dim())), dtype=dtype)
 
     @staticmethod
-    def fastest(input: Tensor, weight: Tensor, packed_available: bool, *geometry) -> Plan:
-        return PLANS["packed"]
+    def fastest(
+        input: Tensor,
+        weight: Tensor,
+        packed_available: bool,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        groups: int,
+    ) -> Plan:
+        shape = conv_output_shape(input.shape, weight.shape, stride, padding, dilation)
+        channels, per_group, *kernel = weight.shape
+        return plan_conv(
+            math.prod((shape[0], *shape[2:])),
+            channels,
+            per_group,
+            input.dtype,
+            weight.dtype,
+            kernel=tuple(kernel),
+            stride=stride,
+            groups=groups,
+            pointwise=not any(padding) and all(n == 1 for n in (*kernel, *stride, groups)),
+            channels_last=input.movedim(1, -1).is_contiguous(),
+            gpu=gpu_name(weight.device),
+            tf32=tf32_allowed(convolution=True),
+            needs_grad_input=input.requires_grad and torch.is_grad_enabled(),
+            packed_available=packed_available,
+        )
 
 
 def masked_conv(

@@ -1,12 +1,18 @@
-"""Hypothesis draws the same examples in every run and keeps no database; whom "auto" means."""
+"""Hypothesis draws the same examples in every run and keeps no database; whom "auto" means; the
+planner's tables."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 from hypothesis import settings
 
+from dst_kernels import _plan, _plan_table
 from dst_kernels._backends import ENVIRONMENT_VARIABLE
 from dst_kernels._compiled import library
+
+from .plan_tables import GPU
 
 settings.register_profile("dst_kernels", deadline=None, derandomize=True, database=None)
 settings.load_profile("dst_kernels")
@@ -20,3 +26,38 @@ def each_backend(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(ENVIRONMENT_VARIABLE, request.param)
         yield request.param
+
+
+def forget_costs():
+    _plan._costs.cache_clear()
+    _plan._conv_costs.cache_clear()
+
+
+@pytest.fixture
+def fresh_costs():
+    """What the planner remembers is of this test alone."""
+    forget_costs()
+    yield
+    forget_costs()
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch, fresh_costs):
+    """Write a table where the package looks for them."""
+
+    def write(cases=(), **others):
+        folder = tmp_path / "tables"
+        folder.mkdir(exist_ok=True)
+        content = {
+            **{"gpu": GPU, "torch": "0", "triton": "0", "commit": "0", "date": "0"},
+            **{"cases": list(cases), **others},
+        }
+        (folder / "test.json").write_text(json.dumps(content))
+        (folder / "README.md").write_text("not a table")
+        monkeypatch.setattr(_plan_table.resources, "files", lambda package: tmp_path)
+        _plan_table._tables.cache_clear()
+        forget_costs()
+
+    yield write
+    monkeypatch.undo()
+    _plan_table._tables.cache_clear()

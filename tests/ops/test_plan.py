@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 
 import pytest
 import torch
@@ -13,19 +12,16 @@ from dst_kernels import _plan, _plan_table
 from dst_kernels._plan import PATHS, PLANS, Plan, plan_linear
 from dst_kernels._plan_table import measured_costs
 
+from .plan_tables import GPU, PACKED_WINS, PRODUCTS, case
+
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 TOKENS = (0, 1, 2, 16, 64, 128, 512, 1024, 4096, 8192, 65536, 2**20)
 WEIGHTS = ((1, 1), (1024, 1024), (4096, 4096), (4096, 14336), (8192, 1024))
 # input, weight, tf32
 DTYPES = ((BF16, F32, False), (BF16, BF16, False), (F16, F32, False), (F32, F32, True))
+pytestmark = pytest.mark.usefixtures("fresh_costs")
+
 VALID = {Plan(*parts) for parts in itertools.product(("fused", "packed"), repeat=3)}
-
-
-@pytest.fixture(autouse=True)
-def fresh_costs():
-    _plan._costs.cache_clear()
-    yield
-    _plan._costs.cache_clear()
 
 
 def test_names():
@@ -139,42 +135,6 @@ def test_without_the_input_s_gradient_only_the_forward_pass_decides(table):
 
 # -- measurements ----------------------------------------------------------------------------------
 
-GPU = "NVIDIA Test GPU"
-
-
-def case(M=1024, N=4096, K=4096, input_dtype="bfloat16", weight_dtype="float32", **costs):
-    """A case of the table; `costs` are (fused, packed) by product."""
-    both = {"forward": (1.0, 2.0), "grad_input": (1.0, 2.0), "grad_weight": (1.0, 2.0), **costs}
-    return {
-        **{"M": M, "N": N, "K": K, "input_dtype": input_dtype, "weight_dtype": weight_dtype},
-        **{name: {"fused": fused, "packed": packed} for name, (fused, packed) in both.items()},
-    }
-
-
-PACKED_WINS = {name: (2.0, 1.0) for name in ("forward", "grad_input", "grad_weight")}
-
-
-@pytest.fixture
-def table(tmp_path, monkeypatch):
-    """Write a table where the package looks for them."""
-
-    def write(cases):
-        folder = tmp_path / "tables"
-        folder.mkdir(exist_ok=True)
-        content = {
-            **{"gpu": GPU, "torch": "0", "triton": "0", "commit": "0", "date": "0"},
-            "cases": cases,
-        }
-        (folder / "test.json").write_text(json.dumps(content))
-        (folder / "README.md").write_text("not a table")
-        monkeypatch.setattr(_plan_table.resources, "files", lambda package: tmp_path)
-        _plan_table._tables.cache_clear()
-        _plan._costs.cache_clear()
-
-    yield write
-    monkeypatch.undo()
-    _plan_table._tables.cache_clear()
-
 
 def plan(M=1024, N=4096, K=4096, of_input=BF16, of_weight=F32, gpu=GPU, **options):
     return plan_linear(M, N, K, of_input, of_weight, gpu=gpu, **options)
@@ -247,11 +207,15 @@ def test_an_empty_batch_finds_a_plan(table):
 
 
 def test_the_shipped_tables_have_the_format():
-    for gpu, cases in _plan_table._tables().items():
-        assert gpu and cases
-        for one in cases:
-            assert all(one[name] >= 1 for name in ("M", "N", "K"))
-            assert isinstance(getattr(torch, one["input_dtype"]), torch.dtype)
-            assert isinstance(getattr(torch, one["weight_dtype"]), torch.dtype)
-            for product in ("forward", "grad_input", "grad_weight"):
-                assert all(0 < one[product][path] < 10 for path in ("fused", "packed"))
+    for gpu, table in _plan_table._tables().items():
+        assert gpu and table["cases"]
+        for name, sizes in (("cases", "MNK"), ("convs", "MNC")):
+            for one in table.get(name, ()):
+                assert all(one[size] >= 1 for size in sizes)
+                assert isinstance(getattr(torch, one["input_dtype"]), torch.dtype)
+                assert isinstance(getattr(torch, one["weight_dtype"]), torch.dtype)
+                for product in PRODUCTS:
+                    assert all(0 < one[product][path] < 10 for path in ("fused", "packed"))
+        for one in table.get("convs", ()):
+            assert len(one["kernel"]) == len(one["stride"]) <= 2
+            assert one["groups"] >= 1
