@@ -155,13 +155,9 @@ def conv_results(device, **options):
     return output, *torch.autograd.grad(output, leaves, cotangent)
 
 
-@pytest.mark.parametrize(
-    ("path", "backend"),
-    [(p, "reference") for p in ("packed", "mixed", "auto")]
-    + [pytest.param(p, "triton", marks=TRITON.marks) for p in ("packed", "auto")]
-    + [pytest.param(p, NAME, marks=COMPILED.marks) for p in ("packed", "auto")],
-)
-def test_convolutions(path, backend, device):
+@every_backend(*PATHS)
+def test_convolutions(path, backend, device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
     ours = conv_results(device, path=path, backend=backend)
     expected = conv_results(device, path="fused", backend="reference")
     torch.testing.assert_close(ours, expected)
@@ -169,9 +165,12 @@ def test_convolutions(path, backend, device):
 
 @pytest.mark.parametrize("backend", [TRITON])
 @pytest.mark.parametrize("path", ["fused", "mixed"])
-def test_triton_says_that_it_has_no_fused_convolutions(path, backend, device):
-    with pytest.raises(RuntimeError, match="path='packed'"):
-        conv_results(device, path=path, backend=backend)
+def test_triton_says_that_its_fused_convolutions_have_two_dimensions(path, backend, device):
+    volume = torch.ones(1, 2, 3, 3, 3, device=device)
+    weight = torch.ones(4, 2, 2, 2, 2, device=device, requires_grad=True)
+    threshold = torch.zeros(4, device=device)
+    with pytest.raises(RuntimeError, match="path='packed' or path='auto'"):
+        dst.masked_conv3d(volume, weight, threshold, path=path, backend=backend).sum().backward()
 
 
 # -- the option's way through functions and layers -------------------------------------------------
