@@ -155,9 +155,17 @@ def conv_results(device, **options):
     return output, *torch.autograd.grad(output, leaves, cotangent)
 
 
+@pytest.fixture
+def exact_float32():
+    """On a GPU too; pytest's monkeypatch cannot put this setting back."""
+    settings = torch.backends.cudnn.conv
+    before, settings.fp32_precision = settings.fp32_precision, "ieee"
+    yield
+    settings.fp32_precision = before
+
+
 @every_backend(*PATHS)
-def test_convolutions(path, backend, device, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+def test_convolutions(path, backend, device, exact_float32):
     ours = conv_results(device, path=path, backend=backend)
     expected = conv_results(device, path="fused", backend="reference")
     torch.testing.assert_close(ours, expected)
