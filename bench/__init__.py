@@ -3,5 +3,5 @@
 `python -m bench --help` measures, reports, and holds the figures against the goals; `pytest bench`
 runs small cases under pytest-benchmark. A suite is data in `suites.py`; a kind of case (an op, a
 model's training step, a list of weights) has its contenders in a file of providers and is joined to
-the rest in `kinds.py`; a goal is an entry in `goals_layers.py` or `goals_models.py`.
+the rest in `kinds.py`; a goal is an entry in a `goals_*.py`.
 """

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
 from .errors import UsageError, require_one_of
 from .models import MODELS
 from .modes import MODES, Mode
-from .shapes import WEIGHT_LISTS
+from .shapes import WEIGHT_LISTS, Shape
 
 __all__ = [
+    "CONV",
     "LINEAR",
     "MASKED_WEIGHT",
     "MODEL",
@@ -18,16 +20,19 @@ __all__ = [
     "WEIGHT_LIST",
     "AnyCase",
     "Case",
+    "ConvCase",
+    "LayerCase",
     "ListCase",
     "ModelCase",
     "case_of",
 ]
 
 LINEAR = "linear"
+CONV = "conv"
 MASKED_WEIGHT = "masked_weight"
 MODEL = "model"
 WEIGHT_LIST = "weights"
-OPS = (LINEAR, MASKED_WEIGHT, WEIGHT_LIST, MODEL)
+OPS = (LINEAR, CONV, MASKED_WEIGHT, WEIGHT_LIST, MODEL)
 
 # Up to this share the collapse guard resets the thresholds, and a case is no longer what it says.
 _GUARD = 0.01
@@ -101,9 +106,123 @@ class Case(_Named):
     def sizes(self) -> tuple[str, str, str]:
         return str(self.M or ""), str(self.N), str(self.K)
 
+    @property
+    def weight_shape(self) -> Shape:
+        return self.N, self.K
+
+    @property
+    def input_shape(self) -> Shape | None:
+        """None where the op has no input."""
+        return (self.M, self.K) if self.op == LINEAR else None
+
+    @property
+    def output_shape(self) -> Shape:
+        return (self.M, self.N) if self.op == LINEAR else self.weight_shape
+
+    @property
+    def layer_options(self) -> dict:
+        """What `torch.nn.Linear` is made with."""
+        return {"in_features": self.K, "out_features": self.N}
+
     def _sizes_in_name(self) -> str:
         tokens = f"-m{self.M}" if self.M else ""
         return f"{tokens}-n{self.N}-k{self.K}"
+
+
+@dataclass(frozen=True)
+class ConvCase(_Named):
+    """A convolution of square images with a square kernel, channels last, without bias.
+
+    The padding is half the kernel, so that stride 1 keeps an image's size where the kernel is odd.
+
+    Args:
+        batch: images. side: of an image, in pixels.
+        C: channels of the input. N: filters.
+        kernel: its side, in pixels. stride, groups: as in `torch.nn.Conv2d`.
+        dtype, remaining_ratio: as in `Case`.
+
+    As a matrix product it has M = batch * output positions, N, and K = weights of a filter.
+    Raises UsageError for an unknown dtype and for sizes, groups or ratios out of range.
+    """
+
+    batch: int
+    side: int
+    C: int
+    N: int
+    kernel: int
+    dtype: str
+    stride: int = 1
+    groups: int = 1
+    remaining_ratio: float = 0.1
+
+    op: ClassVar[str] = CONV
+
+    def __post_init__(self) -> None:
+        sizes = (self.batch, self.side, self.C, self.N, self.kernel, self.stride, self.groups)
+        if min(sizes) < 1 or self.C % self.groups or self.N % self.groups:
+            raise UsageError(
+                f"batch, side, C, N, kernel, stride, groups are {', '.join(map(str, sizes))}. "
+                "Accepted: positive numbers, and groups that divide C and N."
+            )
+        self._check_dtype_and_ratio()
+
+    @property
+    def padding(self) -> int:
+        return self.kernel // 2
+
+    @property
+    def output_side(self) -> int:
+        return (self.side + 2 * self.padding - self.kernel) // self.stride + 1
+
+    @property
+    def M(self) -> int:
+        return self.batch * self.output_side**2
+
+    @property
+    def K(self) -> int:
+        return self.C // self.groups * self.kernel**2
+
+    @property
+    def sizes(self) -> tuple[str, str, str]:
+        return str(self.M), str(self.N), str(self.K)
+
+    @property
+    def weight_shape(self) -> Shape:
+        return self.N, self.C // self.groups, self.kernel, self.kernel
+
+    @property
+    def input_shape(self) -> Shape:
+        return self.batch, self.C, self.side, self.side
+
+    @property
+    def output_shape(self) -> Shape:
+        return self.batch, self.N, self.output_side, self.output_side
+
+    @property
+    def geometry(self) -> dict[str, int]:
+        """What a convolution is called with beside its tensors."""
+        return {"stride": self.stride, "padding": self.padding, "groups": self.groups}
+
+    @property
+    def layer_options(self) -> dict:
+        """What `torch.nn.Conv2d` is made with."""
+        channels = {"in_channels": self.C, "out_channels": self.N, "kernel_size": self.kernel}
+        return {**channels, **self.geometry, "bias": False}
+
+    @classmethod
+    def from_name(cls, sizes: str, dtype: str, remaining_ratio: float) -> ConvCase:
+        """From the middle of a case's name. Raises UsageError where it is none."""
+        found = re.fullmatch(r"b(\d+)-i(\d+)-c(\d+)-n(\d+)-k(\d+)-s(\d+)-g(\d+)", sizes)
+        if not found:
+            raise UsageError(f"no convolution is named {sizes!r}. Accepted: names in results.")
+        batch, side, C, N, kernel, stride, groups = map(int, found.groups())
+        return cls(batch, side, C, N, kernel, dtype, stride, groups, remaining_ratio)
+
+    def _sizes_in_name(self) -> str:
+        return (
+            f"-b{self.batch}-i{self.side}-c{self.C}-n{self.N}"
+            f"-k{self.kernel}-s{self.stride}-g{self.groups}"
+        )
 
 
 @dataclass(frozen=True)
@@ -168,7 +287,8 @@ class ListCase(_Named):
         return f"-{self.weights}"
 
 
-AnyCase = Case | ModelCase | ListCase
+LayerCase = Case | ConvCase
+AnyCase = LayerCase | ModelCase | ListCase
 
 
 def case_of(name: str, M: str, N: str, K: str, dtype: str, remaining_ratio: str) -> AnyCase:
@@ -183,4 +303,6 @@ def case_of(name: str, M: str, N: str, K: str, dtype: str, remaining_ratio: str)
         return ModelCase(rest.removesuffix(f"-b{M}"), int(M), dtype, ratio)
     if op == WEIGHT_LIST:
         return ListCase(rest, dtype, ratio)
+    if op == CONV:
+        return ConvCase.from_name(rest, dtype, ratio)
     return Case(op, int(M or 0), int(N), int(K), dtype, ratio)

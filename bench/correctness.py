@@ -2,7 +2,8 @@
 
 The provider runs the whole case. Its results are compared with the reference in float64 on some
 tokens (outputs, gradients of the input) and some rows of the weight (gradients of parameters): each
-is determined by a much smaller problem, so that this costs little however big the case is.
+is determined by a much smaller problem, so that this costs little however big the case is. A
+convolution's tokens are its images, its rows the filters.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import dst_kernels.functional as dst
 
 from .baselines import branch_free_masked_weight
-from .cases import MASKED_WEIGHT
+from .cases import CONV, ConvCase, LayerCase
 from .errors import WrongResultError
 from .passes import gradients
 from .problem import Problem
@@ -71,8 +72,8 @@ class Expectation:
     def __init__(self, problem: Problem) -> None:
         generator = torch.Generator().manual_seed(1)
         self._problem = problem
-        self._rows = _sample(problem.case.N, generator).to(problem.device)
-        self._tokens = _sample(problem.case.M, generator).to(problem.device)
+        self._rows = _rows(problem.case, generator).to(problem.device)
+        self._tokens = _sample(problem.grad_output.shape[0], generator).to(problem.device)
         self._exact = self._evaluate(_exact, torch.float64)
         self._plain = self._evaluate(_plain, None)
 
@@ -108,21 +109,25 @@ class Expectation:
             grads = torch.autograd.grad(output, sources, convert(grad))
             return {"output": output.detach(), **dict(zip(wanted, grads, strict=True))}
 
-        of_rows = {"weight": problem.weight[rows], "threshold": problem.threshold[rows]}
-        if problem.case.op == MASKED_WEIGHT:
+        everything = {"weight": problem.weight, "threshold": problem.threshold}
+        if problem.bias is not None:
+            everything["bias"] = problem.bias
+        of_rows = {key: tensor[rows] for key, tensor in everything.items()}
+        if not problem.inputs:
             return run(of_rows, problem.grad_output[rows], list(of_rows))
         (input,) = problem.inputs
-        of_rows["bias"] = problem.bias[rows]
-        everything = {
-            "weight": problem.weight,
-            "threshold": problem.threshold,
-            "bias": problem.bias,
-        }
         by_row = run({"input": input, **of_rows}, problem.grad_output[:, rows], list(of_rows))
         by_token = run(
             {"input": input[tokens], **everything}, problem.grad_output[tokens], ["input"]
         )
         return {**by_row, **by_token}  # the output is the tokens'
+
+
+def _rows(case: LayerCase, generator: torch.Generator) -> Tensor:
+    """All where each has an input of its own: such weights are small."""
+    if isinstance(case, ConvCase) and case.groups > 1:
+        return torch.arange(case.N)
+    return _sample(case.N, generator)
 
 
 def _sample(size: int, generator: torch.Generator) -> Tensor:
@@ -141,9 +146,13 @@ def _exact(
     bias: Tensor | None = None,
 ) -> Tensor:
     # The guard looks at the whole weight, of which this may be a part; no case triggers it.
+    options = {"reset_ratio": None, "backend": "reference"}
     if input is None:
-        return dst.masked_weight(weight, threshold, reset_ratio=None, backend="reference")
-    return dst.masked_linear(input, weight, threshold, bias, reset_ratio=None, backend="reference")
+        return dst.masked_weight(weight, threshold, **options)
+    if problem.case.op == CONV:
+        options |= problem.case.geometry
+        return dst.masked_conv2d(input, weight, threshold, bias, **options)
+    return dst.masked_linear(input, weight, threshold, bias, **options)
 
 
 def _plain(
@@ -157,4 +166,6 @@ def _plain(
     if input is None:
         return masked.to(problem.mode.compute)
     with problem.mode.autocast(problem.device.type):
+        if problem.case.op == CONV:
+            return nn.functional.conv2d(input, masked, bias, **problem.case.geometry)
         return nn.functional.linear(input, masked, bias)

@@ -1,103 +1,107 @@
-"""What is to be reached by whole training steps, and by kernels over a whole model's weights."""
+"""What is to be reached by whole training steps on a GPU."""
 
 from __future__ import annotations
 
-from .cases import AnyCase, ListCase, ModelCase
-from .ceilings import COPY
-from .environment import CPU
+from .cases import ModelCase
+from .figures import best_ratio, difference, ratio
 from .goal import Goal
-from .measurements import Measurements
 from .model_providers import STEP
 from .suites import SUITES
 
 __all__ = ["MODEL_GOALS"]
 
 _EAGER, _GRAPH = "time", "graph_time"
+_MODES = {"eager": _EAGER, "graph": _GRAPH}
 
 
-def _ratio(metric: str, ours: str, other: str):
-    return lambda found, case: found.ratio(case.name, STEP, metric, ours, other)
+def _of(*models: str) -> tuple[ModelCase, ...]:
+    return tuple(case for case in SUITES["model"].cases if case.model in models)
 
 
-def _worse_of_both(found: Measurements, case: AnyCase) -> float | None:
-    """Eager or as a graph."""
-    both = [_ratio(metric, "deferred", "dense")(found, case) for metric in (_EAGER, _GRAPH)]
-    return None if None in both else max(both)
+_ALL = SUITES["model"].cases
+_LARGE = _of("resnet-50", "convnext-t", "vit-b-16", "gpt")
+_CIFAR = _of("vgg-16", "wrn-28-8")
+_SMALL = tuple(case for case in _ALL if case not in _LARGE)
 
-
-def _to_compiled(found: Measurements, case: AnyCase) -> float | None:
-    return found.time_ratio(case.name, STEP, "deferred", "dst_compiled")
-
-
-def _more_launches(found: Measurements, case: AnyCase) -> float | None:
-    return found.difference(case.name, STEP, "launches", "deferred", "dense")
-
-
-def _bandwidth(pass_name: str):
-    return lambda found, case: found.share_of_ceiling(
-        case.name, "auto", pass_name, "bandwidth", COPY
-    )
-
-
-_LAYER_STEPS = SUITES["steps"].cases
-_AT_1K = tuple(case for case in _LAYER_STEPS if case.batch == 1024)
-_AT_8K = tuple(case for case in _LAYER_STEPS if case.batch == 8192)
-_MODELS = tuple(case for case in SUITES["models"].cases if case.batch == 128 or case.model == "gpt")
-_VGG = tuple(case for case in _MODELS if case.model == "vgg-16")
-_LISTS = tuple(case for case in SUITES["streaming"].cases if isinstance(case, ListCase))
-_LENET_ON_CPU = (ModelCase("lenet-300-100", 64, "fp32"),)
+_COMPILED_OR_DEFERRED = ("masked_compiled", "deferred", "deferred_compiled")
 
 MODEL_GOALS = (
-    Goal(
-        "4096² step at 1k tokens, graph: deferred ÷ dense",
-        0.85,
-        _AT_1K,
-        _ratio(_GRAPH, "deferred", "dense"),
-    ),
-    Goal(
-        "4096² step at 8k tokens, graph: deferred ÷ dense",
-        0.97,
-        _AT_8K,
-        _ratio(_GRAPH, "deferred", "dense"),
-    ),
-    Goal(
-        "4096² step, eager and graph: deferred ÷ dense, worst", 1.00, _LAYER_STEPS, _worse_of_both
-    ),
-    Goal("4096² step at 1k tokens: deferred ÷ compiled DST", 0.80, _AT_1K, _to_compiled),
     *(
         Goal(
-            f"whole models, {mode}: {name} ÷ dense, worst",
+            f"{nets}, {mode}: grouped ÷ dense, worst",
             limit,
-            _MODELS,
-            _ratio(metric, name, "dense"),
+            cases,
+            ratio(STEP, metric, "grouped", "dense"),
         )
-        for name, limit in (("deferred", 1.00), ("grouped", 1.05))
-        for metric, mode in ((_EAGER, "eager"), (_GRAPH, "graph"))
-    ),
-    Goal(
-        "VGG-16 step, eager: deferred ÷ eager DST",
-        0.50,
-        _VGG,
-        _ratio(_EAGER, "deferred", "dst_eager"),
-    ),
-    Goal(
-        "whole models: launches of deferred less those of dense, worst", 3, _MODELS, _more_launches
+        for nets, limit, cases in (("large models", 1.02, _LARGE), ("small models", 1.05, _SMALL))
+        for mode, metric in _MODES.items()
     ),
     *(
         Goal(
-            f"{name} over all weights of a model, of copy bandwidth",
-            0.90,
-            _LISTS,
-            _bandwidth(name),
-            at_least=True,
+            f"large models, compiled, {mode}: masked_compiled ÷ dense_compiled, worst",
+            1.02,
+            _LARGE,
+            ratio(STEP, metric, "masked_compiled", "dense_compiled"),
         )
-        for name in ("pack", "post", "sgd", "adamw")
+        for mode, metric in _MODES.items()
+    ),
+    *(
+        Goal(
+            f"all models, {mode}: deferred ÷ dense, worst",
+            1.00,
+            _ALL,
+            ratio(STEP, metric, "deferred", "dense"),
+        )
+        for mode, metric in _MODES.items()
+    ),
+    *(
+        Goal(
+            f"all models, compiled, {mode}: deferred_compiled ÷ dense_compiled, worst",
+            1.00,
+            _ALL,
+            ratio(STEP, metric, "deferred_compiled", "dense_compiled"),
+        )
+        for mode, metric in _MODES.items()
+    ),
+    *(
+        Goal(
+            f"{nets}: best of {', '.join(_COMPILED_OR_DEFERRED)} ÷ dst_compiled, worst",
+            limit,
+            cases,
+            best_ratio(STEP, _COMPILED_OR_DEFERRED, ("dst_compiled",)),
+        )
+        for nets, limit, cases in (
+            ("CIFAR models", 0.95, _CIFAR),
+            ("other models", 1.00, tuple(case for case in _ALL if case not in _CIFAR)),
+        )
+    ),
+    *(
+        Goal(
+            f"{model}, eager: {ours} ÷ dst_eager",
+            limit,
+            _of(model),
+            ratio(STEP, _EAGER, ours, "dst_eager"),
+        )
+        for model, ours, limit in (
+            ("vgg-16", "grouped", 0.60),
+            ("vgg-16", "deferred", 0.50),
+            ("wrn-28-8", "grouped", 0.80),
+            ("resnet-50", "grouped", 0.92),
+        )
+    ),
+    *(
+        Goal(
+            f"all models: peak memory of {name} ÷ dense, worst",
+            1.02,
+            _ALL,
+            ratio(STEP, "memory", name, "dense"),
+        )
+        for name in ("masked", "grouped", "deferred")
     ),
     Goal(
-        "LeNet-300-100 step on a CPU: deferred ÷ dense",
-        1.25,
-        _LENET_ON_CPU,
-        _ratio(_EAGER, "deferred", "dense"),
-        device=CPU,
+        "all models: launches of deferred less those of dense, worst",
+        3,
+        _ALL,
+        difference(STEP, "launches", "deferred", "dense"),
     ),
 )

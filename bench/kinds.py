@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from .cases import LINEAR, MASKED_WEIGHT, MODEL, OPS, WEIGHT_LIST, AnyCase
+from .cases import CONV, LINEAR, MASKED_WEIGHT, MODEL, OPS, WEIGHT_LIST, AnyCase
 from .errors import require_one_of
 from .list_providers import LIST_PROVIDERS
 from .measure import Measure, load_case
 from .measure_list import load_list_case
 from .measure_model import load_model_case
 from .model_providers import MODEL_PROVIDERS
-from .providers import LINEAR_PROVIDERS, WEIGHT_PROVIDERS
+from .providers import CONV_PROVIDERS, LINEAR_PROVIDERS, WEIGHT_PROVIDERS
 
 __all__ = ["KINDS", "Kind", "all_names", "load", "providers_for"]
 
@@ -35,6 +35,7 @@ class Kind:
 
 KINDS = {
     LINEAR: Kind(LINEAR_PROVIDERS, load_case),
+    CONV: Kind(CONV_PROVIDERS, load_case),
     MASKED_WEIGHT: Kind(WEIGHT_PROVIDERS, load_case),
     WEIGHT_LIST: Kind(LIST_PROVIDERS, load_list_case),
     MODEL: Kind(MODEL_PROVIDERS, load_model_case),

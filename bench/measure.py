@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .cases import Case
+from .cases import LayerCase
 from .correctness import Expectation
 from .errors import WrongResultError, first_line
 from .passes import prepare, saved_bytes
@@ -47,10 +47,10 @@ class DeviceLostError(RuntimeError):
     """After a fault on the device nothing runs on it in this process any more."""
 
 
-def load_case(case: Case, device: torch.device) -> Measure:
+def load_case(case: LayerCase, device: torch.device) -> Measure:
     """The case's data and what is right; raises where they do not fit the device."""
     problem = Problem(case, device)
-    with problem.mode.matmul_precision():
+    with problem.mode.precision():
         expectation = Expectation(problem)
 
     def of_provider(provider: Provider, add: Add) -> None:
@@ -74,7 +74,7 @@ def one_thread(device: torch.device) -> Iterator[None]:
 
 def measure(provider: Provider, problem: Problem, expectation: Expectation, add: Add) -> None:
     """As `Measure`, for one op."""
-    with problem.mode.matmul_precision():
+    with problem.mode.precision(tune=True):
         try:
             module = provider.build(problem)
             if provider.masked:

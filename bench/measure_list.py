@@ -21,7 +21,7 @@ def load_list_case(case: ListCase, device: torch.device) -> Measure:
     problem = ListProblem(case, device)
 
     def measure(provider: ListProvider, add: Add) -> None:
-        with problem.mode.matmul_precision(), one_thread(device):
+        with problem.mode.precision(), one_thread(device):
             for name in provider.passes:
                 try:
                     _measure(name, provider, problem, add)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
@@ -16,13 +15,14 @@ from .launches import count_launches
 from .measure import Add, Measure, record_failure
 from .model_providers import STEP, ModelProvider
 from .results import ERROR
-from .timing import graph_time, wall_time
-from .training import AT_REST, Setup
+from .timing import graph_time, one_stream, wall_time
+from .training import AT_REST, Setup, Training
 from .trajectory import TrajectoryExpectation
 
 __all__ = ["load_model_case"]
 
 _WARM_UP = 3
+_CAPTURABLE = "This instance was constructed with capturable"  # as it is meant
 _SECONDS = 0.3  # a neighbour on the machine, or a busy host, should not decide
 
 
@@ -33,7 +33,8 @@ def load_model_case(case: ModelCase, device: torch.device) -> Measure:
 
     def measure(provider: ModelProvider, add: Add) -> None:
         try:
-            with _as_in_training(setup):
+            with setup.mode.precision(tune=True), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", _CAPTURABLE)
                 _measure(provider, setup, expectation, add)
         finally:
             if device.type == "cuda":
@@ -58,28 +59,20 @@ def _measure(
     except Exception as error:
         record_failure(add, "", error, setup.device)
         return
-    try:
-        _measure_eager(provider, setup, add)
-    except Exception as error:
-        record_failure(add, STEP, error, setup.device)
-        return
-    if setup.device.type != "cuda" or not provider.graphable:
-        return
-    try:
-        if provider.masked and not provider.compiled:
-            expectation().verify_graph(provider)
-        # Prepared anew: whatever autograd keeps must have begun on the stream that captures.
-        training = provider.train(setup)
-        add(STEP, "graph_time", graph_time(training.step, most=1).median, "s")
-    except WrongResultError as error:
-        add("", ERROR, str(error))
-        raise
-    except Exception as error:
-        record_failure(add, STEP, error, setup.device, "graph_time: ")
+    # On one stream from the first step on: what autograd keeps must have begun where a graph is
+    # captured, and a compiled model is not compiled again.
+    with one_stream(setup.device):
+        try:
+            training = _measure_eager(provider, setup, add)
+        except Exception as error:
+            record_failure(add, STEP, error, setup.device)
+            return
+        if setup.device.type == "cuda" and provider.graphable:
+            _measure_graph(provider, training, setup, expectation, add)
 
 
-def _measure_eager(provider: ModelProvider, setup: Setup, add: Add) -> None:
-    """Time, and on CUDA memory and launches."""
+def _measure_eager(provider: ModelProvider, setup: Setup, add: Add) -> Training:
+    """Time and throughput, and on CUDA memory and launches."""
     device, on_gpu = setup.device, setup.device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if on_gpu else 0
     training = provider.train(setup)
@@ -88,8 +81,9 @@ def _measure_eager(provider: ModelProvider, setup: Setup, add: Add) -> None:
     timing = wall_time(training.step, device, _SECONDS)
     add(STEP, "time", timing.median, "s")
     add(STEP, "spread", timing.spread, "s")
+    add(STEP, "throughput", *_throughput(setup, timing.median))
     if not on_gpu:
-        return
+        return training
     # Parameters, packed copies and the optimizer's state count: a mode may trade one for another.
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -100,15 +94,30 @@ def _measure_eager(provider: ModelProvider, setup: Setup, add: Add) -> None:
         add(STEP, "launches", count_launches(training.step, device))
     except Exception as error:
         record_failure(add, STEP, error, device, "launches: ")
+    return training
 
 
-@contextlib.contextmanager
-def _as_in_training(setup: Setup) -> Iterator[None]:
-    """cuDNN's fastest algorithms for these shapes, and no word on what is meant so."""
-    with (
-        setup.mode.matmul_precision(),
-        torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=setup.mode.tf32),
-        warnings.catch_warnings(),
-    ):
-        warnings.filterwarnings("ignore", "This instance was constructed with capturable")
-        yield
+def _measure_graph(
+    provider: ModelProvider,
+    training: Training,
+    setup: Setup,
+    expectation: Callable[[], TrajectoryExpectation],
+    add: Add,
+) -> None:
+    try:
+        if provider.masked and not provider.compiled:
+            expectation().verify_graph(provider)
+        torch.cuda.empty_cache()  # a graph has memory of its own
+        seconds = graph_time(training.step, most=1).median
+        add(STEP, "graph_time", seconds, "s")
+        add(STEP, "graph_throughput", *_throughput(setup, seconds))
+    except WrongResultError as error:
+        add("", ERROR, str(error))
+        raise
+    except Exception as error:
+        record_failure(add, STEP, error, setup.device, "graph_time: ")
+
+
+def _throughput(setup: Setup, seconds: float) -> tuple[float, str]:
+    """A number and its unit: images or tokens a second."""
+    return setup.batch * setup.about.units / seconds, f"{setup.about.unit}/s"

@@ -82,6 +82,16 @@ class Measurements:
         both = mine.keys() & theirs.keys()
         return mine[max(both)] / theirs[max(both)] if both else None
 
+    def best_ratio(
+        self, case: str, pass_name: str, ours: Sequence[str], others: Sequence[str]
+    ) -> float | None:
+        """The least of `time` and `graph_time` of any of `ours` over that of `others`, in the
+        newest run that has both; None without one.
+        """
+        mine, theirs = (self._fastest(case, pass_name, names) for names in (ours, others))
+        both = mine.keys() & theirs.keys()
+        return mine[max(both)] / theirs[max(both)] if both else None
+
     def difference(
         self, case: str, pass_name: str, metric: str, ours: str, other: str
     ) -> float | None:
@@ -127,8 +137,19 @@ class Measurements:
         self, case: str, pass_name: str, metric: str, providers: str | Sequence[str]
     ) -> dict[str, float]:
         """By the date of the run, the least figure of any of the providers."""
-        least: dict[str, float] = {}
-        for name in [providers] if isinstance(providers, str) else providers:
-            for date, value in self.figures(case, name, pass_name, metric).items():
-                least[date] = min(value, least.get(date, value))
-        return least
+        names = [providers] if isinstance(providers, str) else providers
+        return _least(self.figures(case, name, pass_name, metric) for name in names)
+
+    def _fastest(self, case: str, pass_name: str, providers: Sequence[str]) -> dict[str, float]:
+        """The same of both kinds of time."""
+        metrics = ("time", "graph_time")
+        return _least(self._least(case, pass_name, metric, providers) for metric in metrics)
+
+
+def _least(several: Iterable[dict[str, float]]) -> dict[str, float]:
+    """By the date of the run, the least of several figures."""
+    least: dict[str, float] = {}
+    for figures in several:
+        for date, value in figures.items():
+            least[date] = min(value, least.get(date, value))
+    return least

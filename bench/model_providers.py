@@ -14,7 +14,6 @@ from torch import nn
 import dst_kernels
 
 from .baselines import authors_regularization, with_authors_layers_, with_branch_free_layers_
-from .compiling import compiled
 from .models import ADAMW
 from .training import MOMENTUM, Hyper, Setup, Training
 
@@ -50,7 +49,7 @@ class ModelProvider:
     passes: tuple[str, ...] = (STEP,)
 
 
-def _dense(compile: Callable | None = None) -> Callable[[Setup], Training]:
+def _dense(compile: bool = False) -> Callable[[Setup], Training]:
     def train(setup: Setup) -> Training:
         model = setup.network(lambda dense: dense)
         return Training(setup, model, setup.optimizer(model.parameters()), compile=compile)
@@ -63,13 +62,15 @@ def _masked(**options) -> Callable[[nn.Module], nn.Module]:
     return lambda model: dst_kernels.sparsify_(model, config)
 
 
-def _ours(convert_: Callable[[nn.Module], nn.Module]) -> Callable[[Setup], Training]:
+def _ours(
+    convert_: Callable[[nn.Module], nn.Module], compile: bool = False
+) -> Callable[[Setup], Training]:
     """With torch's optimizer, as the README shows."""
 
     def train(setup: Setup) -> Training:
         model = setup.network(convert_)
         optimizer = setup.optimizer(dst_kernels.parameter_groups(model))
-        return Training(setup, model, optimizer, dst_kernels.sparse_regularization)
+        return Training(setup, model, optimizer, dst_kernels.sparse_regularization, compile)
 
     return train
 
@@ -90,13 +91,17 @@ def deferred_optimizer(
     return DSTSGD(model, **options, momentum=MOMENTUM, backend=backend)
 
 
-def _deferred(setup: Setup) -> Training:
-    model = setup.network(_masked())
-    return Training(setup, model, deferred_optimizer(setup.about.optimizer, model, setup.hyper))
+def _deferred(compile: bool = False) -> Callable[[Setup], Training]:
+    def train(setup: Setup) -> Training:
+        model = setup.network(_masked())
+        optimizer = deferred_optimizer(setup.about.optimizer, model, setup.hyper)
+        return Training(setup, model, optimizer, compile=compile)
+
+    return train
 
 
 def _theirs(
-    convert_: Callable[[nn.Module], nn.Module], compile: Callable | None = None
+    convert_: Callable[[nn.Module], nn.Module], compile: bool = False
 ) -> Callable[[Setup], Training]:
     def train(setup: Setup) -> Training:
         model = setup.network(convert_)
@@ -118,10 +123,12 @@ BRANCH_FREE = ModelProvider("dst_eager_branchfree", _theirs(with_branch_free_lay
 
 MODEL_PROVIDERS = (
     ModelProvider("dense", _dense(), masked=False),
-    ModelProvider("deferred", _deferred),
+    ModelProvider("deferred", _deferred()),
     ModelProvider("grouped", _grouped),
     ModelProvider("masked", _ours(_masked())),
     ModelProvider("dst_eager", _theirs(with_authors_layers_), graphable=False),
-    ModelProvider("dst_compiled", _theirs(with_branch_free_layers_, compiled), compiled=True),
-    ModelProvider("dense_compiled", _dense(compiled), masked=False, compiled=True),
+    ModelProvider("dst_compiled", _theirs(with_branch_free_layers_, compile=True), compiled=True),
+    ModelProvider("masked_compiled", _ours(_masked(), compile=True), compiled=True),
+    ModelProvider("dense_compiled", _dense(compile=True), masked=False, compiled=True),
+    ModelProvider("deferred_compiled", _deferred(compile=True), compiled=True),
 )

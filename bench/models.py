@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .modes import Mode
-from .networks import GPT, VGG, WideResNet, lenet_300_100
+from .networks import GPT, VGG, WideResNet, lenet_5, lenet_300_100
+from .torchvision_networks import (
+    convnext_small,
+    convnext_t,
+    resnet_50,
+    resnet_small,
+    vit_b_16,
+    vit_small,
+)
 
 __all__ = ["ADAMW", "MODELS", "SGD", "Loss", "Model"]
 
@@ -31,6 +39,7 @@ class Model:
         loss: of output and target; None: the target is the gradient of the output, and the input
             wants one, as in a layer amid others.
         small: the name of a model of the same kind in which the same code is verified.
+        unit: what throughput counts, and `units` how many of them a sample has.
     """
 
     network: Callable[[], nn.Module]
@@ -38,6 +47,8 @@ class Model:
     optimizer: str
     loss: Loss | None
     small: str
+    unit: str = "images"
+    units: int = 1
 
 
 def _cross_entropy(output: Tensor, target: Tensor) -> Tensor:
@@ -86,11 +97,14 @@ def _layer(inputs: int, outputs: int, small: str) -> Model:
         ADAMW,
         None,
         small,
+        unit="tokens",
     )
 
 
-def _classifier(network: Callable[[], nn.Module], data: Draw, small: str) -> Model:
-    return Model(network, data, SGD, _cross_entropy, small)
+def _classifier(
+    network: Callable[[], nn.Module], data: Draw, small: str, optimizer: str = SGD
+) -> Model:
+    return Model(network, data, optimizer, _cross_entropy, small)
 
 
 def _gpt(vocabulary: int, context: int, small: str, **size: int) -> Model:
@@ -100,21 +114,31 @@ def _gpt(vocabulary: int, context: int, small: str, **size: int) -> Model:
         ADAMW,
         _cross_entropy,
         small,
+        unit="tokens",
+        units=context,
     )
 
 
+_IMAGENET = _images(3, 224, 224, classes=1000)
 _CIFAR = _images(3, 32, 32)
 
 MODELS = {
     "lenet-300-100": _classifier(lenet_300_100, _images(784), "lenet-300-100"),
+    "lenet-5": _classifier(lenet_5, _images(1, 28, 28), "lenet-5"),
     "vgg-16": _classifier(VGG, _CIFAR, "vgg-small"),
-    "wrn-16-8": _classifier(WideResNet, _CIFAR, "wrn-small"),
+    "wrn-28-8": _classifier(WideResNet, _CIFAR, "wrn-small"),
+    "resnet-50": _classifier(resnet_50, _IMAGENET, "resnet-small"),
+    "convnext-t": _classifier(convnext_t, _IMAGENET, "convnext-small", ADAMW),
+    "vit-b-16": _classifier(vit_b_16, _IMAGENET, "vit-small", ADAMW),
     "gpt": _gpt(50257, 1024, "gpt-small"),
     "linear-4096": _layer(4096, 4096, "linear-64"),
     "vgg-small": _classifier(
         lambda: VGG((8, None, 8, None, 16, None, 16, None, 16)), _CIFAR, "vgg-small"
     ),
     "wrn-small": _classifier(lambda: WideResNet(10, 1), _images(3, 16, 16), "wrn-small"),
+    "resnet-small": _classifier(resnet_small, _CIFAR, "resnet-small"),
+    "convnext-small": _classifier(convnext_small, _CIFAR, "convnext-small", ADAMW),
+    "vit-small": _classifier(vit_small, _images(3, 16, 16), "vit-small", ADAMW),
     "gpt-small": _gpt(61, 16, "gpt-small", width=32, layers=2, heads=2),
     "linear-64": _layer(64, 48, "linear-64"),
 }

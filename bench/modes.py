@@ -35,12 +35,16 @@ class Mode:
         return torch.autocast(device_type, self.compute, cache_enabled=False)
 
     @contextmanager
-    def matmul_precision(self) -> Iterator[None]:
-        """float32 products as TF32 or exactly, whatever was set before."""
+    def precision(self, tune: bool = False) -> Iterator[None]:
+        """float32 products and convolutions as TF32 or exactly, whatever was set before.
+
+        `tune`: cuDNN looks for its fastest algorithm at the first call for each size.
+        """
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
         try:
-            yield
+            with torch.backends.cudnn.flags(enabled=True, benchmark=tune, allow_tf32=self.tf32):
+                yield
         finally:
             torch.set_float32_matmul_precision(before)
 

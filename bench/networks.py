@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["GPT", "VGG", "WideResNet", "lenet_300_100"]
+__all__ = ["GPT", "VGG", "WideResNet", "lenet_5", "lenet_300_100"]
 
 _VGG_16 = (64, 64, None, 128, 128, None, 256, 256, 256, None, 512, 512, 512, None, 512, 512, 512)
 
@@ -16,6 +16,22 @@ _VGG_16 = (64, 64, None, 128, 128, None, 256, 256, 256, None, 512, 512, 512, Non
 def lenet_300_100(linear: type[nn.Linear] = nn.Linear) -> nn.Sequential:
     """784-300-100-10 with ReLU between."""
     return nn.Sequential(linear(784, 300), nn.ReLU(), linear(300, 100), nn.ReLU(), linear(100, 10))
+
+
+def lenet_5() -> nn.Sequential:
+    """In Caffe's form, for 28x28 images: 20 and 50 filters of 5x5, then 500 units."""
+    return nn.Sequential(
+        nn.Conv2d(1, 20, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(20, 50, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(800, 500),
+        nn.ReLU(),
+        nn.Linear(500, 10),
+    )
 
 
 class VGG(nn.Sequential):
@@ -76,7 +92,7 @@ class _WideBlock(nn.Module):
 class WideResNet(nn.Sequential):
     """Wide ResNet for 32x32 images: WRN-`depth`-`width`."""
 
-    def __init__(self, depth: int = 16, width: int = 8, classes: int = 10) -> None:
+    def __init__(self, depth: int = 28, width: int = 8, classes: int = 10) -> None:
         blocks: list[nn.Module] = []
         inputs = 16
         for group, filters in enumerate((16 * width, 32 * width, 64 * width)):

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .cases import MASKED_WEIGHT, Case
+from .cases import LINEAR, LayerCase
+from .shapes import Shape
 
 __all__ = ["Problem", "WeightOnly", "thresholds_for"]
 
@@ -28,31 +29,34 @@ class Problem:
 
     Attributes:
         case, device, mode
-        inputs: what the layer is called with: (input [M, K] in the compute dtype,), or () where
-            the op has no tokens.
-        weight: [N, K]; threshold: float32 [N]; bias: [N] in the weight's dtype, or None.
+        inputs: what the layer is called with: (input in the compute dtype,), or () where the op has
+            none.
+        weight: in its dtype; threshold: float32 [N]; bias: [N] of a linear layer, else None.
         grad_output: the gradient of the output, in the compute dtype.
+
+    Images and weights of convolutions lie in memory channels last.
     """
 
-    def __init__(self, case: Case, device: torch.device) -> None:
+    def __init__(self, case: LayerCase, device: torch.device) -> None:
         self.case, self.device, self.mode = case, device, case.mode
         generator = torch.Generator(device).manual_seed(0)
 
-        def random(*shape: int, dtype: torch.dtype) -> Tensor:
+        def random(shape: Shape, dtype: torch.dtype) -> Tensor:
             # Drawn in float32: 16-bit generators give many exact zeros.
-            return torch.randn(shape, generator=generator, device=device).to(dtype)
+            tensor = torch.randn(shape, generator=generator, device=device).to(dtype)
+            channels_last = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+            return tensor.contiguous(memory_format=channels_last)
 
-        N, K, compute = case.N, case.K, self.mode.compute
-        self.weight = random(N, K, dtype=self.mode.weight).mul_(K**-0.5)
-        self.threshold = thresholds_for(self.weight, case.remaining_ratio)
+        weight, compute = self.mode.weight, self.mode.compute
+        self.weight = random(case.weight_shape, weight).mul_(case.K**-0.5)
+        self.threshold = thresholds_for(self.weight.flatten(1), case.remaining_ratio)
         self.inputs: tuple[Tensor, ...] = ()
         self.bias: Tensor | None = None
-        if case.op == MASKED_WEIGHT:
-            self.grad_output = random(N, K, dtype=compute)
-        else:
-            self.inputs = (random(case.M, K, dtype=compute),)
-            self.bias = random(N, dtype=self.mode.weight).mul_(0.1)
-            self.grad_output = random(case.M, N, dtype=compute)
+        if case.input_shape is not None:
+            self.inputs = (random(case.input_shape, compute),)
+        if case.op == LINEAR:
+            self.bias = random((case.N,), weight).mul_(0.1)
+        self.grad_output = random(case.output_shape, compute)
 
     def load_(self, module: nn.Module) -> nn.Module:
         """Copy weight, bias and threshold into those parameters of the module that it has."""

@@ -9,13 +9,16 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 import dst_kernels
 import dst_kernels.nn as dst_nn
 
 from .baselines import (
+    AuthorsConv2d,
     AuthorsLinear,
+    BranchFreeConv2d,
     BranchFreeLinear,
     authors_masked_weight,
     authors_regularization,
@@ -24,7 +27,14 @@ from .baselines import (
 from .compiling import compiled
 from .problem import Problem, WeightOnly
 
-__all__ = ["LINEAR_PROVIDERS", "PASSES", "PIECES", "WEIGHT_PROVIDERS", "Provider"]
+__all__ = [
+    "CONV_PROVIDERS",
+    "LINEAR_PROVIDERS",
+    "PASSES",
+    "PIECES",
+    "WEIGHT_PROVIDERS",
+    "Provider",
+]
 
 PASSES = ("forward", "backward", "forward_backward", "step")
 PIECES = ("grad_input", "grad_weight")
@@ -56,54 +66,67 @@ class Provider:
         return self.regularization is not None
 
 
-# -- linear ------------------------------------------------------------------------------------
+# -- layers ------------------------------------------------------------------------------------
+
+_regularization = dst_kernels.sparse_regularization
+_theirs = authors_regularization
 
 
-def _linear(layer: type[nn.Linear], **options) -> Callable[[Problem], nn.Module]:
+def _layer(kind: type[nn.Module], **options) -> Callable[[Problem], nn.Module]:
     def build(problem: Problem) -> nn.Module:
-        N, K = problem.weight.shape
         factory = {"device": problem.device, "dtype": problem.weight.dtype}
-        return problem.load_(layer(K, N, **factory, **options))
+        layer = kind(**problem.case.layer_options, **factory, **options)
+        return problem.load_(layer.to(memory_format=torch.channels_last))
 
     return build
 
 
-def _ours(path: str) -> Callable[[Problem], nn.Module]:
-    return _linear(dst_nn.MaskedLinear, path=path)
+def _product_alone(dense: type[nn.Module]) -> Callable[[Problem], nn.Module]:
+    """The library's product with every operand in the compute dtype beforehand."""
+    build = _layer(dense)
+    return lambda problem: build(problem).to(problem.mode.compute)
 
 
 def _compiled(build: Callable[[Problem], nn.Module]) -> Callable[[Problem], nn.Module]:
     return lambda problem: compiled(build(problem))
 
 
+def _layer_providers(
+    product: str,
+    dense: type[nn.Module],
+    masked: type[nn.Module],
+    authors: type[nn.Module],
+    branch_free: type[nn.Module],
+) -> tuple[Provider, ...]:
+    """`product`: the name of the library's product alone; then the layers to compare."""
+    pieces = PASSES + PIECES
+    return (
+        Provider("dense", _layer(dense), passes=pieces),
+        Provider(product, _product_alone(dense), passes=("forward", *PIECES)),
+        Provider("auto", _layer(masked), _regularization),
+        Provider("fused", _layer(masked, path="fused"), _regularization, passes=pieces),
+        Provider("packed", _layer(masked, path="packed"), _regularization, passes=pieces),
+        Provider("mixed", _layer(masked, path="mixed"), _regularization),
+        Provider("dst_eager", _layer(authors), _theirs, graphable=False),
+        Provider("dst_eager_branchfree", _layer(branch_free), _theirs),
+        Provider("dense_compiled", _compiled(_layer(dense)), compiled=True),
+        Provider("dst_compiled", _compiled(_layer(branch_free)), _theirs, compiled=True),
+    )
+
+
 def _forced_prologue(problem: Problem) -> nn.Module:
     from .forced_prologue import ForcedPrologueLinear
 
-    return compiled(_linear(ForcedPrologueLinear)(problem))
+    return compiled(_layer(ForcedPrologueLinear)(problem))
 
-
-def _product_alone(problem: Problem) -> nn.Module:
-    """The library's matrix product with every operand in the compute dtype beforehand."""
-    N, K = problem.weight.shape
-    factory = {"device": problem.device, "dtype": problem.mode.compute}
-    return problem.load_(nn.Linear(K, N, **factory))
-
-
-_regularization = dst_kernels.sparse_regularization
-_theirs = authors_regularization
 
 LINEAR_PROVIDERS = (
-    Provider("dense", _linear(nn.Linear), passes=PASSES + PIECES),
-    Provider("gemm", _product_alone, passes=("forward", *PIECES)),
-    Provider("auto", _ours("auto"), _regularization),
-    Provider("fused", _ours("fused"), _regularization, passes=PASSES + PIECES),
-    Provider("packed", _ours("packed"), _regularization, passes=PASSES + PIECES),
-    Provider("mixed", _ours("mixed"), _regularization),
-    Provider("dst_eager", _linear(AuthorsLinear), _theirs, graphable=False),
-    Provider("dst_eager_branchfree", _linear(BranchFreeLinear), _theirs),
-    Provider("dense_compiled", _compiled(_linear(nn.Linear)), compiled=True),
-    Provider("dst_compiled", _compiled(_linear(BranchFreeLinear)), _theirs, compiled=True),
+    *_layer_providers("gemm", nn.Linear, dst_nn.MaskedLinear, AuthorsLinear, BranchFreeLinear),
     Provider("dst_compiled_forced_prologue", _forced_prologue, _theirs, compiled=True),
+)
+
+CONV_PROVIDERS = _layer_providers(
+    "conv", nn.Conv2d, dst_nn.MaskedConv2d, AuthorsConv2d, BranchFreeConv2d
 )
 
 # -- the weight side alone ---------------------------------------------------------------------

@@ -9,7 +9,7 @@ from .ceilings import COPY
 from .list_providers import LIST_PASSES
 from .measurements import Measurements
 from .model_providers import MODEL_PROVIDERS, STEP
-from .tables import duration, markdown_table, mean_text, ratio_text
+from .tables import Section, duration, markdown_table, mean_text, ratio_text
 
 __all__ = ["list_tables", "model_tables", "readme_model_table"]
 
@@ -23,17 +23,16 @@ _PASS_TITLES = {
 _MODES = {"time": "eager", "graph_time": "graph"}
 _NOT_MEASURED = "Not measured."
 
-Section = tuple[str, str]
-
 
 def model_tables(measurements: Measurements) -> list[Section]:
-    """(title, table) for time, launches and memory; nothing without whole models."""
+    """(title, table) for time, throughput, launches and memory; nothing without whole models."""
     cases = _cases(measurements, ModelCase)
     if not cases:
         return []
     return [
         ("Whole training step, eager (wall clock)", _ratios(measurements, "time", duration)),
         ("Whole training step, CUDA graph", _ratios(measurements, "graph_time", duration)),
+        ("Whole training step, images or tokens per second", _throughput(measurements)),
         ("Whole training step, launches", _launches(measurements)),
         ("Whole training step, peak memory", _ratios(measurements, "memory", _gigabytes)),
     ]
@@ -56,18 +55,39 @@ def _ratios(measurements: Measurements, metric: str, text: Callable[[float], str
     return markdown_table(head, [*lines, ["geometric mean", "", "", "", *means]])
 
 
+def _throughput(measurements: Measurements) -> str:
+    """The better of eager and graph."""
+
+    def text(case: ModelCase, name: str) -> str:
+        metrics = ("throughput", "graph_throughput")
+        both = [measurements.newest(case.name, name, STEP, metric) for metric in metrics]
+        return _whole(max((value for value in both if value is not None), default=None))
+
+    return _figures(measurements, text)
+
+
 def _launches(measurements: Measurements) -> str:
-    lines = []
-    for case in _cases(measurements, ModelCase):
-        counts = [
-            measurements.newest(case.name, name, STEP, "launches") for name in ("dense", *_OTHERS)
-        ]
-        if any(count is not None for count in counts):
-            texts = ("-" if count is None else f"{count:.0f}" for count in counts)
-            lines.append([*_about(case), *texts])
+    return _figures(
+        measurements,
+        lambda case, name: _whole(measurements.newest(case.name, name, STEP, "launches")),
+    )
+
+
+def _figures(measurements: Measurements, text: Callable[[ModelCase, str], str]) -> str:
+    """Everybody's own figure of each model."""
+    names = ("dense", *_OTHERS)
+    lines = [
+        (_about(case), [text(case, name) for name in names])
+        for case in _cases(measurements, ModelCase)
+    ]
+    lines = [[*about, *texts] for about, texts in lines if set(texts) != {"-"}]
     if not lines:
         return _NOT_MEASURED
-    return markdown_table(["model", "batch", "dtype", "dense", *_OTHERS], lines)
+    return markdown_table(["model", "batch", "dtype", *names], lines)
+
+
+def _whole(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
 
 
 def list_tables(measurements: Measurements) -> list[Section]:
@@ -97,27 +117,28 @@ def list_tables(measurements: Measurements) -> list[Section]:
 
 
 def readme_model_table(measurements: Measurements) -> str | None:
-    """Our two ways over dense, eager and as a graph, in short; None where nothing is measured."""
+    """Our ways over the others, in short; None where nothing is measured."""
     columns = {
-        f"{name}, {mode}": (name, metric)
+        f"{name}, {mode} ÷ dense": (metric, name, "dense")
         for name in ("deferred", "grouped")
         for metric, mode in _MODES.items()
     }
+    columns["masked ÷ dense, compiled"] = ("time", "masked_compiled", "dense_compiled")
+    columns["deferred ÷ eager DST"] = ("time", "deferred", "dst_eager")
+    columns["masked ÷ DST, compiled"] = ("time", "masked_compiled", "dst_compiled")
+    columns["memory, deferred ÷ dense"] = ("memory", "deferred", "dense")
     lines = []
     for case in _cases(measurements, ModelCase):
         dense = measurements.newest(case.name, "dense", STEP, "time")
         if dense is None:
             continue
-        ratios = [
-            measurements.ratio(case.name, STEP, metric, name, "dense")
-            for name, metric in columns.values()
-        ]
+        ratios = [measurements.ratio(case.name, STEP, *figure) for figure in columns.values()]
         launches = _more_launches(measurements, case)
         more = "-" if launches is None else f"{launches:+.0f}"
         lines.append([case.model, str(case.batch), duration(dense), *map(ratio_text, ratios), more])
     if not lines:
         return None
-    return markdown_table(["model", "batch", "dense", *columns, "launches"], lines)
+    return markdown_table(["model", "batch", "dense", *columns, "more launches"], lines)
 
 
 def _more_launches(measurements: Measurements, case: ModelCase) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["WEIGHT_LISTS", "WeightList", "resnet_50"]
+__all__ = ["WEIGHT_LISTS", "Shape", "WeightList", "resnet_50"]
 
 Shape = tuple[int, ...]
 

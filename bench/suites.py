@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .cases import LINEAR, MASKED_WEIGHT, AnyCase, Case, ListCase, ModelCase
+from .cases import LINEAR, MASKED_WEIGHT, AnyCase, Case, ConvCase, ListCase, ModelCase
 from .errors import require_one_of
 
 __all__ = ["SUITES", "Suite", "suite_named"]
@@ -21,18 +21,24 @@ class Suite:
         compiled: how many of them, from the first, are for providers that go through
             torch.compile, too (None: all). A compilation with autotuning takes as long as
             everything else of many cases.
+        compiled_small: the same of `small`.
     """
 
     name: str
     cases: tuple[AnyCase, ...]
     small: tuple[AnyCase, ...] | None = None
     compiled: int | None = None
+    compiled_small: int | None = None
 
     def cases_on(self, device_type: str) -> tuple[AnyCase, ...]:
-        return self.cases if device_type != "cpu" or self.small is None else self.small
+        return self.small if self._is_small_on(device_type) else self.cases
 
     def compiled_cases_on(self, device_type: str) -> tuple[AnyCase, ...]:
-        return self.cases_on(device_type)[: self.compiled]
+        count = self.compiled_small if self._is_small_on(device_type) else self.compiled
+        return self.cases_on(device_type)[:count]
+
+    def _is_small_on(self, device_type: str) -> bool:
+        return device_type == "cpu" and self.small is not None
 
 
 _TOKENS = (16, 128, 1024, 8192, 65536)
@@ -40,6 +46,29 @@ _TOKENS = (16, 128, 1024, 8192, 65536)
 _SHAPES = ((4096, 4096), (1024, 1024), (4096, 14336), (14336, 4096), (8192, 8192))
 _SIDES = (4096, 8192, 16384, 2048, 1024)  # of square weights: 1 M to 256 M, those of goals first
 _AMP = "bf16-autocast"
+
+# (side, C, N, kernel, stride): of ResNet-50, of VGG-16 and WRN-28-8 for CIFAR.
+_RESNET = (
+    (56, 64, 64, 3, 1),
+    (56, 256, 64, 1, 1),
+    (28, 128, 128, 3, 1),
+    (14, 256, 256, 3, 1),
+    (14, 1024, 256, 1, 1),
+    (7, 512, 512, 3, 1),
+    (7, 2048, 512, 1, 1),
+    (56, 256, 512, 1, 2),
+    (56, 128, 128, 3, 2),
+    (224, 3, 64, 7, 2),
+)
+_CIFAR = (
+    (32, 64, 64, 3, 1),
+    (8, 256, 256, 3, 1),
+    (4, 512, 512, 3, 1),
+    (2, 512, 512, 3, 1),
+    (32, 128, 128, 3, 1),
+    (16, 256, 256, 3, 1),
+    (8, 512, 512, 3, 1),
+)
 
 
 def _linear(M: int, N: int, K: int, dtype: str) -> Case:
@@ -49,6 +78,12 @@ def _linear(M: int, N: int, K: int, dtype: str) -> Case:
 def _weights(N: int, K: int, dtype: str) -> Case:
     return Case(MASKED_WEIGHT, 0, N, K, dtype)
 
+
+def _conv(batch: int, side: int, C: int, N: int, kernel: int, stride: int) -> ConvCase:
+    return ConvCase(batch, side, C, N, kernel, _AMP, stride)
+
+
+_SMALL_CONV = ConvCase(4, 9, 8, 16, 3, _AMP, stride=2)
 
 SUITES = {
     suite.name: suite
@@ -60,6 +95,7 @@ SUITES = {
                 _weights(1024, 1024, _AMP),
                 _linear(100, 1000, 520, _AMP),  # no tile divides these
                 _linear(1024, 1024, 1024, "fp16-autocast"),
+                _SMALL_CONV,
                 ModelCase("lenet-300-100", 128, _AMP),
                 ListCase("small", _AMP),
             ),
@@ -83,22 +119,28 @@ SUITES = {
             compiled=1,
         ),
         Suite(
-            "models",
+            "model",
             (
-                ModelCase("lenet-300-100", 128, _AMP),
                 ModelCase("vgg-16", 128, _AMP),
-                ModelCase("wrn-16-8", 128, _AMP),
+                ModelCase("wrn-28-8", 128, _AMP),
+                ModelCase("resnet-50", 256, _AMP),
                 ModelCase("gpt", 8, _AMP),
-                ModelCase("lenet-300-100", 64, _AMP),
+                ModelCase("convnext-t", 128, _AMP),
+                ModelCase("vit-b-16", 128, _AMP),
+                ModelCase("lenet-5", 128, _AMP),
+                ModelCase("lenet-300-100", 128, _AMP),
             ),
             small=(
                 ModelCase("lenet-300-100", 64, "fp32"),
-                ModelCase("lenet-300-100", 128, "fp32"),
+                ModelCase("lenet-5", 64, "fp32"),
                 ModelCase("vgg-small", 8, "fp32"),
                 ModelCase("wrn-small", 8, "fp32"),
+                ModelCase("resnet-small", 8, "fp32"),
+                ModelCase("convnext-small", 8, "fp32"),
+                ModelCase("vit-small", 8, "fp32"),
                 ModelCase("gpt-small", 4, "fp32"),
             ),
-            compiled=2,
+            compiled_small=1,
         ),
         Suite(
             "linear",
@@ -110,6 +152,22 @@ SUITES = {
             ),
         ),
         Suite(
+            "conv",
+            (
+                *(_conv(256, *shape) for shape in _RESNET),
+                *(_conv(128, *shape) for shape in _CIFAR),
+                ConvCase(128, 56, 96, 96, 7, _AMP, groups=96),  # of ConvNeXt-T
+            ),
+            small=(
+                ConvCase(4, 8, 16, 24, 3, _AMP),
+                _SMALL_CONV,
+                ConvCase(4, 8, 24, 16, 1, "fp32"),
+                ConvCase(2, 8, 16, 16, 7, "fp32", groups=16),
+            ),
+            compiled=4,
+            compiled_small=1,
+        ),
+        Suite(
             "cpu",
             (
                 _linear(32, 96, 64, _AMP),
@@ -118,6 +176,7 @@ SUITES = {
                 ListCase("small", _AMP),
                 _linear(32, 96, 64, "fp32"),
                 _linear(33, 70, 50, "bf16"),
+                _SMALL_CONV,
             ),
             compiled=2,
         ),

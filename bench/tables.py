@@ -7,7 +7,10 @@ from collections.abc import Iterable, Sequence
 
 from .measurements import geometric_mean
 
-__all__ = ["duration", "markdown_table", "mean_text", "ratio_text"]
+__all__ = ["Section", "duration", "markdown_table", "mean_text", "ratio_text"]
+
+Section = tuple[str, str]
+"""A title and what stands below it."""
 
 
 def duration(seconds: float) -> str:

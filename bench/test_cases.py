@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.cases import Case
+from bench.cases import LayerCase
 from bench.correctness import Expectation
 from bench.kinds import providers_for
 from bench.passes import prepare
@@ -21,7 +21,7 @@ SUITE = SUITES["smoke" if DEVICE.type == "cuda" else "cpu"]
 CASES = [
     pytest.param(case, provider, id=f"{case.name}-{provider.name}")
     for case in SUITE.cases_on(DEVICE.type)
-    if isinstance(case, Case)
+    if isinstance(case, LayerCase)
     for provider in providers_for(case.op)
     if "backward" in provider.passes
     # Compiling takes most of a minute on two cores; one case shows that it works.
@@ -38,9 +38,9 @@ def _one_thread():
 
 
 @pytest.mark.parametrize(("case", "provider"), CASES)
-def test_case(case: Case, provider: Provider, benchmark) -> None:
+def test_case(case: LayerCase, provider: Provider, benchmark) -> None:
     problem = Problem(case, DEVICE)
-    with problem.mode.matmul_precision():
+    with problem.mode.precision():
         module = provider.build(problem)
         if provider.masked:
             Expectation(problem).verify(module)

@@ -19,6 +19,7 @@ __all__ = [
     "device_time",
     "graph_time",
     "host_time",
+    "one_stream",
     "peak_memory",
     "replayed",
     "wall_time",
@@ -67,7 +68,7 @@ def graph_time(call: Callable[[], object], most: int = _MOST_IN_GRAPH) -> Timing
     are captured: 1 for a whole training step, which is replayed again and again. Raises what the
     capture raises.
     """
-    with _on_side_stream():
+    with one_stream(torch.device("cuda")):
         call()
         call()
         estimate = _between_events(lambda: [call() for _ in range(5)]) / 5
@@ -87,7 +88,7 @@ def replayed(call: Callable[[], T], eager: int, replays: int) -> Iterator[T]:
 
     Each result must be read before the next. Raises what the capture raises.
     """
-    with _on_side_stream():
+    with one_stream(torch.device("cuda")):
         for _ in range(eager):
             yield call()
         graph, result = _capture(call, 1)
@@ -97,7 +98,11 @@ def replayed(call: Callable[[], T], eager: int, replays: int) -> Iterator[T]:
 
 
 @contextlib.contextmanager
-def _on_side_stream() -> Iterator[None]:
+def one_stream(device: torch.device) -> Iterator[None]:
+    """CUDA: on a stream that can capture, that of an outer `one_stream` if there is one."""
+    if device.type != "cuda" or torch.cuda.current_stream() != torch.cuda.default_stream():
+        yield
+        return
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .compiling import compiled, compiled_network
 from .models import ADAMW, MODELS, SGD, Loss, Model
 from .modes import Mode
 from .problem import thresholds_for
@@ -123,7 +124,7 @@ class Training:
         setup: says what `model` is trained on.
         model, optimizer: as their provider made them; the optimizer may keep weights of its own.
         penalty: the regulariser, where the loss has it.
-        compile: applied to the objective.
+        compile: whether the objective goes through torch.compile.
     """
 
     def __init__(
@@ -132,13 +133,15 @@ class Training:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         penalty: Penalty | None = None,
-        compile: Callable[[nn.Module], nn.Module] | None = None,
+        compile: bool = False,
     ) -> None:
         self.model, self.optimizer, self._setup = model, optimizer, setup
         self._input, self._target = setup.data()
         self._has_loss = setup.about.loss is not None
         objective = Objective(model, setup.about.loss, penalty, setup.hyper.alpha)
-        self._objective = objective if compile is None else compile(objective)
+        if compile:
+            objective = compiled_network(objective) if self._has_loss else compiled(objective)
+        self._objective = objective
 
     def step(self) -> Tensor:
         """One step; the loss, without the penalty, as it was before the update."""

@@ -104,7 +104,7 @@ class TrajectoryExpectation:
 
     def _run(self, provider: ModelProvider, mode: Mode, under_graph: bool = False) -> _Trajectory:
         setup = replace(self._setup, mode=mode)
-        with mode.matmul_precision():
+        with mode.precision():
             return _Trajectory.of(provider.train(setup), under_graph)
 
     def compare(self, provider: ModelProvider, mode: Mode, under_graph: bool = False) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from .cases import MASKED_WEIGHT, Case, ListCase
+from .cases import MASKED_WEIGHT, LayerCase, ListCase
 
 __all__ = ["bytes_of", "flops", "least_bytes", "list_bytes"]
 
@@ -18,23 +20,24 @@ _PRODUCTS = {
 }
 
 
-def flops(case: Case, name: str) -> int | None:
+def flops(case: LayerCase, name: str) -> int | None:
     """Operations in the matrix products of a pass; None for an op without any."""
     if case.op == MASKED_WEIGHT:
         return None
     return 2 * case.M * case.N * case.K * _PRODUCTS[name]
 
 
-def least_bytes(case: Case, name: str) -> int | None:
+def least_bytes(case: LayerCase, name: str) -> int | None:
     """Bytes that must be read and written once, thresholds and biases left out; None for a step.
 
     Masked weight: forward reads W and writes it in the compute dtype, backward reads W and the
-    gradient and writes dW. Linear: every operand of the pass once.
+    gradient and writes dW. Linear and convolution: every operand of the pass once.
     """
     weight, compute = bytes_of(case.mode.weight), bytes_of(case.mode.compute)
-    weights, inputs, outputs = case.N * case.K, case.M * case.K, case.M * case.N
+    weights = case.N * case.K
     if case.op == MASKED_WEIGHT:
         return weights * {"forward": weight + compute, "backward": compute + 2 * weight}[name]
+    inputs, outputs = math.prod(case.input_shape), math.prod(case.output_shape)
     forward = weights * weight + (inputs + outputs) * compute
     # The gradients of input and weight read the gradient of the output together once.
     backward = 2 * weights * weight + (2 * inputs + outputs) * compute

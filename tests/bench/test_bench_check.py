@@ -6,7 +6,7 @@ import pytest
 from made_up_rows import ceilings, environment, times, write_rows
 from typer.testing import CliRunner
 
-from bench.cases import Case, ListCase, ModelCase
+from bench.cases import Case, ConvCase, ListCase, ModelCase
 from bench.check import choose_devices
 from bench.commands import app
 from bench.errors import UsageError
@@ -17,10 +17,13 @@ from bench.results import read_results
 from bench.suites import SUITES
 
 ALL = tuple(
-    case for name in ("linear", "streaming", "steps", "models") for case in SUITES[name].cases
+    case
+    for name in ("linear", "conv", "streaming", "steps", "model")
+    for case in SUITES[name].cases
 )
 FIRST = SUITES["linear"].cases[0]
 VGG = ModelCase("vgg-16", 128, "bf16-autocast")
+RESNET_50 = ModelCase("resnet-50", 256, "bf16-autocast")
 LAYER_1K = ModelCase("linear-4096", 1024, "bf16-autocast")
 RESNET = ListCase("resnet-50", "bf16-autocast")
 LENET_ON_CPU = ModelCase("lenet-300-100", 64, "fp32")
@@ -34,9 +37,13 @@ def _good(skip=()):
             continue
         if isinstance(case, ModelCase):
             for metric in ("time", "graph_time"):
-                for name, seconds in (("dense", 1.0), ("deferred", 0.85), ("grouped", 1.04)):
+                for name, seconds in (("dense", 1.0), ("deferred", 0.85), ("grouped", 1.01)):
                     yield (case, name, "step", metric, seconds)
+                for name, seconds in (("dense", 1.0), ("deferred", 0.95), ("masked", 1.01)):
+                    yield (case, f"{name}_compiled", "step", metric, seconds)
                 yield (case, "dst_compiled", "step", metric, 1.1)
+            for name in ("dense", "deferred", "grouped", "masked"):
+                yield (case, name, "step", "memory", 100)
             yield (case, "dst_eager", "step", "time", 2.5)
             yield (case, "dense", "step", "launches", 100)
             yield (case, "deferred", "step", "launches", 103)
@@ -48,6 +55,9 @@ def _good(skip=()):
         if case.op == "masked_weight":
             for name in ("forward", "backward"):
                 yield (case, "auto", name, "bandwidth", 950.0)
+            continue
+        if isinstance(case, ConvCase):
+            yield from times(case, "grad_weight", fused=0.95, packed=1.0)
             continue
         yield from times(
             case,
@@ -112,11 +122,30 @@ def test_one_bad_case_misses_the_goals_it_belongs_to(tmp_path, figure, goals):
 @pytest.mark.parametrize(
     ("figure", "goals"),
     [
-        ((VGG, "deferred", "time", 1.01), {"eager: deferred ÷ dense"}),
-        ((VGG, "deferred", "graph_time", 1.01), {"graph: deferred ÷ dense"}),
-        ((VGG, "grouped", "time", 1.06), {"eager: grouped ÷ dense"}),
-        ((VGG, "grouped", "graph_time", 1.06), {"graph: grouped ÷ dense"}),
-        ((VGG, "dst_eager", "time", 1.6), {"VGG-16"}),
+        ((VGG, "deferred", "time", 1.01), {"all models, eager: deferred ÷ dense"}),
+        ((VGG, "deferred", "graph_time", 1.01), {"all models, graph: deferred ÷ dense"}),
+        ((VGG, "grouped", "time", 1.06), {"small models, eager: grouped ÷ dense"}),
+        ((VGG, "grouped", "graph_time", 1.06), {"small models, graph: grouped ÷ dense"}),
+        ((RESNET_50, "grouped", "time", 1.03), {"large models, eager: grouped ÷ dense"}),
+        ((RESNET_50, "grouped", "graph_time", 1.03), {"large models, graph: grouped ÷ dense"}),
+        (
+            (RESNET_50, "masked_compiled", "graph_time", 1.03),
+            {"compiled, graph: masked_compiled ÷ dense_compiled"},
+        ),
+        (
+            (VGG, "deferred_compiled", "time", 1.01),
+            {"compiled, eager: deferred_compiled ÷ dense_compiled"},
+        ),
+        ((VGG, "dst_compiled", "graph_time", 0.89), {"CIFAR models: best of"}),
+        ((RESNET_50, "dst_compiled", "graph_time", 0.84), {"other models: best of"}),
+        (
+            (VGG, "dst_eager", "time", 1.6),
+            {"vgg-16, eager: grouped ÷ dst_eager", "vgg-16, eager: deferred ÷ dst_eager"},
+        ),
+        ((RESNET_50, "dst_eager", "time", 1.05), {"resnet-50, eager: grouped ÷ dst_eager"}),
+        ((VGG, "masked", "memory", 103), {"peak memory of masked"}),
+        ((VGG, "grouped", "memory", 103), {"peak memory of grouped"}),
+        ((VGG, "deferred", "memory", 103), {"peak memory of deferred"}),
         ((VGG, "deferred", "launches", 104), {"launches of deferred"}),
         ((LAYER_1K, "deferred", "graph_time", 0.9), {"1k tokens, graph", "compiled DST"}),
         ((LAYER_1K, "deferred", "time", 1.01), {"eager and graph: deferred ÷ dense"}),
@@ -138,9 +167,27 @@ def test_one_bad_model_misses_the_goals_it_belongs_to(tmp_path, figure, goals):
 
 
 def test_fewer_launches_than_dense_are_as_good(tmp_path):
-    fewer = [(case, "deferred", "step", "launches", 60) for case in SUITES["models"].cases]
+    fewer = [(case, "deferred", "step", "launches", 60) for case in SUITES["model"].cases]
     path = write_rows(tmp_path / "results.csv", [*_good(), *fewer])
     assert set(_verdicts(path).values()) == {MET}
+
+
+_SLOW_CONVS = [
+    (ConvCase(256, 7, 512, 512, 3, "bf16-autocast"), MISSED),
+    (ConvCase(256, 56, 256, 64, 1, "bf16-autocast"), MISSED),
+    (ConvCase(256, 56, 64, 64, 3, "bf16-autocast"), MET),  # for the planner to avoid
+]
+
+
+@pytest.mark.parametrize(("case", "verdict"), _SLOW_CONVS)
+def test_a_fused_gradient_is_held_against_the_librarys_where_it_should_win(tmp_path, case, verdict):
+    slower = times(case, "grad_weight", fused=1.01)
+    verdicts = _verdicts(write_rows(tmp_path / "results.csv", [*_good(), *slower]))
+    assert {title for title, found in verdicts.items() if found != MET} == (
+        {"fused dW of 1x1 and small-image convolutions ÷ packed, worst"}
+        if verdict == MISSED
+        else set()
+    )
 
 
 @pytest.mark.parametrize(("seconds", "verdict"), [(1.2, MET), (1.3, MISSED), (None, NOT_MEASURED)])
@@ -242,6 +289,18 @@ def test_ratios_are_of_one_run_the_newest(tmp_path):
     assert found.time_ratio(FIRST.name, "forward", "auto", ("dst_compiled", "dense")) == 0.75
     assert found.time_ratio(FIRST.name, "forward", "auto", "dst_compiled") is None
     assert found.newest(FIRST.name, "auto", "forward", "time") == 9.0
+
+
+def test_the_best_of_several_is_eager_or_a_graph_of_one_run(tmp_path):
+    path = write_rows(tmp_path / "results.csv", times(VGG, "step", dense=2.0, grouped=1.0))
+    later = times(VGG, "step", dense=4.0, deferred=6.0, grouped=7.0)
+    later += [(VGG, "grouped", "step", "graph_time", 3.0)]
+    write_rows(path, later, environment(date="2000-01-02"))
+    write_rows(path, times(VGG, "step", grouped=0.1), environment(date="2000-01-03"))
+    found = Measurements("x", read_results(path))
+    assert found.best_ratio(VGG.name, "step", ("deferred", "grouped"), ("dense",)) == 0.75
+    assert found.best_ratio(VGG.name, "step", ("deferred",), ("dense",)) == 1.5
+    assert found.best_ratio(VGG.name, "step", ("masked",), ("dense",)) is None
 
 
 def test_graph_time_counts_where_everybody_has_it(tmp_path):

@@ -50,8 +50,8 @@ def test_run_report_check(tmp_path):
     assert {row.gpu for row in rows} == {"cpu"}
     assert {row.commit for row in rows} == {"abc"}
     assert not [row for row in rows if row.metric in ("error", "skipped")]
-    linear = [case for case in SUITES["cpu"].cases if case.op == "linear"]
-    for case in linear:
+    layers = [case for case in SUITES["cpu"].cases if case.op in ("linear", "conv")]
+    for case in layers:
         for provider in ("dense", "auto", "packed", "dst_eager"):
             assert (case.name, provider) in _measured(tmp_path / "results.csv")
     assert ("copy", "ceiling") in _measured(tmp_path / "results.csv")
@@ -64,20 +64,20 @@ def test_run_report_check(tmp_path):
 def test_a_second_run_measures_what_is_missing(tmp_path):
     path = tmp_path / "results.csv"
     first = ["run", *QUICK[:6], "--out", tmp_path, "--commit", "abc"]
-    assert "6 measured" in _invoke(*first)[1]
+    assert "7 measured" in _invoke(*first)[1]
     count = len(read_results(path))
     assert "0 measured" in _invoke(*first)[1]
     assert len(read_results(path)) == count
     assert "3 measured" in _invoke(*first, "--provider", "gemm")[1]  # of linear cases only
-    assert "6 measured" in _invoke(*first[:-1], "def")[1]
-    assert "6 measured" in _invoke(*first, "--again")[1]
+    assert "7 measured" in _invoke(*first[:-1], "def")[1]
+    assert "7 measured" in _invoke(*first, "--again")[1]
     assert "0 measured" in _invoke(*first[:-1], "def")[1]
 
 
 def test_changed_code_is_measured_again(tmp_path):
     dirty = ["run", *QUICK[:6], "--out", tmp_path, "--commit", "abc-dirty"]
     for _ in range(2):
-        assert "6 measured" in _invoke(*dirty)[1]
+        assert "7 measured" in _invoke(*dirty)[1]
     assert "0 measured" in _invoke(*dirty, "--resume")[1]
 
 
@@ -140,8 +140,8 @@ def test_a_wrong_provider_fails_the_run(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (
-            ["--suite", "conv"],
-            "--suite 'conv' is unknown. Accepted: smoke, streaming, steps, models",
+            ["--suite", "models"],
+            "--suite 'models' is unknown. Accepted: smoke, streaming, steps, model, linear, conv",
         ),
         (["--provider", "cublas"], "--provider 'cublas' is unknown. Accepted: dense, gemm, auto"),
         (["--device", "tpu"], "--device is 'tpu'. Accepted: cuda, cpu"),

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 import dst_kernels
-from bench.baselines import authors_regularization, with_authors_layers_
+from bench.baselines import (
+    authors_regularization,
+    with_authors_layers_,
+    with_branch_free_layers_,
+)
 from bench.cases import Case, ListCase, ModelCase, case_of
 from bench.errors import UsageError, WrongResultError
 from bench.kinds import load, providers_for
@@ -21,15 +26,29 @@ from bench.training import AT_REST, LEARNING, MOMENTUM, Setup, Training, torch_o
 from bench.trajectory import TrajectoryExpectation
 
 CPU = torch.device("cpu")
+FIGURES = [(STEP, metric) for metric in ("time", "spread", "throughput")]
 EAGER = [provider for provider in MODEL_PROVIDERS if not provider.compiled]
 MASKED = [provider for provider in EAGER if provider.masked]
-SMALL = ("vgg-small", "wrn-small", "gpt-small", "linear-64")
+SMALL = (
+    "lenet-5",
+    "vgg-small",
+    "wrn-small",
+    "resnet-small",
+    "convnext-small",
+    "vit-small",
+    "gpt-small",
+    "linear-64",
+)
 
 # Parameters, masked weights, thresholds.
 SIZES = {
     "lenet-300-100": (266_610, 266_200, 410),
     "vgg-16": (14_987_722, 14_977_728, 4_746),
-    "wrn-16-8": (10_961_370, 10_954_160, 4_506),
+    "lenet-5": (431_080, 430_500, 580),
+    "wrn-28-8": (23_354_842, 23_340_464, 8_090),
+    "resnet-50": (25_557_032, 25_502_912, 27_560),
+    "convnext-t": (28_589_128, 28_524_000, 42_184),
+    "vit-b-16": (86_567_656, 57_980_928, 47_848),
     "gpt": (124_439_808, 84_934_656, 82_944),
     "linear-4096": (4096 * 4096 + 4096, 4096 * 4096, 4096),
 }
@@ -57,12 +76,26 @@ def test_sizes_are_those_of_the_paper(name, convert_):
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_everybody_masks_the_same_layers(name):
+    masked = []
+    for convert_ in (dst_kernels.sparsify_, with_authors_layers_, with_branch_free_layers_):
+        with torch.device("meta"):
+            model = convert_(MODELS[name].network())
+        masked.append([path for path, one in model.named_modules() if hasattr(one, "threshold")])
+    assert masked[0] and masked[0] == masked[1] == masked[2]
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_every_model_has_a_small_one_of_its_kind(name):
     model, small = MODELS[name], MODELS[MODELS[name].small]
     assert (small.optimizer, small.loss) == (model.optimizer, model.loss)
     with torch.device("meta"):
-        kinds = [{type(module) for module in each.network().modules()} for each in (model, small)]
+        kinds = [_layer_types(each.network()) for each in (model, small)]
     assert kinds[0] == kinds[1]
+
+
+def _layer_types(model):
+    return {type(module) for module in model.modules() if not any(module.children())}
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -188,15 +221,37 @@ def test_a_training_that_cannot_run_says_why():
 def test_every_provider_has_its_figures(name):
     for provider in EAGER:
         found = _figures(provider, ModelCase(name, 8, "fp32"))
-        assert [figure[:2] for figure in found] == [(STEP, "time"), (STEP, "spread")], found
+        assert [figure[:2] for figure in found] == FIGURES, found
         assert found[0][2] > 0
 
 
 @pytest.mark.slow
-def test_compiled_providers_pass():
-    for provider in providers_for("model", ["dense_compiled", "dst_compiled"]):
-        found = _figures(provider, ModelCase("linear-64", 8, "fp32"))
-        assert [figure[:2] for figure in found] == [(STEP, "time"), (STEP, "spread")], found
+@pytest.mark.parametrize("name", [one.name for one in MODEL_PROVIDERS if one.compiled])
+@pytest.mark.parametrize("model", ["linear-64", "convnext-small"])
+def test_compiled_providers_pass(model, name):
+    (provider,) = providers_for("model", [name])
+    found = _figures(provider, ModelCase(model, 8, "fp32"))
+    assert [figure[:2] for figure in found] == FIGURES, found
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "units"), [("vit-small", "images/s", 8), ("gpt-small", "tokens/s", 8 * 16)]
+)
+def test_throughput_is_of_images_or_tokens(name, unit, units):
+    figures = {}
+    (dense,) = providers_for("model", ["dense"])
+    load(ModelCase(name, 8, "fp32"), CPU)(
+        dense, lambda _, metric, *value: figures.update({metric: value})
+    )
+    seconds, _ = figures["time"]
+    assert figures["throughput"] == (pytest.approx(units / seconds), unit)
+
+
+def test_a_network_of_torchvision_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    (dense,) = providers_for("model", ["dense"])
+    ((_, metric, reason),) = _figures(dense, ModelCase("resnet-small", 8, "fp32"))
+    assert metric == "skipped" and "pip install -e '.[bench]'" in reason
 
 
 def test_launches_are_what_the_device_did():
@@ -209,7 +264,7 @@ def test_launches_are_what_the_device_did():
     "case",
     [
         ModelCase("lenet-300-100", 64, "fp32"),
-        ModelCase("wrn-16-8", 128, "bf16-autocast", 0.25),
+        ModelCase("wrn-28-8", 128, "bf16-autocast", 0.25),
         ListCase("4x4096x4096", "bf16-autocast"),
         Case("masked_weight", 0, 8, 16, "bf16"),
         Case("linear", 4, 8, 16, "bf16-autocast", 0.5),

@@ -27,7 +27,18 @@ def _setup(model):
     return Setup(model, 16, 0.5, CUDA, mode, LEARNING[MODELS[model].optimizer])
 
 
-@pytest.mark.parametrize("name", ["lenet-300-100", "vgg-small", "wrn-small", "gpt-small"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lenet-300-100",
+        "vgg-small",
+        "wrn-small",
+        "resnet-small",
+        "convnext-small",
+        "vit-small",
+        "gpt-small",
+    ],
+)
 def test_right_providers_pass_eagerly_and_as_a_graph(name):
     expectation = TrajectoryExpectation(_setup(name))
     for provider in MASKED:
@@ -64,7 +75,8 @@ def test_every_provider_has_its_figures():
             continue
         found = []
         measure(provider, lambda *figure, found=found: found.append(figure[:2]))
-        metrics = ["time", "spread", "memory", "launches"] + ["graph_time"] * provider.graphable
+        metrics = ["time", "spread", "throughput", "memory", "launches"]
+        metrics += ["graph_time", "graph_throughput"] * provider.graphable
         assert found == [(STEP, metric) for metric in metrics], provider.name
 
 

@@ -8,9 +8,10 @@ import pytest
 from made_up_rows import environment, times, write_rows
 from typer.testing import CliRunner
 
-from bench.cases import Case
+from bench.cases import Case, ConvCase
 from bench.commands import app
 
+CONV = ConvCase(256, 56, 256, 512, 1, "bf16-autocast", stride=2)
 CASE = Case("linear", 128, 1024, 2048, "bf16-autocast")
 PIECES = ("forward", "grad_input", "grad_weight")
 
@@ -56,7 +57,36 @@ def test_the_table(tmp_path):
                 "grad_weight": {"fused": 2.00001, "packed": 2.00002},
             }
         ],
+        "convs": [],
     }
+
+
+@pytest.mark.parametrize("others", [[], [CASE]])
+def test_convolutions_have_a_list_of_their_own(tmp_path, others):
+    rows = [
+        row
+        for case in (*others, CONV)
+        for name in PIECES
+        for row in times(case, name, fused=1.0, packed=2.0, conv=0.5)
+    ]
+    result, out = _plan(tmp_path, write_rows(tmp_path / "results.csv", rows))
+    assert result.exit_code == 0 and f"{1 + len(others)} cases in" in result.output
+    table = json.loads(out.read_text())
+    assert len(table["cases"]) == len(others)
+    assert table["convs"] == [
+        {
+            "M": 256 * 28 * 28,
+            "N": 512,
+            "C": 256,
+            "kernel": [1, 1],
+            "stride": [2, 2],
+            "groups": 1,
+            "input_dtype": "bfloat16",
+            "weight_dtype": "float32",
+            "tf32": False,
+            **{name: {"fused": 1.0, "packed": 2.0} for name in PIECES},
+        }
+    ]
 
 
 def test_both_paths_are_of_one_run(tmp_path):

@@ -94,7 +94,7 @@ def test_a_reason_is_one_line():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("conv", 1, 1, 1, "bf16"), "op 'conv' is unknown. Accepted: linear, masked_weight"),
+        (("gemm", 1, 1, 1, "bf16"), "op 'gemm' is unknown. Accepted: linear, masked_weight"),
         (("linear", 1, 1, 1, "int8"), "dtype 'int8' is unknown"),
         (("linear", 0, 1, 1, "bf16"), "M, N, K are 0, 1, 1"),
         (("masked_weight", 5, 1, 1, "bf16"), "M = 0 exactly where op is 'masked_weight'"),
