@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from made_up_rows import environment, times, write_rows
 from typer.testing import CliRunner
 
 from bench.cases import Case, ConvCase
 from bench.commands import app
+from dst_kernels import _plan_table
 
 CONV = ConvCase(256, 56, 256, 512, 1, "bf16-autocast", stride=2)
 CASE = Case("linear", 128, 1024, 2048, "bf16-autocast")
@@ -87,6 +89,29 @@ def test_convolutions_have_a_list_of_their_own(tmp_path, others):
             **{name: {"fused": 1.0, "packed": 2.0} for name in PIECES},
         }
     ]
+
+
+def test_the_planner_reads_it(tmp_path, monkeypatch):
+    rows = [
+        row
+        for case, seconds in ((CASE, 1.0), (CONV, 3.0))
+        for index, name in enumerate(PIECES)
+        for row in times(case, name, fused=seconds + index, packed=seconds + index + 0.5)
+    ]
+    _, out = _plan(tmp_path, write_rows(tmp_path / "results.csv", rows))
+    table = json.loads(out.read_text())
+    monkeypatch.setattr(_plan_table, "_tables", lambda: {table["gpu"]: table})
+    dtypes = torch.bfloat16, torch.float32
+    linear = _plan_table.measured_costs(table["gpu"], 128, 1024, 2048, *dtypes)
+    conv = _plan_table.measured_conv_costs(
+        table["gpu"], 256 * 28 * 28, 512, 256, *dtypes, (1, 1), (2, 2), 1
+    )
+    for costs, seconds in ((linear, 1.0), (conv, 3.0)):
+        assert costs == {
+            f"{path}_{name}": seconds + index + more
+            for index, name in enumerate(PIECES)
+            for path, more in (("fused", 0.0), ("packed", 0.5))
+        }
 
 
 def test_both_paths_are_of_one_run(tmp_path):
