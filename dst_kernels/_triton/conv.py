@@ -28,8 +28,8 @@ from .tiles import (
     ProductTile,
     conv_grad_weight_candidates,
     conv_grad_weight_tile,
-    conv_product_candidates,
     conv_product_tile,
+    conv_product_tiles,
     post_tile,
 )
 from .tuning import token_bucket, tuned, tuning_is_on
@@ -185,7 +185,7 @@ def _product(
             f"{token_bucket(positions)}x{shape} groups={problem.groups} {lattices} "
             f"{problem.weight.dtype} {traits}"
         )
-        tile = tuned(name, tile, conv_product_candidates(traits), run, x)
+        tile = tuned(name, tile, conv_product_tiles(traits), run, x)
     run(tile)
 
 
@@ -269,14 +269,14 @@ def _grad_weight(
     positions = grad.shape[0] * grad.shape[2] * grad.shape[3]
     outputs, channels, *taps = weight.shape
     sizes = positions, outputs // groups, channels, math.prod(taps) * groups
-    tile = conv_grad_weight_tile(*sizes, traits, grad_threshold is not None)
+    tile = conv_grad_weight_tile(*sizes, traits)
     if tuning_is_on():
         name = (
             f"conv grad_weight element={grad_threshold is not None} {token_bucket(positions)}x"
             f"{'x'.join(map(str, weight.shape))} groups={groups} {problem.lattices} "
             f"{weight.dtype} {traits}"
         )
-        candidates = conv_grad_weight_candidates(tile, traits, grad_threshold is not None)
+        candidates = conv_grad_weight_candidates(tile, traits)
         tile = tuned(name, tile, candidates, run, x)
     return run(tile)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +27,9 @@ __all__ = [
     "Traits",
     "conv_grad_weight_candidates",
     "conv_grad_weight_tile",
-    "conv_product_candidates",
+    "conv_grad_weight_tiles",
     "conv_product_tile",
+    "conv_product_tiles",
     "grad_weight_candidates",
     "grad_weight_tile",
     "pack_tile",
@@ -163,7 +165,7 @@ _GRAD_FLOAT32 = GradWeightTile(64, 64, 16, 4, 2)
 @functools.lru_cache(maxsize=4096)
 def product_tile(M: int, R: int, C: int, traits: Traits) -> ProductTile:
     """For M tokens, R outputs and a sum over C."""
-    tile = _by_tokens(M, traits)
+    tile = _least_covering(M, tuple(_product_tiles(traits).values()))
     # Too few tiles to fill the GPU: share each sum, but leave every program a few steps of it.
     programs = -(-R // tile.block_r) * -(-M // tile.block_m)
     steps = C // (4 * tile.block_c * tile.unroll)
@@ -172,17 +174,21 @@ def product_tile(M: int, R: int, C: int, traits: Traits) -> ProductTile:
 
 def conv_product_tile(M: int, traits: Traits) -> ProductTile:
     """For M positions of a convolution."""
-    return _by_tokens(M, traits)
+    return _least_covering(M, conv_product_tiles(traits))
 
 
-def conv_product_candidates(traits: Traits) -> list[ProductTile]:
-    """What else is worth trying."""
-    return list(_product_tiles(traits).values())
+def conv_product_tiles(traits: Traits) -> tuple[ProductTile, ...]:
+    """All that may be chosen, by rising size."""
+    tiles = tuple(_product_tiles(traits).values())
+    if traits.hopper or traits.dtype != torch.float32:
+        return tiles
+    # With three stages TF32 spills, beside the addresses of the positions.
+    return tuple(dataclasses.replace(tile, stages=2) for tile in tiles)
 
 
-def _by_tokens(M: int, traits: Traits) -> ProductTile:
-    tiles = _product_tiles(traits)
-    return tiles[min((size for size in tiles if size >= M), default=max(tiles))]
+def _least_covering(M: int, tiles: Sequence[ProductTile]) -> ProductTile:
+    """The first with `block_m` of M or more, else the last."""
+    return next((tile for tile in tiles if tile.block_m >= M), tiles[-1])
 
 
 def product_candidates(default: ProductTile, traits: Traits) -> list[ProductTile]:
@@ -225,11 +231,9 @@ def grad_weight_candidates(
     return whole + [dataclasses.replace(tiles[1], split=split) for split in sorted(splits)]
 
 
-def conv_grad_weight_tile(
-    M: int, R: int, C: int, taps: int, traits: Traits, element_wise: bool
-) -> GradWeightTile:
+def conv_grad_weight_tile(M: int, R: int, C: int, taps: int, traits: Traits) -> GradWeightTile:
     """For M positions and a weight of `taps` matrices [R, C], each with programs of its own."""
-    tile, *middle = _conv_grad_weight_tiles(traits, element_wise)
+    tile, *middle = conv_grad_weight_tiles(traits)
     # A tile that is mostly padding does more work than a small one.
     if middle and middle[0].block_r < 2 * R and middle[0].block_c < 2 * C:
         tile = middle[0]
@@ -238,18 +242,16 @@ def conv_grad_weight_tile(
     return _split(tile, programs, M // (8 * tile.block_m), most=64, wanted=2 * MULTIPROCESSORS)
 
 
-def conv_grad_weight_candidates(
-    default: GradWeightTile, traits: Traits, element_wise: bool
-) -> list[GradWeightTile]:
+def conv_grad_weight_candidates(default: GradWeightTile, traits: Traits) -> list[GradWeightTile]:
     """What else is worth trying."""
     splits = sorted({1, max(default.split // 2, 1), default.split, 2 * default.split})
-    tiles = _conv_grad_weight_tiles(traits, element_wise)
+    tiles = conv_grad_weight_tiles(traits)
     return [dataclasses.replace(tile, split=split) for tile in tiles for split in splits]
 
 
-def _conv_grad_weight_tiles(traits: Traits, element_wise: bool) -> tuple[GradWeightTile, ...]:
-    """Without the large tile, which spills beside the positions' addresses."""
-    return _grad_weight_tiles(traits, element_wise)[:2]
+def conv_grad_weight_tiles(traits: Traits) -> tuple[GradWeightTile, ...]:
+    """Small and, where it pays, middle; the large one spills beside the positions' addresses."""
+    return _grad_weight_tiles(traits, element_wise=True)
 
 
 def _grad_weight_tiles(traits: Traits, element_wise: bool) -> tuple[GradWeightTile, ...]:

@@ -63,6 +63,30 @@ MUTANTS = {
         "range(begin, end - (end - begin) % BLOCK_M, BLOCK_M",
         "linear_ops",
     ),
+    "the convolution skips its last tap": (
+        "conv_product.py",
+        r"range\(0, taps_h \* taps_w \* steps_c",
+        "range(0, taps_h * taps_w * steps_c - 1",
+        "conv_ops",
+    ),
+    "the convolution runs over the edge of a line": (
+        "conv_product.py",
+        r" & \(w < in_w\)",
+        "",
+        "conv_ops",
+    ),
+    "the input's gradient takes neighbouring outputs where stride and dilation differ": (
+        "conv.py",
+        r"-\(period \* dilation // stride\)",
+        "-1",
+        "conv_ops",
+    ),
+    "the gradient of a filter skips the tail of the images": (
+        "conv_grad_weight.py",
+        r"range\(begin, end, BLOCK_M",
+        "range(begin, end - (end - begin) % BLOCK_M, BLOCK_M",
+        "conv_ops",
+    ),
     "the last slab is not added": ("product.py", r"range\(parts\)", "range(parts - 1)", "tiles"),
     "a slab of the gradient is not added": (
         "post.py",

@@ -54,6 +54,27 @@ def test_linear_ops(batch, of_threshold, layout, device):
     opcheck(_ops.masked_linear_grad_weight, (grad, input, weight, threshold, *OPTIONS, BACKEND))
 
 
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("of_threshold", ["row", "element"])
+@pytest.mark.parametrize("kernel", [(2, 1), (1, 1), (2,)], ids=str)
+def test_conv_ops(kernel, of_threshold, layout, device):
+    dimensions = len(kernel)
+    arrange = LAYOUTS[layout]
+    weight = arrange(normal(4, 3, *kernel, device=device))
+    threshold = thresholds(weight.shape, of_threshold, device=device)
+    input = arrange(normal(2, 3, *[4] * dimensions, dtype=F16, device=device))
+    grad = arrange(normal(2, 4, *(5 - k for k in kernel), dtype=F16, device=device))
+    geometry = [1] * dimensions, [0] * dimensions, [1] * dimensions, 1
+    bias = normal(4, device=device)
+    opcheck(_ops.masked_conv, (input, weight, threshold, bias, 0.01, *geometry, BACKEND))
+    shape = list(input.shape)
+    opcheck(_ops.masked_conv_grad_input, (grad, shape, weight, threshold, *geometry, BACKEND))
+    opcheck(
+        _ops.masked_conv_grad_weight,
+        (grad, input, weight, threshold, *geometry, *OPTIONS, BACKEND),
+    )
+
+
 @pytest.fixture
 def fresh_compiler():
     torch._dynamo.reset()
@@ -89,13 +110,18 @@ def test_a_compiled_layer_commits_a_reset(device):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_a_compiled_convolution(device):
-    layer = MaskedConv2d(3, 4, 3, backend=BACKEND, device=device)
+@pytest.mark.parametrize("path", ["auto", "fused", "packed", "mixed"])
+@pytest.mark.parametrize("kernel", [1, 2])
+def test_a_compiled_convolution_trains_as_the_eager_one(kernel, path, device):
+    layer = MaskedConv2d(3, 4, kernel, stride=kernel, backend=BACKEND, path=path, device=device)
+    layer = layer.to(memory_format=torch.channels_last)
     layer.reset_threshold(0.1)
-    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
-    input = normal(2, 3, 6, 6, device=device)
-    expected = layer(input)
-    torch.testing.assert_close(compiled(input), expected)
-    expected.square().sum().backward()
-    compiled(input).square().sum().backward()
-    torch.testing.assert_close(compiled.threshold.grad, layer.threshold.grad)
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    for batch in (2, 3):  # the second makes the size a symbol
+        input = normal(batch, 3, 4, 4, device=device).to(memory_format=torch.channels_last)
+        for model in (layer, compiled):
+            model(input).square().sum().backward()
+    for name, ours in layer.named_parameters():
+        torch.testing.assert_close(twin.get_parameter(name).grad, ours.grad)
+    assert twin.threshold.grad.any()

@@ -5,14 +5,16 @@ Other memory formats compile to slower code of the same kernels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
 import triton.language as tl
 
 from ..conv_grad_weight import conv_grad_weight_kernel, conv_slabs_kernel
 from ..conv_product import conv_product_kernel
 from ..masking import ALONG_C, ALONG_R, ELEMENT, SURROGATE_CODES
-from .base import Variant, grad_weight_cases, product_cases, unit_strides, variant
+from ..tiles import Traits, conv_grad_weight_tiles, conv_product_tiles
+from .base import Variant, unit_strides, variant
 
 __all__ = ["convolutions"]
 
@@ -23,10 +25,28 @@ def convolutions(architecture: int) -> Iterator[Variant]:
     yield from _grad_weights(architecture)
 
 
+# Stored weight, activations, whether float32 may round to TF32. fp16 compiles to the code of bf16.
+_DTYPES = (
+    ("fp32", "bf16", False),
+    ("bf16", "bf16", False),
+    ("fp32", "fp16", False),
+    ("fp32", "fp32", True),
+    ("fp32", "fp32", False),
+)
+_TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def _cases(architecture: int, tiles: Callable[[Traits], Sequence]) -> Iterator[tuple]:
+    """(tile, weight, activations, PRECISION, whether on tensor cores)."""
+    for weight, x, tf32 in _DTYPES:
+        traits = Traits(_TORCH[x], tf32, hopper=architecture == 90)
+        of_traits = tiles(traits)
+        for tile in of_traits[-1:] if x == "fp16" else of_traits:
+            yield tile, weight, x, traits.precision, traits.tensor_cores
+
+
 def _products(architecture: int) -> Iterator[Variant]:
-    for tile, weight, x, precision, tensor_cores in product_cases(architecture):
-        if x == "fp16" and tile.block_m != 64:
-            continue  # the same code as for bf16
+    for tile, weight, x, precision, tensor_cores in _cases(architecture, conv_product_tiles):
         for purpose in ("forward", "grad_input"):
             by_input = purpose == "grad_input"
             for granularity, axis in (
@@ -66,9 +86,7 @@ def _products(architecture: int) -> Iterator[Variant]:
 
 def _grad_weights(architecture: int) -> Iterator[Variant]:
     """With the epilogue, and slabs; the surrogates differ only where the linear layer's do."""
-    for tile, weight, x, precision, tensor_cores in grad_weight_cases(architecture):
-        if tile.block_c > 128 or (x == "fp16" and tile.block_c != 128):
-            continue  # the largest serves linear layers only; fp16 is the same code as bf16
+    for tile, weight, x, precision, tensor_cores in _cases(architecture, conv_grad_weight_tiles):
         constants = {
             **unit_strides("gr", "xc"),
             "PRECISION": precision,
@@ -81,7 +99,7 @@ def _grad_weights(architecture: int) -> Iterator[Variant]:
         options = {"warps": tile.warps, "stages": tile.stages, "tensor_cores": tensor_cores}
         for granularity, axis in (("row", ALONG_R), ("element", ELEMENT)):
             element = granularity == "element"
-            if element and ((weight, x) != ("fp32", "bf16")):
+            if element and (weight, x) != ("fp32", "bf16"):
                 continue
             yield variant(
                 f"conv grad_weight {weight},{x} {precision} {granularity} {tile}",
