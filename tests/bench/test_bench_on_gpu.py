@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.cases import ListCase, ModelCase
+from bench.cases import ConvCase, ListCase, ModelCase
 from bench.kinds import load, providers_for
 from bench.launches import count_launches
 from bench.list_providers import LIST_PASSES
@@ -78,6 +78,30 @@ def test_every_provider_has_its_figures():
         metrics = ["time", "spread", "throughput", "memory", "launches"]
         metrics += ["graph_time", "graph_throughput"] * provider.graphable
         assert found == [(STEP, metric) for metric in metrics], provider.name
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ConvCase(4, 8, 64, 64, 3, "bf16-autocast"),
+        ConvCase(4, 9, 64, 32, 1, "bf16-autocast", stride=2),
+        ConvCase(4, 9, 32, 32, 7, "bf16-autocast", groups=32),
+    ],
+    ids=lambda case: case.name,
+)
+def test_every_pass_of_a_convolution_has_its_figures(case):
+    measure = load(case, CUDA)
+    for provider in providers_for("conv"):
+        if provider.compiled:
+            continue
+        found = []
+        measure(provider, lambda *figure, found=found: found.append(figure[:3]))
+        if provider.name in ("fused", "mixed") and found[0][:2] == ("", "skipped"):
+            continue  # not every convolution has fused products
+        for name in provider.passes:
+            metrics = {metric for where, metric, _ in found if where == name}
+            assert {"time", "flops", "memory"} <= metrics, (provider.name, name, found)
+            assert "error" not in metrics
 
 
 def test_every_pass_over_a_list_has_its_figures():
