@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import _checks as checks
+from . import _checks_conv as conv_checks
 from ._autocast import autocast_enabled
 from ._backends import implementation
 from .reference.conv import conv_memory_format, conv_output_shape
@@ -175,7 +176,7 @@ def masked_linear_grad_weight(grad, input, weight, threshold, surrogate, structu
 @_define(
     "masked_conv(Tensor input, Tensor weight, Tensor threshold, Tensor? bias, float? reset_ratio, "
     "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> (Tensor, Tensor)",
-    checks.check_masked_conv,
+    conv_checks.check_masked_conv,
 )
 def masked_conv(input, weight, threshold, bias, reset_ratio, stride, padding, dilation, groups):
     shape = conv_output_shape(input.shape, weight.shape, stride, padding, dilation)
@@ -191,7 +192,7 @@ def masked_conv(input, weight, threshold, bias, reset_ratio, stride, padding, di
 @_define(
     "masked_conv_grad_input(Tensor grad, SymInt[] input_shape, Tensor weight, Tensor threshold, "
     "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> Tensor",
-    checks.check_conv_grad_input,
+    conv_checks.check_conv_grad_input,
 )
 def masked_conv_grad_input(grad, input_shape, weight, threshold, stride, padding, dilation, groups):
     return torch.empty(
@@ -206,7 +207,7 @@ def masked_conv_grad_input(grad, input_shape, weight, threshold, stride, padding
     "masked_conv_grad_weight(Tensor grad, Tensor input, Tensor weight, Tensor threshold, "
     "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str surrogate, "
     "bool structure_gradient) -> (Tensor, Tensor)",
-    checks.check_conv_grad_weight,
+    conv_checks.check_conv_grad_weight,
 )
 def masked_conv_grad_weight(
     grad,

@@ -13,13 +13,24 @@ convolution is packed: the vendor's are hard to beat.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ._plan_table import measured_conv_costs, measured_costs
 
-__all__ = ["FUSED", "PACKED", "PATHS", "PLANS", "Plan", "check_path", "plan_conv", "plan_linear"]
+__all__ = [
+    "CONV_TRANSPOSE_PATHS",
+    "FUSED",
+    "PACKED",
+    "PATHS",
+    "PLANS",
+    "Plan",
+    "check_path",
+    "plan_conv",
+    "plan_linear",
+]
 
 FUSED, PACKED = "fused", "packed"
 
@@ -39,6 +50,7 @@ PLANS = {
     "mixed": Plan(PACKED, PACKED, FUSED),
 }
 PATHS = ("auto", *PLANS)
+CONV_TRANSPOSE_PATHS = ("auto", "packed")  # nobody has fused kernels for it
 
 
 @dataclass(frozen=True)
@@ -54,10 +66,12 @@ class Costs:
     packed_grad_weight: float
 
 
-def check_path(path: str) -> None:
-    """Raise ValueError for an unknown name."""
-    if path not in PATHS:
-        raise ValueError(f"path must be one of {', '.join(PATHS)}, but is {path!r}")
+def check_path(path: str, paths: Sequence[str] = PATHS) -> None:
+    """Raise ValueError for an unknown name, or one that is not among the `paths` of a layer."""
+    if path in paths:
+        return
+    why = ": transposed convolutions have the packed path only" if path in PATHS else ""
+    raise ValueError(f"path must be one of {', '.join(paths)}, but is {path!r}{why}")
 
 
 def plan_linear(

@@ -1,4 +1,4 @@
-"""Stateless operations: masks, masked weights, masked linear and convolution, the regulariser.
+"""Stateless operations: masks, masked weights, masked linear and convolutions, the regulariser.
 
 All take a `weight` of at least two dimensions (a layer's, or any scores) and a `threshold` whose
 shape says what one value governs: `[out]` a row, `[]` or `[1]` everything, the weight's own shape
@@ -29,6 +29,9 @@ __all__ = [
     "masked_conv1d",
     "masked_conv2d",
     "masked_conv3d",
+    "masked_conv_transpose1d",
+    "masked_conv_transpose2d",
+    "masked_conv_transpose3d",
     "masked_linear",
     "masked_weight",
     "remaining_ratio",
@@ -139,6 +142,9 @@ def masked_linear(
     )[0]
 
 
+_SIZES = {1: "L", 2: "H, W", 3: "D, H, W"}
+
+
 def _conv(spatial: int):
     def masked_conv(
         input: Tensor,
@@ -177,7 +183,7 @@ def _conv(spatial: int):
             path=path,
         )[0]
 
-    sizes = ", ".join({1: "L", 2: "HW", 3: "DHW"}[spatial])
+    sizes = _SIZES[spatial]
     masked_conv.__name__ = masked_conv.__qualname__ = f"masked_conv{spatial}d"
     masked_conv.__doc__ = f"""Convolution with weight * mask over {spatial} dimension(s).
 
@@ -192,6 +198,65 @@ def _conv(spatial: int):
 masked_conv1d = _conv(1)
 masked_conv2d = _conv(2)
 masked_conv3d = _conv(3)
+
+
+def _conv_transpose(spatial: int):
+    def masked_conv_transpose(
+        input: Tensor,
+        weight: Tensor,
+        threshold: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        output_padding: int | Sequence[int] = 0,
+        groups: int = 1,
+        dilation: int | Sequence[int] = 1,
+        *,
+        reset_ratio: float | None = 0.01,
+        surrogate: str = "long_tailed",
+        structure_gradient: bool = True,
+        backend: str = "auto",
+    ) -> Tensor:
+        if weight.dim() != spatial + 2:
+            raise ValueError(
+                f"weight must be [in, out/groups, *kernel] with {spatial} kernel dimension(s), "
+                f"but its shape is {list(weight.shape)}"
+            )
+        return autograd.masked_conv_transpose(
+            input,
+            weight,
+            threshold,
+            bias,
+            stride,
+            padding,
+            output_padding,
+            groups,
+            dilation,
+            reset_ratio=reset_ratio,
+            surrogate=surrogate,
+            structure_gradient=structure_gradient,
+            backend=backend,
+            path="packed",
+        )[0]
+
+    sizes = _SIZES[spatial]
+    name = f"masked_conv_transpose{spatial}d"
+    masked_conv_transpose.__name__ = masked_conv_transpose.__qualname__ = name
+    dimensions = f"{spatial} dimension(s)"
+    masked_conv_transpose.__doc__ = f"""Transposed convolution with weight * mask over {dimensions}.
+
+    input [N, in, {sizes}] or [in, {sizes}], weight [in, out/groups, *kernel], bias [out] ->
+    [N, out, *]. `stride`, `padding`, `output_padding`, `groups` and `dilation` as in
+    `torch.nn.functional.conv_transpose{spatial}d`. A row is one output channel, so `threshold` is
+    [out], [] or [1], or has the weight's shape. Everything else as in `masked_linear`; the path is
+    the packed one.
+    """
+    return masked_conv_transpose
+
+
+masked_conv_transpose1d = _conv_transpose(1)
+masked_conv_transpose2d = _conv_transpose(2)
+masked_conv_transpose3d = _conv_transpose(3)
 
 
 def sparse_regularization(thresholds: Tensor | Iterable[Tensor]) -> Tensor:

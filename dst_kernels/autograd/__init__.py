@@ -7,6 +7,7 @@ derivative, so there is no second one.
 
 from ._function import product_dtype
 from .conv import masked_conv
+from .conv_transpose import masked_conv_transpose
 from .group import mask_weights, pack_weights, with_dense_gradients
 from .linear import masked_linear
 from .regularization import sparse_regularization
@@ -15,6 +16,7 @@ from .weight import masked_weight, pack
 __all__ = [
     "mask_weights",
     "masked_conv",
+    "masked_conv_transpose",
     "masked_linear",
     "masked_weight",
     "pack",

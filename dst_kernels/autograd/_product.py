@@ -13,7 +13,7 @@ from .. import _ops
 from .._backends import serving
 from .._checks import check_surrogate
 from .._compiled import library
-from .._plan import FUSED, PLANS, Plan, check_path
+from .._plan import FUSED, PACKED, PLANS, Plan, check_path
 from ._function import MaskedFunction, cast_for_autocast, wanted
 from .weight import Packed, pack
 
@@ -30,7 +30,6 @@ class Product:
     convolution's input lead to one of its output.
     """
 
-    check: ClassVar[Callable]  # (input, weight, threshold, bias, *geometry)
     # Packed, in ATen.
     forward: ClassVar[Callable]  # (input, masked, bias, *geometry) -> output
     grad_input: ClassVar[Callable]  # (grad, [shape,] masked, *geometry) -> dX
@@ -132,27 +131,25 @@ def masked_product(
     structure_gradient: bool,
     backend: str,
     path: str,
-    packed: Packed | None = None,
+    recall: Callable[..., Packed] | None = None,
     keep_packed: bool = True,
     dense_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(output, effective threshold); gradients go to input, `weight`, `threshold` and bias.
 
-    `packed` spares the packing where weight and threshold are as they were when it was made. With
-    `keep_packed` the backward pass finds the masked copy again; without, it makes a new one. With
-    `dense_gradient` the gradient of the weight is G itself, and the threshold has none.
+    The caller has checked the tensors. `recall` stands in for `pack` where it remembers what it has
+    packed. With `keep_packed` the backward pass finds the masked copy again; without, it makes a
+    new one. With `dense_gradient` the gradient of the weight is G itself, and the threshold has
+    none.
     """
     check_surrogate(surrogate)
     check_path(path)
-    if not torch.compiler.is_compiling():  # there the compiler's own checks of shapes serve
-        product.check(input, weight, threshold, bias, *geometry)
     input = cast_for_autocast(input, weight)
-    plan = _plan(product, path, backend, input, weight, packed is not None, *geometry)
-    if plan.forward == FUSED:
-        packed = None
-    elif packed is None:
-        packed = pack(weight, threshold, reset_ratio, input.dtype, backend)
-    masked, effective = (None, None) if packed is None else packed
+    plan = _plan(product, path, backend, input, weight, recall is not None, *geometry)
+    masked = effective = None
+    if plan.forward == PACKED:
+        packed = (recall or pack)(weight, threshold, reset_ratio, input.dtype, backend)
+        masked, effective = packed
     outputs = _MaskedProduct.apply(
         input, weight, threshold, bias, masked, effective, product, reset_ratio, keep_packed,
         plan.grad_input, _DENSE if dense_gradient else plan.grad_weight,

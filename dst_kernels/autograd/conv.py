@@ -9,28 +9,29 @@ import torch
 from torch import Tensor
 
 from .. import _ops
-from .._checks import check_conv
+from .._checks_conv import check_conv
 from .._conv_arguments import per_dimension, resolve_padding
 from .._device import gpu_name, tf32_allowed
 from .._plan import Plan, plan_conv
 from ..reference.conv import conv, conv_dense_weight_gradient, conv_grad_input, conv_output_shape
 from ._product import Product, masked_product
 
-__all__ = ["masked_conv"]
+__all__ = ["conv_grad_bias", "masked_conv"]
+
+
+def conv_grad_bias(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over all dimensions but the channels'."""
+    return grad.sum((0, *range(2, grad.dim())), dtype=dtype)
 
 
 class _Conv(Product):
-    check = staticmethod(check_conv)
     forward = staticmethod(conv)
     grad_input = staticmethod(conv_grad_input)
     dense_gradient = staticmethod(conv_dense_weight_gradient)
+    grad_bias = staticmethod(conv_grad_bias)
     fused_forward = _ops.masked_conv
     fused_grad_input = _ops.masked_conv_grad_input
     fused_grad_weight = _ops.masked_conv_grad_weight
-
-    @staticmethod
-    def grad_bias(grad: Tensor, dtype: torch.dtype) -> Tensor:
-        return grad.sum((0, *range(2, grad.dim())), dtype=dtype)
 
     @staticmethod
     def fastest(
@@ -84,7 +85,8 @@ def masked_conv(
     if not batched:
         input = input.unsqueeze(0)
     input, padding = resolve_padding(input, padding, weight.shape[2:], stride, dilation)
-    output, effective = masked_product(
-        _Conv, input, weight, threshold, bias, stride, padding, dilation, groups, **options
-    )
+    geometry = stride, padding, dilation, groups
+    if not torch.compiler.is_compiling():  # there the compiler's own checks of shapes serve
+        check_conv(input, weight, threshold, bias, *geometry)
+    output, effective = masked_product(_Conv, input, weight, threshold, bias, *geometry, **options)
     return output if batched else output.squeeze(0), effective

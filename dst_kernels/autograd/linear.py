@@ -16,7 +16,6 @@ __all__ = ["masked_linear"]
 
 
 class _Linear(Product):
-    check = staticmethod(check_linear)
     forward = staticmethod(linear)
     grad_input = staticmethod(torch.matmul)
     fused_forward = _ops.masked_linear
@@ -49,4 +48,6 @@ def masked_linear(
     input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, **options
 ) -> tuple[Tensor, Tensor]:
     """input [..., in], weight [out, in]; `options` and result of `masked_product`."""
+    if not torch.compiler.is_compiling():  # there the compiler's own checks of shapes serve
+        check_linear(input, weight, threshold, bias)
     return masked_product(_Linear, input, weight, threshold, bias, **options)

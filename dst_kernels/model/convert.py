@@ -12,7 +12,16 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from .._dtensor import is_dtensor
-from ..nn import MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedLayer, MaskedLinear
+from ..nn import (
+    MaskedConv1d,
+    MaskedConv2d,
+    MaskedConv3d,
+    MaskedConvTranspose1d,
+    MaskedConvTranspose2d,
+    MaskedConvTranspose3d,
+    MaskedLayer,
+    MaskedLinear,
+)
 from ._bypass import bypassed_layers
 from ._encoder import avoid_fast_path
 from ._replace import replace_modules
@@ -29,6 +38,9 @@ _MASKED = {
     nn.Conv1d: MaskedConv1d,
     nn.Conv2d: MaskedConv2d,
     nn.Conv3d: MaskedConv3d,
+    nn.ConvTranspose1d: MaskedConvTranspose1d,
+    nn.ConvTranspose2d: MaskedConvTranspose2d,
+    nn.ConvTranspose3d: MaskedConvTranspose3d,
 }
 
 _TRANSFORMERS_CONV1D = "transformers.pytorch_utils.Conv1D"
@@ -127,7 +139,7 @@ def _plan(
     bypassed = bypassed_layers(model)
     reasons: dict[nn.Module, str] = {}
     for _, module in named:
-        reason = bypassed.get(module) or _cannot_convert(module)
+        reason = bypassed.get(module) or _cannot_convert(module, config.path)
         if reason:
             reasons[module] = reason
     able = [module for _, module in named if module not in reasons]
@@ -198,7 +210,7 @@ def _masked_type(module: nn.Module) -> type[MaskedLayer]:
     return MaskedTransformersConv1D
 
 
-def _cannot_convert(module: nn.Module) -> str | None:
+def _cannot_convert(module: nn.Module, path: str) -> str | None:
     """Why there is no masked layer that would compute the same, or None."""
     if isinstance(module, MaskedLayer):
         return "masked already"
@@ -222,6 +234,9 @@ def _cannot_convert(module: nn.Module) -> str | None:
         return f"its weight is {weight.dtype}"
     if is_dtensor(weight):
         return "is sharded already: convert before fully_shard"
+    paths = _masked_type(module).paths
+    if path not in paths:
+        return f"has no path {path!r}, only {' and '.join(paths)}"
     return None
 
 

@@ -9,12 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import autograd
 from .. import functional as F
 from .._backends import resolve
 from .._checks import check_effective_threshold, check_surrogate
 from .._dtensor import full_tensor, is_dtensor, reset_shard
-from .._plan import check_path
+from .._plan import PATHS, check_path
 from ._deferral import Deferral
 from ._reuse import packs_of
 
@@ -36,6 +35,7 @@ class MaskedLayer:
     """
 
     dense_type: ClassVar[type[nn.Module]]
+    paths: ClassVar[tuple[str, ...]] = PATHS  # that its products can take
     _sharded_threshold: Tensor | None = None
     _deferral: Deferral | None = None
     _is_replica = False  # DataParallel sets it
@@ -56,21 +56,22 @@ class MaskedLayer:
             )
         check_surrogate(surrogate)
         resolve(backend)
-        check_path(path)
+        check_path(path, self.paths)
         self.granularity = granularity
         self.reset_ratio = reset_ratio
         self.surrogate = surrogate
         self.structure_gradient = structure_gradient
         self.backend = backend
         self.path = path
+        rows = self._rows(self.weight)
         shape = {
-            "row": [self._rows(self.weight).shape[0]],
+            "row": [rows.shape[0]],
             "layer": [1],  # not 0-dim: FSDP2 shards no scalars
             "element": self.weight.shape,
         }[granularity]
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         self.threshold = nn.Parameter(torch.zeros(shape, dtype=dtype, device=self.weight.device))
-        check_effective_threshold(*self._weight_and_threshold(), reset_ratio)
+        check_effective_threshold(rows, self._rows(self.threshold), reset_ratio)
 
     # -- the layer's own operations ------------------------------------------------------------
 
@@ -109,8 +110,7 @@ class MaskedLayer:
 
     # -- for forward ---------------------------------------------------------------------------
 
-    @staticmethod
-    def _rows(tensor: Tensor) -> Tensor:
+    def _rows(self, tensor: Tensor) -> Tensor:
         """Weight-shaped tensors with output rows first; layers that store them otherwise override.
 
         Must be its own inverse and leave tensors of one dimension alone.
@@ -119,10 +119,10 @@ class MaskedLayer:
 
     def gathered(self) -> tuple[Tensor, Tensor]:
         """(weight, threshold), output rows first, whole where FSDP2 keeps them sharded."""
-        weight, threshold = self._weight_and_threshold()
-        return full_tensor(weight), full_tensor(threshold)
+        return self._rows(full_tensor(self.weight)), self._rows(full_tensor(self.threshold))
 
-    def _weight_and_threshold(self) -> tuple[Tensor, Tensor]:
+    def _operands(self) -> tuple[Tensor, Tensor]:
+        """(weight, threshold) as the layer's operation takes them."""
         return self._rows(self.weight), self._rows(self.threshold)
 
     def _masked(self, operation: Callable, input: Tensor, bias: Tensor | None, *geometry) -> Tensor:
@@ -131,13 +131,10 @@ class MaskedLayer:
         What autograd saves is the effective threshold, a tensor of its own, so that a commit
         between a forward and its backward (a layer used twice, a second forward) does no harm.
         """
-        weight, threshold = self._weight_and_threshold()
-        reuse = packed = None
+        weight, threshold = self._operands()
+        reuse = None
         if not torch.compiler.is_compiling() and self._sharded_threshold is None:
             reuse = packs_of(self)
-        if reuse is not None and self.path != "fused":
-            dtype = autograd.product_dtype(input, weight)
-            packed = reuse.get(weight, threshold, self.reset_ratio, dtype, self.backend)
         output, effective = operation(
             input,
             weight,
@@ -149,7 +146,7 @@ class MaskedLayer:
             structure_gradient=self.structure_gradient,
             backend=self.backend,
             path=self.path,
-            packed=packed,
+            recall=None if reuse is None else reuse.get,
             # FSDP2 frees the gathered weight until backward; a copy of it would undo that.
             keep_packed=self._sharded_threshold is None,
             dense_gradient=self.deferral() is not None,
@@ -159,7 +156,7 @@ class MaskedLayer:
                 if self._sharded_threshold is not None:
                     reset_shard(self._sharded_threshold, threshold, effective)
                 threshold.copy_(effective)
-            if packed is not None:
+            if reuse is not None:
                 reuse.threshold_was_committed(threshold)
         return output
 
@@ -265,8 +262,7 @@ class MaskedLayer:
 
         Raises RuntimeError where the weight is sharded.
         """
-        weight, threshold = self._weight_and_threshold()
-        if is_dtensor(weight):
+        if is_dtensor(self.weight):
             raise RuntimeError(
                 "a sharded layer cannot be made dense: gather the state dict and load it into an "
                 "unsharded model first"
@@ -278,8 +274,10 @@ class MaskedLayer:
             layer.__dict__.pop(name, None)
         del layer._parameters["threshold"]
         with torch.no_grad():
-            baked = F.masked_weight(weight, threshold, reset_ratio=self.reset_ratio)
-        layer.weight = nn.Parameter(self._rows(baked), requires_grad=self.weight.requires_grad)
+            baked = F.masked_weight(*self.gathered(), reset_ratio=self.reset_ratio)
+            # In the weight's layout, which `_rows` may have lost.
+            baked = torch.empty_like(self.weight).copy_(self._rows(baked))
+        layer.weight = nn.Parameter(baked, requires_grad=self.weight.requires_grad)
         return layer
 
 

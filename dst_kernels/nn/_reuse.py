@@ -55,10 +55,14 @@ class Packs:
         return packed
 
     def threshold_was_committed(self, threshold: Tensor) -> None:
-        """What a commit writes is what the copies were made with."""
+        """What a commit writes is what the copies were made with.
+
+        They may have been made with a view of it, which shares its version.
+        """
+        version = _version(threshold)
         self._made = {
-            dtype: ((weight, _state(threshold), *rest), packed)
-            for dtype, ((weight, _, *rest), packed) in self._made.items()
+            dtype: ((weight, (version, *place), *rest), packed)
+            for dtype, ((weight, (_, *place), *rest), packed) in self._made.items()
         }
 
 
@@ -72,9 +76,12 @@ def packs_of(layer: nn.Module) -> Packs | None:
 
 
 def _state(tensor: Tensor) -> tuple:
+    return _version(tensor), tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def _version(tensor: Tensor) -> object:
     # An inference tensor counts no versions and can be written to in inference mode only.
-    version = object() if tensor.is_inference() else tensor._version
-    return version, tensor.data_ptr(), tensor.shape, tensor.stride()
+    return object() if tensor.is_inference() else tensor._version
 
 
 @contextlib.contextmanager

@@ -38,8 +38,7 @@ class MaskedTransformersConv1D(MaskedLayer, Conv1D):
         super().__init__(nf, nx)
         self._init_masking(granularity, reset_ratio, surrogate, structure_gradient, backend, path)
 
-    @staticmethod
-    def _rows(tensor: Tensor) -> Tensor:
+    def _rows(self, tensor: Tensor) -> Tensor:
         return tensor.t() if tensor.dim() == 2 else tensor
 
     def reset_parameters(self) -> None:

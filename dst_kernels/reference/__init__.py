@@ -7,6 +7,7 @@ knows about autograd, modules or dispatch.
 """
 
 from .conv import masked_conv, masked_conv_grad_input, masked_conv_grad_weight
+from .conv_transpose import masked_conv_transpose
 from .group import masked_weights, masked_weights_backward
 from .linear import masked_linear, masked_linear_grad_input, masked_linear_grad_weight
 from .regularization import regularization, sparse_regularization
@@ -27,6 +28,7 @@ __all__ = [
     "masked_conv",
     "masked_conv_grad_input",
     "masked_conv_grad_weight",
+    "masked_conv_transpose",
     "masked_linear",
     "masked_linear_grad_input",
     "masked_linear_grad_weight",

@@ -20,6 +20,7 @@ __all__ = [
     "conv_grad_input",
     "conv_memory_format",
     "conv_output_shape",
+    "convolution_backward",
     "masked_conv",
     "masked_conv_grad_input",
     "masked_conv_grad_weight",
@@ -90,7 +91,7 @@ def conv_grad_input(
     """dX of shape `input_shape`, in the gradient's dtype, which is the weight's."""
     memory_format = conv_memory_format(grad, weight)
     shaped_like_input = grad.new_empty(input_shape).contiguous(memory_format=memory_format)
-    dense = _convolution_backward(
+    dense = convolution_backward(
         grad, shaped_like_input, weight, stride, padding, dilation, groups, 0
     )
     return dense.contiguous(memory_format=memory_format)
@@ -107,7 +108,7 @@ def conv_dense_weight_gradient(
 ) -> Tensor:
     """G, shaped like `weight`, of which nothing but shape and strides is used."""
     shaped_like_weight = torch.empty_like(weight, dtype=grad.dtype)
-    return _convolution_backward(
+    return convolution_backward(
         grad, input, shaped_like_weight, stride, padding, dilation, groups, 1
     )
 
@@ -160,11 +161,16 @@ def masked_conv_grad_weight(
     return weight_gradients_(dense, weight, threshold, surrogate, structure_gradient)
 
 
-def _convolution_backward(grad, input, kernel, stride, padding, dilation, groups, which):
-    """The gradient of the input (which=0) or of the kernel (which=1)."""
+def convolution_backward(
+    grad, input, kernel, stride, padding, dilation, groups, which, output_padding=None
+):
+    """The gradient of the input (which=0) or of the kernel (which=1).
+
+    With an `output_padding` those of the transposed convolution.
+    """
     wanted = [which == 0, which == 1, False]
-    transposed, output_padding = False, [0] * len(stride)
+    transposed = output_padding is not None
     return torch.ops.aten.convolution_backward(
         grad, input, kernel, None, stride, padding, dilation,
-        transposed, output_padding, groups, wanted,
+        transposed, output_padding if transposed else [0] * len(stride), groups, wanted,
     )[which]  # fmt: skip

@@ -11,7 +11,16 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import dst_kernels
-from dst_kernels.nn import MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedLayer, MaskedLinear
+from dst_kernels.nn import (
+    MaskedConv1d,
+    MaskedConv2d,
+    MaskedConv3d,
+    MaskedConvTranspose1d,
+    MaskedConvTranspose2d,
+    MaskedConvTranspose3d,
+    MaskedLayer,
+    MaskedLinear,
+)
 
 
 def reasons(model, *args, **kwargs):
@@ -25,17 +34,27 @@ def reasons(model, *args, **kwargs):
     return skipped
 
 
+CONVOLUTIONS = {
+    nn.Conv1d: MaskedConv1d,
+    nn.Conv2d: MaskedConv2d,
+    nn.Conv3d: MaskedConv3d,
+    nn.ConvTranspose1d: MaskedConvTranspose1d,
+    nn.ConvTranspose2d: MaskedConvTranspose2d,
+    nn.ConvTranspose3d: MaskedConvTranspose3d,
+}
+
+
 def test_every_kind_of_layer_in_every_kind_of_container():
     model = nn.ModuleDict(
         {
             "linear": nn.Linear(2, 3),
-            "convs": nn.ModuleList([nn.Conv1d(2, 3, 1), nn.Conv2d(2, 3, 1), nn.Conv3d(2, 3, 1)]),
+            "convs": nn.ModuleList([conv(2, 3, 1) for conv in CONVOLUTIONS]),
             "deep": nn.Sequential(nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.ReLU())),
         }
     )
     assert reasons(model) == {}
     assert type(model["linear"]) is MaskedLinear
-    assert [type(m) for m in model["convs"]] == [MaskedConv1d, MaskedConv2d, MaskedConv3d]
+    assert [type(m) for m in model["convs"]] == list(CONVOLUTIONS.values())
     assert type(model["deep"][0][0][0]) is MaskedLinear
 
 
@@ -51,7 +70,6 @@ def test_a_root_that_is_itself_a_layer():
 def test_weights_of_other_modules():
     model = nn.ModuleDict(
         {
-            "transposed": nn.ConvTranspose2d(2, 3, 1),
             "embedding": nn.Embedding(4, 2),
             "bag": nn.EmbeddingBag(4, 2),
             "bilinear": nn.Bilinear(2, 2, 2),
@@ -60,7 +78,7 @@ def test_weights_of_other_modules():
         }
     )
     found = reasons(model)
-    assert set(found) == {"transposed", "embedding", "bag", "bilinear", "lstm"}
+    assert set(found) == {"embedding", "bag", "bilinear", "lstm"}
     for name, reason in found.items():
         assert type(model[name]).__name__ in reason
 
@@ -223,13 +241,15 @@ def test_config_choices():
             nn.Conv2d(8, 8, 3, groups=2),
             nn.Conv2d(1, 8, 3),
             nn.Linear(8, 4, bias=False),
+            nn.ConvTranspose2d(8, 16, 3, groups=8),
+            nn.ConvTranspose2d(8, 4, 3, groups=4),
             nn.Linear(4, 10),
         )
 
     cases = {
         "skip_first": ["0"],
-        "skip_last": ["5"],
-        "skip_depthwise": ["1"],
+        "skip_last": ["7"],
+        "skip_depthwise": ["1", "5"],
     }
     for option, names in cases.items():
         found = reasons(build(), dst_kernels.SparsifyConfig(**{option: True}))
@@ -243,6 +263,17 @@ def test_first_and_last_are_convertible_ones():
     model = nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.LazyLinear(2))
     found = reasons(model, dst_kernels.SparsifyConfig(skip_first=True, skip_last=True))
     assert found["1"] == "skip_first" and found["2"] == "skip_last"
+
+
+@pytest.mark.parametrize("path", ["auto", "packed", "fused", "mixed"])
+def test_transposed_convolutions_stay_dense_where_the_path_is_not_theirs(path):
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.Conv1d(4, 2, 3), nn.ConvTranspose1d(2, 2, 3))
+    config = dst_kernels.SparsifyConfig(path=path, skip_last=True)
+    found = reasons(model, config)
+    if path in ("auto", "packed"):
+        assert found == {"2": "skip_last"}
+    else:
+        assert found == {"1": "skip_last", "2": f"has no path '{path}', only auto and packed"}
 
 
 def test_options_reach_every_layer():

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dst_kernels.nn import MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedLinear
+from dst_kernels.nn import (
+    MaskedConv1d,
+    MaskedConv2d,
+    MaskedConv3d,
+    MaskedConvTranspose1d,
+    MaskedConvTranspose2d,
+    MaskedConvTranspose3d,
+    MaskedLinear,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +38,9 @@ CASES = [
     Case(MaskedConv1d, nn.Conv1d, (4, 6, 3), (2, 4, 9)),
     Case(MaskedConv2d, nn.Conv2d, (4, 6, 3), (2, 4, 7, 8)),
     Case(MaskedConv3d, nn.Conv3d, (4, 6, 2), (2, 4, 4, 5, 3)),
+    Case(MaskedConvTranspose1d, nn.ConvTranspose1d, (4, 6, 3), (2, 4, 9)),
+    Case(MaskedConvTranspose2d, nn.ConvTranspose2d, (4, 6, 3, 2, 1, 1, 2), (2, 4, 5, 6)),
+    Case(MaskedConvTranspose3d, nn.ConvTranspose3d, (4, 6, 2, 1, 0, 0, 2), (2, 4, 3, 4, 2)),
 ]
 
 every_layer = pytest.mark.parametrize("case", CASES, ids=lambda case: case.masked.__name__)
@@ -49,3 +60,17 @@ def broadcast(threshold: Tensor, weight: Tensor) -> Tensor:
     if threshold.numel() == 1:
         return threshold.reshape([1] * weight.dim())
     return threshold.reshape([weight.shape[0]] + [1] * (weight.dim() - 1))
+
+
+def threshold_of_each_weight(layer: nn.Module) -> Tensor:
+    """The layer's threshold in the shape of its weight."""
+    threshold, weight = layer.threshold.detach(), layer.weight
+    per_output = threshold.shape != weight.shape and threshold.numel() > 1
+    if not (per_output and "Transpose" in type(layer).__name__):
+        return broadcast(threshold, weight).expand(weight.shape)
+    inputs, outputs = weight.shape[0] // layer.groups, weight.shape[1]
+    spread = torch.empty(weight.shape, dtype=threshold.dtype)
+    for channel, value in enumerate(threshold):
+        group, output = divmod(channel, outputs)
+        spread[group * inputs : (group + 1) * inputs, output] = value
+    return spread

@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from layer_cases import broadcast, every_granularity, every_layer
+from layer_cases import every_granularity, every_layer, threshold_of_each_weight
 from torch import nn
 
 from dst_kernels.nn import MaskedConv2d, MaskedLayer, MaskedLinear
@@ -50,7 +50,7 @@ def test_is_its_parent_and_initialises_alike(case):
 @every_granularity
 def test_threshold_shape(case, granularity):
     layer = case.masked(*case.args, granularity=granularity)
-    shape = {"row": layer.weight.shape[:1], "layer": (1,), "element": layer.weight.shape}
+    shape = {"row": layer.bias.shape, "layer": (1,), "element": layer.weight.shape}
     assert layer.threshold.shape == shape[granularity]
     assert isinstance(layer.threshold, nn.Parameter) and layer.threshold.requires_grad
     assert torch.count_nonzero(layer.threshold) == 0
@@ -135,7 +135,7 @@ def test_mask_and_remaining_ratio_by_definition(case, granularity):
         exact = layer.weight.abs().flatten()[0]
         layer.threshold.view(-1)[0] = exact  # on the boundary: S(0) = 0
     mask, ratio = layer.mask(), layer.remaining_ratio()
-    expected = layer.weight.abs() > broadcast(layer.threshold, layer.weight)
+    expected = layer.weight.abs() > threshold_of_each_weight(layer)
     assert mask.dtype == torch.bool and torch.equal(mask, expected)
     assert not mask.flatten()[0]
     assert ratio.shape == () and ratio.dtype == torch.float32 and not ratio.requires_grad

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layer_cases import CASES, broadcast, every_granularity, every_layer
+from layer_cases import CASES, every_granularity, every_layer, threshold_of_each_weight
 from torch import nn
 
 from dst_kernels.nn import MaskedConv1d, MaskedLinear
@@ -93,7 +93,7 @@ def test_to_dense_bakes_the_mask_in(case, granularity):
     assert type(dense) is case.dense and not dense.training and dense.tag == "kept"
     assert repr(dense) == repr(case.dense(*case.args))
     assert list(dense.state_dict()) == ["weight", "bias"]
-    kept = masked.weight.abs() > broadcast(masked.threshold, masked.weight)
+    kept = masked.weight.abs() > threshold_of_each_weight(masked)
     assert 0 < kept.sum() < kept.numel()
     assert torch.equal(dense.weight, masked.weight * kept)
     assert isinstance(dense.weight, nn.Parameter) and dense.weight.is_leaf

@@ -104,6 +104,9 @@ def test_public_names():
         "masked_conv1d",
         "masked_conv2d",
         "masked_conv3d",
+        "masked_conv_transpose1d",
+        "masked_conv_transpose2d",
+        "masked_conv_transpose3d",
         "masked_linear",
         "masked_weight",
         "remaining_ratio",
@@ -115,6 +118,9 @@ def test_public_names():
         "MaskedConv1d",
         "MaskedConv2d",
         "MaskedConv3d",
+        "MaskedConvTranspose1d",
+        "MaskedConvTranspose2d",
+        "MaskedConvTranspose3d",
         "MaskedLayer",
         "MaskedLinear",
         "group_",
@@ -133,6 +139,7 @@ def test_public_names_exist_and_are_documented():
 
 def test_convolutions_carry_their_own_names():
     for spatial in (1, 2, 3):
-        function = getattr(dst_kernels.functional, f"masked_conv{spatial}d")
-        assert function.__name__ == f"masked_conv{spatial}d"
-        assert f"conv{spatial}d" in function.__doc__
+        for kind in ("conv", "conv_transpose"):
+            function = getattr(dst_kernels.functional, f"masked_{kind}{spatial}d")
+            assert function.__name__ == f"masked_{kind}{spatial}d"
+            assert f"{kind}{spatial}d" in function.__doc__

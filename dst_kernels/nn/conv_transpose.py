@@ -1,0 +1,101 @@
+"""Masked transposed convolutions over one, two and three spatial dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from .. import autograd
+from .._plan import CONV_TRANSPOSE_PATHS
+from ._masked import MaskedLayer
+
+__all__ = ["MaskedConvTranspose1d", "MaskedConvTranspose2d", "MaskedConvTranspose3d"]
+
+
+class _MaskedConvTranspose(MaskedLayer):
+    """`torch.nn.{parent}` that computes with the weights whose magnitude exceeds their threshold.
+
+    Positional arguments, `padding_mode`, `device`, `dtype` and the forward's `output_size` as in
+    the parent. A row is one output channel: `weight[:, i]` of its group, in/groups * prod(kernel)
+    elements. The keyword-only arguments and the errors raised are those of `MaskedLinear`, but that
+    `path` is "auto" or "packed", which are the same here.
+    """
+
+    paths = CONV_TRANSPOSE_PATHS
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size,
+        stride=1,
+        padding=0,
+        output_padding=0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation=1,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        granularity: str = "row",
+        reset_ratio: float | None = 0.01,
+        surrogate: str = "long_tailed",
+        structure_gradient: bool = True,
+        backend: str = "auto",
+        path: str = "auto",
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            output_padding,
+            groups,
+            bias,
+            dilation,
+            padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+        self._init_masking(granularity, reset_ratio, surrogate, structure_gradient, backend, path)
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        """[in, out/groups, *kernel] to [out, in/groups, *kernel] and back."""
+        if tensor.dim() == 1:
+            return tensor
+        by_group = tensor.unflatten(0, (self.groups, tensor.shape[0] // self.groups))
+        return by_group.transpose(1, 2).flatten(0, 1)
+
+    def _operands(self) -> tuple[Tensor, Tensor]:
+        return self.weight, self.threshold  # with rows first they would be copies
+
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        output_padding = self._output_padding(
+            input,
+            output_size,
+            self.stride,
+            self.padding,
+            self.kernel_size,
+            self.weight.dim() - 2,
+            self.dilation,
+        )
+        geometry = self.stride, self.padding, output_padding, self.groups, self.dilation
+        return self._masked(autograd.masked_conv_transpose, input, self.bias, *geometry)
+
+
+class MaskedConvTranspose1d(_MaskedConvTranspose, nn.ConvTranspose1d):
+    __doc__ = _MaskedConvTranspose.__doc__.format(parent="ConvTranspose1d")
+    dense_type = nn.ConvTranspose1d
+
+
+class MaskedConvTranspose2d(_MaskedConvTranspose, nn.ConvTranspose2d):
+    __doc__ = _MaskedConvTranspose.__doc__.format(parent="ConvTranspose2d")
+    dense_type = nn.ConvTranspose2d
+
+
+class MaskedConvTranspose3d(_MaskedConvTranspose, nn.ConvTranspose3d):
+    __doc__ = _MaskedConvTranspose.__doc__.format(parent="ConvTranspose3d")
+    dense_type = nn.ConvTranspose3d

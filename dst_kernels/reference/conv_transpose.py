@@ -1,0 +1,154 @@
+"""Masked transposed convolution over 1, 2 or 3 spatial dimensions.
+
+Its weight lies as in torch, [in, out/groups, *kernel], and a row of it is what makes one output
+channel: in/groups * prod(kernel) weights that lie apart. Seen by group, [groups, in/groups,
+out/groups, *kernel], one threshold per output channel is a view of the weight's shape, so that
+masking is that of one threshold per weight, and no weight is moved.
+
+Inputs are batched, padding is numeric. The product runs in the input's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .conv import convolution_backward
+from .weight import masked_weight
+
+__all__ = [
+    "by_group",
+    "conv_transpose",
+    "conv_transpose_dense_weight_gradient",
+    "conv_transpose_grad_input",
+    "conv_transpose_output_shape",
+    "masked_conv_transpose",
+    "not_by_group",
+]
+
+_CONV_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
+
+
+def by_group(weight: Tensor, threshold: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Views: the weight [groups, in/groups, out/groups, *kernel], the threshold of that shape.
+
+    One threshold for all stays as it is.
+    """
+    shape = threshold.shape
+    grouped = weight.unflatten(0, (groups, weight.shape[0] // groups))
+    if shape == weight.shape:
+        return grouped, threshold.view(grouped.shape)
+    if shape.numel() == 1 and weight.shape[1] * groups != 1:
+        return grouped, threshold
+    per_channel = threshold.view(groups, 1, -1, *[1] * (weight.dim() - 2))
+    return grouped, per_channel.expand(grouped.shape)
+
+
+def not_by_group(grouped: Tensor, like: Tensor) -> Tensor:
+    """What `by_group` made of a threshold of the shape of `like`, in that shape again."""
+    if grouped.shape.numel() == like.shape.numel():
+        return grouped.view(like.shape)
+    if grouped.numel() == 0:
+        return like.clone()
+    return grouped[(slice(None), 0, slice(None), *[0] * (grouped.dim() - 3))].reshape(like.shape)
+
+
+def conv_transpose_output_shape(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+    dilation: Sequence[int],
+) -> list[int]:
+    """[N, out, *spatial'] of the transposed convolution."""
+    spatial = [
+        (size - 1) * stride[i]
+        - 2 * padding[i]
+        + dilation[i] * (weight_shape[i + 2] - 1)
+        + output_padding[i]
+        + 1
+        for i, size in enumerate(input_shape[2:])
+    ]
+    return [input_shape[0], weight_shape[1] * groups, *spatial]
+
+
+def conv_transpose(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+    dilation: Sequence[int],
+) -> Tensor:
+    """input [N, in, *spatial], weight [in, out/groups, *kernel] of its dtype, bias [out] of any
+    dtype -> [N, out, *spatial']."""
+    if bias is not None and bias.dtype != input.dtype:
+        bias = bias.to(input.dtype)
+    return _CONV_TRANSPOSE[input.dim()](
+        input, weight, bias, stride, padding, output_padding, groups, dilation
+    )
+
+
+def conv_transpose_grad_input(
+    grad: Tensor,
+    input_shape: Sequence[int],
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+    dilation: Sequence[int],
+) -> Tensor:
+    """dX of shape `input_shape`, in the gradient's dtype, which is the weight's."""
+    shaped_like_input = grad.new_empty(input_shape)
+    return convolution_backward(
+        grad, shaped_like_input, weight, stride, padding, dilation, groups, 0, output_padding
+    )
+
+
+def conv_transpose_dense_weight_gradient(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+    dilation: Sequence[int],
+) -> Tensor:
+    """G, shaped like `weight`, of which nothing but shape and strides is used."""
+    shaped_like_weight = torch.empty_like(weight, dtype=grad.dtype)
+    return convolution_backward(
+        grad, input, shaped_like_weight, stride, padding, dilation, groups, 1, output_padding
+    )
+
+
+def masked_conv_transpose(
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None,
+    reset_ratio: float | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+    dilation: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """(`conv_transpose` with the masked weight, effective threshold).
+
+    `threshold` is [out], [] or [1], or has the weight's shape.
+    """
+    masked, effective = masked_weight(
+        *by_group(weight, threshold, groups), reset_ratio, input.dtype
+    )
+    geometry = stride, padding, output_padding, groups, dilation
+    output = conv_transpose(input, masked.flatten(0, 1), bias, *geometry)
+    return output, not_by_group(effective, threshold)
