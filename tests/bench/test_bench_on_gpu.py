@@ -12,7 +12,7 @@ from bench.list_providers import LIST_PASSES
 from bench.model_providers import MODEL_PROVIDERS, STEP
 from bench.models import MODELS
 from bench.modes import MODES
-from bench.timing import graph_time, replayed
+from bench.timing import graph_time, one_stream, replayed
 from bench.training import LEARNING, Setup
 from bench.trajectory import TrajectoryExpectation
 
@@ -49,6 +49,15 @@ def test_right_providers_pass_eagerly_and_as_a_graph(name):
 def test_replays_go_on_where_eager_calls_ended():
     total = torch.zeros((), device=CUDA)
     assert [int(value) for value in replayed(lambda: total.add_(1), 2, 3)] == [1, 2, 3, 4, 5]
+
+
+def test_one_stream_is_the_same_inside_another():
+    before = torch.cuda.current_stream()
+    with one_stream(CUDA):
+        outer = torch.cuda.current_stream()
+        with one_stream(CUDA):
+            assert torch.cuda.current_stream() == outer != before
+    assert torch.cuda.current_stream() == before
 
 
 def test_one_captured_call_is_timed_again_and_again():
