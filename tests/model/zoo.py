@@ -62,6 +62,40 @@ def timm_convnext() -> nn.Module:
     )
 
 
+def resnet50() -> nn.Module:
+    torchvision = pytest.importorskip("torchvision")
+    return torchvision.models.resnet50(num_classes=10)
+
+
+def convnext_tiny() -> nn.Module:
+    torchvision = pytest.importorskip("torchvision")
+    return torchvision.models.convnext_tiny(num_classes=10, stochastic_depth_prob=0.0)
+
+
+class UNet(nn.Module):
+    """Convolutions on the way down, transposed ones on the way up, skips between.
+
+    `width` and twice as many channels; any image sides that are multiples of 4.
+    """
+
+    def __init__(self, width: int = 8, classes: int = 3) -> None:
+        super().__init__()
+        wide = 2 * width
+        self.start = nn.Conv2d(3, width, 3, padding=1, padding_mode="reflect")
+        self.down1 = nn.Conv2d(width, wide, 3, stride=2, padding=1, bias=False)
+        self.down2 = nn.Conv2d(wide, wide, 3, stride=2, padding=1, groups=2)
+        self.up2 = nn.ConvTranspose2d(wide, wide, 3, 2, padding=1, output_padding=1, groups=2)
+        self.up1 = nn.ConvTranspose2d(2 * wide, width, 2, stride=2)
+        self.end = nn.Conv2d(2 * width, classes, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        first = self.start(image).relu()
+        second = self.down1(first).relu()
+        up = self.up2(self.down2(second).relu()).relu()
+        up = self.up1(torch.cat([up, second], 1)).relu()
+        return self.end(torch.cat([up, first], 1))
+
+
 class Gpt2(nn.Module):
     """A random tiny GPT-2 that returns logits."""
 
