@@ -98,6 +98,18 @@ def test_a_dead_column_of_a_grouped_convolution_by_hand():
     assert entry.dead_columns == 2 and entry.dead_rows == 1 and entry.kept == 5
 
 
+def test_transposed_convolutions_count_output_channels_as_rows():
+    """Two groups of two inputs and three outputs: the second group's are 2, 3 and 3, 4, 5."""
+    layer = sparsify_(nn.ConvTranspose2d(4, 6, 2, groups=2))
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        layer.weight[2:, 1] = 0  # output channel 4
+        layer.weight[3] = 0  # input channel 3
+    (entry,) = sparsity_report(layer).layers
+    assert entry.shape == (4, 3, 2, 2)
+    assert (entry.dead_rows, entry.dead_columns, entry.kept) == (1, 1, 4 * (6 + 2))
+
+
 def test_transposed_layers_count_output_neurons_as_rows():
     pytest.importorskip("transformers")
     from transformers.pytorch_utils import Conv1D

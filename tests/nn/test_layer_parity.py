@@ -13,14 +13,27 @@ import pytest
 import torch
 from torch import nn
 
-from dst_kernels.nn import MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedLinear
+from dst_kernels.nn import (
+    MaskedConv1d,
+    MaskedConv2d,
+    MaskedConv3d,
+    MaskedConvTranspose1d,
+    MaskedConvTranspose2d,
+    MaskedConvTranspose3d,
+    MaskedLinear,
+)
 
 MASKED = {
     nn.Linear: MaskedLinear,
     nn.Conv1d: MaskedConv1d,
     nn.Conv2d: MaskedConv2d,
     nn.Conv3d: MaskedConv3d,
+    nn.ConvTranspose1d: MaskedConvTranspose1d,
+    nn.ConvTranspose2d: MaskedConvTranspose2d,
+    nn.ConvTranspose3d: MaskedConvTranspose3d,
 }
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 every_parent = pytest.mark.parametrize("parent", MASKED, ids=lambda cls: cls.__name__)
 both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 TOLERANCE = {
@@ -36,11 +49,12 @@ from torch import nn
 from torch.testing._internal import common_modules
 
 samples = {}
-for parent in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+for name in sys.argv[2:]:
+    parent = getattr(nn, name)
     (info,) = [info for info in common_modules.module_db if info.module_cls is parent]
     for dtype in (torch.float32, torch.float64):
         for training in (True, False):
-            samples[parent.__name__, dtype, training] = [
+            samples[name, dtype, training] = [
                 (
                     sample.constructor_input.args,
                     sample.constructor_input.kwargs,
@@ -59,18 +73,19 @@ def torch_samples(tmp_path_factory):
     """{(parent's name, dtype, training): [(constructor args, kwargs, [input])]}."""
     pytest.importorskip("expecttest", reason="torch.testing._internal imports it")
     path = tmp_path_factory.mktemp("samples") / "samples.pt"
-    subprocess.run([sys.executable, "-c", WRITE_SAMPLES, str(path)], check=True, timeout=120)
+    names = [parent.__name__ for parent in MASKED]
+    subprocess.run([sys.executable, "-c", WRITE_SAMPLES, path, *names], check=True, timeout=120)
     return torch.load(path)
 
 
-def assert_same_as_parent(parent, args, kwargs, input, training):
+def assert_same_as_parent(parent, args, kwargs, input, training, **options):
     """Build both from the same arguments; compare outputs bit for bit and all gradients closely."""
     dense = parent(*args, **kwargs, dtype=input.dtype).train(training)
     masked = MASKED[parent](*args, **kwargs, dtype=input.dtype).train(training)
     masked.load_state_dict(dense.state_dict())
     masked.reset_threshold(-1.0)
     inputs = [input.detach().clone().requires_grad_() for _ in range(2)]
-    expected, actual = dense(inputs[0]), masked(inputs[1])
+    expected, actual = dense(inputs[0], **options), masked(inputs[1], **options)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     grad = torch.randn_like(expected)
     expected.backward(grad)
@@ -90,7 +105,7 @@ def assert_same_as_parent(parent, args, kwargs, input, training):
 @both_modes
 def test_torchs_own_samples(torch_samples, parent, dtype, training):
     samples = torch_samples[parent.__name__, dtype, training]
-    assert len(samples) >= 3
+    assert len(samples) >= 2
     for args, kwargs, (input,) in samples:
         assert_same_as_parent(parent, args, kwargs, input, training)
 
@@ -101,7 +116,7 @@ def test_torchs_own_samples(torch_samples, parent, dtype, training):
 @pytest.mark.parametrize("batched", [True, False])
 @every_dtype
 def test_every_padding_mode(spatial, padding_mode, padding, batched, dtype):
-    parent = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial - 1]
+    parent = CONVS[spatial - 1]
     if padding == "per_dimension":
         padding = (2, 0, 1)[:spatial]
     torch.manual_seed(0)
@@ -113,7 +128,7 @@ def test_every_padding_mode(spatial, padding_mode, padding, batched, dtype):
 
 @pytest.mark.parametrize("spatial", [1, 2, 3])
 def test_stride_dilation_groups(spatial):
-    parent = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial - 1]
+    parent = CONVS[spatial - 1]
     torch.manual_seed(0)
     input = torch.randn(2, 4, *(9, 8, 7)[:spatial], dtype=torch.float64)
     for stride, dilation, groups in itertools.product([1, 2], [1, 2], [1, 2, 4]):
@@ -121,17 +136,52 @@ def test_stride_dilation_groups(spatial):
         assert_same_as_parent(parent, args, {}, input, training=True)
 
 
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+@pytest.mark.parametrize("batched", [True, False])
+def test_geometry_of_transposed_convolutions(spatial, batched):
+    parent = TRANSPOSED[spatial - 1]
+    torch.manual_seed(0)
+    input = torch.randn(*([2] if batched else []), 4, *(3, 2, 4)[:spatial], dtype=torch.float64)
+    for stride, padding, dilation, groups in itertools.product([1, 2], [0, 1], [1, 2], [1, 2, 4]):
+        for extra in range(max(stride, dilation)):
+            args = (4, 8, (3, 2, 3)[:spatial], stride, padding, extra, groups, batched, dilation)
+            assert_same_as_parent(parent, args, {}, input, training=True)
+
+
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+def test_the_output_s_size_can_be_asked_for(spatial):
+    parent = TRANSPOSED[spatial - 1]
+    input = torch.randn(2, 4, *(5,) * spatial, dtype=torch.float64)
+    args = (4, 6, 3, 2, 1)
+    for size in (9, 10):
+        options = {"output_size": [size] * spatial}
+        assert_same_as_parent(parent, args, {}, input, training=True, **options)
+        assert MASKED[parent](*args).double()(input, **options).shape[2:] == (size,) * spatial
+    for size in (8, 11):
+        with pytest.raises(ValueError, match="requested an output size"):
+            MASKED[parent](*args)(input, [size] * spatial)
+
+
+@pytest.mark.parametrize("parent", TRANSPOSED)
+def test_transposed_convolutions_pad_with_zeros_only_as_their_parents(parent):
+    for cls in (parent, MASKED[parent]):
+        with pytest.raises(ValueError, match=r"Only.*zeros"):
+            cls(2, 2, 3, padding_mode="circular")
+
+
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
     "spatial, channels_last", [(2, torch.channels_last), (3, torch.channels_last_3d)]
 )
-def test_channels_last_model_and_input(spatial, channels_last):
-    parent = (nn.Conv2d, nn.Conv3d)[spatial - 2]
-    dense = parent(4, 8, 3).to(memory_format=channels_last)
+def test_channels_last_model_and_input(spatial, channels_last, transposed):
+    parent = (TRANSPOSED if transposed else CONVS)[spatial - 1]
+    dense = parent(4, 8, 3, groups=2).to(memory_format=channels_last)
     masked = MASKED[parent].from_dense(dense)
     masked.reset_threshold(-1.0)
     input = torch.randn(2, 4, *(5, 6, 7)[:spatial]).to(memory_format=channels_last)
     expected, actual = dense(input), masked(input)
-    assert actual.is_contiguous(memory_format=channels_last)
+    assert actual.stride() == expected.stride()
+    assert transposed or actual.is_contiguous(memory_format=channels_last)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 

@@ -69,6 +69,33 @@ class AuthorsConv(AuthorsLayer):
         return self.convolution(x, self.masked_weight(), self.bias, *self.geometry)
 
 
+class AuthorsConvTranspose(AuthorsLayer):
+    """Theirs has none; their rule with one threshold for each output channel.
+
+    Keeps the kernel with the output channels first, as the rule wants rows, and turns the masked
+    one into what torch's transposed convolution takes, group by group.
+    """
+
+    def __init__(self, like: nn.Module):
+        super().__init__(like)
+        self.groups, self.like = like.groups, like
+        rows = [part.transpose(0, 1) for part in self.weight.detach().chunk(self.groups)]
+        self.weight = nn.Parameter(torch.cat(rows))
+        self.threshold = nn.Parameter(self.weight.new_zeros(like.out_channels))
+
+    def stored(self, kernel):
+        """[out, in/groups, ...] in torch's order."""
+        return torch.cat([part.transpose(0, 1) for part in kernel.chunk(self.groups)])
+
+    def forward(self, x):
+        transposed = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
+        like = self.like
+        return transposed[x.dim()](
+            x, self.stored(self.masked_weight()), self.bias, like.stride, like.padding,
+            like.output_padding, like.groups, like.dilation,
+        )  # fmt: skip
+
+
 def regularizer(layers) -> torch.Tensor:
     """Sum of exp(-t) over all thresholds of all layers."""
     return sum(torch.exp(-layer.threshold).sum() for layer in layers)

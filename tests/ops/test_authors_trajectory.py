@@ -9,9 +9,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dst_kernels.nn import MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedLayer, MaskedLinear
+from dst_kernels.nn import (
+    MaskedConv1d,
+    MaskedConv2d,
+    MaskedConv3d,
+    MaskedConvTranspose1d,
+    MaskedConvTranspose2d,
+    MaskedConvTranspose3d,
+    MaskedLayer,
+    MaskedLinear,
+)
 
-from .authors import AuthorsConv, AuthorsLayer, AuthorsLinear, regularizer
+from .authors import AuthorsConv, AuthorsConvTranspose, AuthorsLayer, AuthorsLinear, regularizer
 
 STEPS = 220
 
@@ -52,13 +61,46 @@ def conv3d():
     ), (2, 3, 4, 5)  # fmt: skip
 
 
+def transposed1d():
+    return nn.Sequential(
+        MaskedConvTranspose1d(4, 6, 3, stride=2, padding=1, output_padding=1), nn.ReLU(),
+        MaskedConv1d(6, 5, 2), nn.ReLU(), nn.Flatten(), MaskedLinear(45, 4),
+    ), (4, 5)  # fmt: skip
+
+
+def transposed2d():
+    return nn.Sequential(
+        MaskedConv2d(2, 6, 3, stride=2), nn.ReLU(),
+        MaskedConvTranspose2d(
+            6, 9, (3, 2), stride=(2, 1), padding=(1, 0), output_padding=(1, 0), groups=3, bias=False
+        ), nn.ReLU(),
+        MaskedConvTranspose2d(9, 4, 2, dilation=2, padding=2), nn.ReLU(),
+        nn.Flatten(), MaskedLinear(32, 4),
+    ), (2, 7, 7)  # fmt: skip
+
+
+def transposed3d():
+    return nn.Sequential(
+        MaskedConvTranspose3d(4, 6, (1, 2, 2), stride=(1, 2, 1), groups=2), nn.ReLU(),
+        nn.Flatten(), MaskedLinear(144, 4),
+    ), (4, 2, 2, 2)  # fmt: skip
+
+
 def authors_version(model):
     model = copy.deepcopy(model)
     for index, layer in enumerate(model):
-        if isinstance(layer, MaskedLayer):
-            replacement = AuthorsLinear if isinstance(layer, MaskedLinear) else AuthorsConv
-            model[index] = replacement(layer)
+        if isinstance(layer, MaskedLinear):
+            model[index] = AuthorsLinear(layer)
+        elif "Transpose" in type(layer).__name__:
+            model[index] = AuthorsConvTranspose(layer)
+        elif isinstance(layer, MaskedLayer):
+            model[index] = AuthorsConv(layer)
     return model
+
+
+every_network = pytest.mark.parametrize(
+    "network", [stack, conv1d, conv2d, conv3d, transposed1d, transposed2d, transposed3d]
+)
 
 
 def layers_of(model):
@@ -90,6 +132,8 @@ def train_side_by_side(network, alpha, lr, steps=STEPS):
             for name in ("weight", "threshold", "bias"):
                 a, b = getattr(mine, name), getattr(yours, name)
                 assert (a is None) == (b is None)
+                if name == "weight" and isinstance(yours, AuthorsConvTranspose):
+                    b = yours.stored(b)
                 if a is not None:
                     close(a.detach(), b.detach(), step, f"{name} of layer {number}")
     return [layer.resets for layer in layers_of(theirs)]
@@ -102,12 +146,12 @@ def close(a, b, step, what):
     )
 
 
-@pytest.mark.parametrize("network", [stack, conv1d, conv2d, conv3d])
+@every_network
 def test_training_follows_the_authors_rule(network):
     train_side_by_side(network, alpha=5e-3, lr=0.05)
 
 
-@pytest.mark.parametrize("network", [stack, conv1d, conv2d, conv3d])
+@every_network
 def test_training_follows_the_authors_rule_through_guard_resets(network):
     resets = train_side_by_side(network, alpha=0.05, lr=0.05)
     assert all(count > 0 for count in resets), resets

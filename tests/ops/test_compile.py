@@ -44,6 +44,12 @@ def conv3d(input, weight, threshold, bias):
     return dst.masked_conv3d(input, weight, threshold, bias, padding=(1, 0, 1))
 
 
+def conv_transpose2d(input, weight, threshold, bias):
+    return dst.masked_conv_transpose2d(
+        input, weight, threshold, bias, stride=2, padding=1, output_padding=1, groups=2
+    )
+
+
 def masked_weight(input, weight, threshold, bias):
     masked = dst.masked_weight(weight, threshold, reset_ratio=None, surrogate="triangular")
     return input @ masked.t() + bias
@@ -67,6 +73,7 @@ SHAPES = {
     conv2d_same: ((3, 4, 5, 5), (4, 2, 2, 2)),
     conv1d: ((3, 4, 6), (4, 4, 3)),
     conv3d: ((3, 2, 4, 4, 4), (4, 2, 2, 2, 2)),
+    conv_transpose2d: ((3, 4, 3, 2), (4, 2, 3, 2)),
     masked_weight: ((3, 6), (4, 6)),
     with_regularizer: ((3, 6), (4, 6)),
     counted: ((3, 6), (4, 6)),

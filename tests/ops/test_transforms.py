@@ -8,7 +8,7 @@ from torch.func import functional_call, grad, grad_and_value
 from torch.utils.checkpoint import checkpoint
 
 import dst_kernels.functional as dst
-from dst_kernels.nn import MaskedConv2d, MaskedLinear
+from dst_kernels.nn import MaskedConv2d, MaskedConvTranspose2d, MaskedLinear
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 
@@ -26,6 +26,11 @@ def convolved(input, weight, threshold, bias):
     return dst.masked_conv2d(input, weight, threshold, bias, padding="same").tanh()
 
 
+def transposed(input, weight, threshold, bias):
+    weight = weight.transpose(0, 1)
+    return dst.masked_conv_transpose2d(input, weight, threshold, bias, stride=2).tanh()
+
+
 def linear(input, weight, threshold, bias):
     return dst.masked_linear(
         input[:, :, :3, :3].flatten(1), weight.flatten(1), threshold, bias
@@ -36,7 +41,7 @@ def weighted(input, weight, threshold, bias):
     return (dst.masked_weight(weight, threshold) * bias.view(6, 1, 1, 1)).sin()
 
 
-FUNCTIONS = pytest.mark.parametrize("run", [convolved, linear, weighted])
+FUNCTIONS = pytest.mark.parametrize("run", [convolved, transposed, linear, weighted])
 
 
 @FUNCTIONS
@@ -51,7 +56,12 @@ def test_func_grad(run):
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
-    ("layer", "shape"), [(MaskedLinear(5, 4), (2, 5)), (MaskedConv2d(3, 4, 3), (2, 3, 5, 5))]
+    ("layer", "shape"),
+    [
+        (MaskedLinear(5, 4), (2, 5)),
+        (MaskedConv2d(3, 4, 3), (2, 3, 5, 5)),
+        (MaskedConvTranspose2d(4, 6, 3, groups=2), (2, 4, 3, 3)),
+    ],
 )
 def test_functional_call(layer, shape, training):
     layer.train(training)

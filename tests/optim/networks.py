@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dst_kernels.nn import MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedLinear
+from dst_kernels.nn import (
+    MaskedConv1d,
+    MaskedConv2d,
+    MaskedConv3d,
+    MaskedConvTranspose2d,
+    MaskedLinear,
+)
 
 
 def linear(**options):
@@ -73,7 +79,15 @@ def transposed(**options):
     return model.double(), (12,)
 
 
+def conv_transpose(**options):
+    """A layer whose rows are not in one piece, in front of one that can leave its gradients."""
+    return nn.Sequential(
+        MaskedConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2, **options), nn.ReLU(),
+        nn.Flatten(), MaskedLinear(96, 4, **options),
+    ).double(), (4, 2, 2)  # fmt: skip
+
+
 NETWORKS = [
     linear, with_dense_layers, conv1d, conv2d, channels_last, conv3d, other_granularities,
-    transposed,
+    transposed, conv_transpose,
 ]  # fmt: skip

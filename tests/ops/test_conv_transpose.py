@@ -1,0 +1,278 @@
+"""Transposed convolutions: the formulas with one threshold per output channel, and their errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.nn import functional as F
+
+import dst_kernels.functional as dst
+from dst_kernels import _ops, reference
+from dst_kernels.nn import MaskedConvTranspose2d
+
+from . import naive
+from .convolutions import Geometry
+from .test_paths import COMPILED, TRITON
+from .tolerance import assert_as_accurate
+
+GEOMETRIES = (
+    Geometry("1d", (2, 3, 5), (3, 4, 3)),
+    Geometry(
+        "1d-all",
+        (2, 4, 4),
+        (4, 3, 3),
+        {"stride": 2, "padding": 1, "output_padding": 1, "groups": 2, "dilation": 2},
+    ),
+    Geometry("1d-unbatched", (3, 4), (3, 2, 2), {"stride": 2}),
+    Geometry("2d", (2, 3, 3, 4), (3, 4, 2, 3), {"padding": 1}),
+    Geometry(
+        "2d-all",
+        (2, 4, 3, 2),
+        (4, 3, 3, 2),
+        {
+            **{"stride": (2, 1), "padding": (1, 0), "output_padding": (1, 1)},
+            **{"groups": 2, "dilation": (1, 2)},
+        },
+    ),
+    Geometry("2d-depthwise", (1, 4, 3, 3), (4, 1, 3, 3), {"stride": 2, "groups": 4}),
+    Geometry("2d-one-output", (1, 4, 3, 3), (4, 1, 2, 2)),
+    Geometry("3d-all", (1, 4, 2, 2, 2), (4, 2, 1, 2, 2), {"stride": (2, 1, 2), "groups": 2}),
+)
+every_geometry = pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+every_granularity = pytest.mark.parametrize("granularity", ["row", "scalar", "layer", "element"])
+every_backend = pytest.mark.parametrize("backend", ["reference", COMPILED, TRITON])
+
+
+def ours_of(geometry):
+    return getattr(dst, f"masked_conv_transpose{geometry.spatial}d")
+
+
+def torchs_of(geometry):
+    return getattr(F, f"conv_transpose{geometry.spatial}d")
+
+
+def outputs_of(geometry):
+    return geometry.weight[1] * geometry.options.get("groups", 1)
+
+
+def channels(geometry):
+    """The output channel that each weight is for, in the weight's shape."""
+    inputs, outputs = geometry.weight[:2]
+    per_group = inputs // geometry.options.get("groups", 1)
+    of = torch.empty(geometry.weight, dtype=torch.long)
+    for i in range(inputs):
+        for j in range(outputs):
+            of[i, j] = i // per_group * outputs + j
+    return of
+
+
+def spread(threshold, geometry):
+    if threshold.shape == torch.Size(geometry.weight):
+        return threshold
+    if threshold.numel() == 1:
+        return threshold.reshape(()).expand(geometry.weight)
+    return threshold[channels(geometry).to(threshold.device)]
+
+
+def gathered(of_each, threshold, geometry):
+    """The gradient of the threshold from what each weight contributes."""
+    if threshold.shape == of_each.shape:
+        return of_each
+    if threshold.numel() == 1:
+        return of_each.sum().reshape(threshold.shape)
+    sums = torch.zeros(len(threshold), dtype=of_each.dtype)
+    return sums.index_add(0, channels(geometry).flatten(), of_each.cpu().flatten())
+
+
+def leaves_of(geometry, granularity, device="cpu", dtype=torch.float32):
+    sizes = {
+        **{"row": [outputs_of(geometry)], "scalar": [], "layer": [1]},
+        **{"element": geometry.weight},
+    }
+    drawn = (
+        torch.randn(geometry.input, dtype=torch.float64),
+        torch.randn(geometry.weight, dtype=torch.float64),
+        0.3 + 0.5 * torch.rand(sizes[granularity], dtype=torch.float64),
+        torch.randn(outputs_of(geometry), dtype=torch.float64),
+    )
+    return [tensor.to(device, dtype).requires_grad_() for tensor in drawn]
+
+
+def dense_output(geometry, input, weight):
+    """As a cotangent it makes G * W mostly positive, so that sums of it do not cancel."""
+    return torchs_of(geometry)(input.detach(), weight.detach(), **geometry.options)
+
+
+def results(geometry, leaves, cotangent, **options):
+    output = ours_of(geometry)(*leaves, **geometry.options, **options)
+    return output.detach(), *torch.autograd.grad(output, leaves, cotangent.to(output.dtype))
+
+
+def by_formula(geometry, leaves, cotangent, dtype, product_dtype):
+    """The method's formulas on the leaves in `dtype`; the product in `product_dtype`."""
+    input, weight, threshold, bias = (leaf.detach() for leaf in leaves)
+    limits = spread(threshold, geometry)
+    masked = weight.to(dtype) * (weight.double().abs() > limits.double())
+    operands = [t.to(product_dtype).requires_grad_() for t in (input, masked, bias)]
+    output = torchs_of(geometry)(*operands, **geometry.options)
+    cotangent = cotangent.to(output.dtype)
+    of_input, dense, of_bias = torch.autograd.grad(output, operands, cotangent)
+    of_weight, of_each = naive.gradients(dense, weight, limits.contiguous())
+    of_threshold = gathered(of_each, threshold, geometry)
+    return output.detach(), of_input, of_weight, of_threshold, of_bias
+
+
+@every_geometry
+@every_granularity
+@every_backend
+def test_the_formulas(geometry, granularity, backend, device):
+    leaves = leaves_of(geometry, granularity, device)
+    cotangent = dense_output(geometry, *leaves[:2])
+    ours = results(geometry, leaves, cotangent, backend=backend)
+    plain = by_formula(geometry, leaves, cotangent, torch.float32, torch.float32)
+    exact = by_formula(geometry, leaves, cotangent, torch.float64, torch.float64)
+    for result, close, truth in zip(ours, plain, exact, strict=True):
+        assert_as_accurate(result, close.to(device, result.dtype), truth.to(device))
+
+
+@pytest.mark.parametrize("granularity", ["row", "element"])
+@every_backend
+def test_under_autocast(granularity, backend, device):
+    """Float32 masters and a float16 product."""
+    geometry = GEOMETRIES[4]
+    leaves = leaves_of(geometry, granularity, device)
+    cotangent = dense_output(geometry, *leaves[:2]).half()
+    with torch.autocast(device.type, torch.float16):
+        ours = results(geometry, leaves, cotangent, backend=backend)
+    plain = by_formula(geometry, leaves, cotangent, torch.float32, torch.float16)
+    exact = by_formula(geometry, leaves, cotangent, torch.float64, torch.float64)
+    assert ours[0].dtype == torch.float16
+    for result, close, truth in zip(ours, plain, exact, strict=True):
+        assert_as_accurate(result, close.to(device, result.dtype), truth.to(device))
+
+
+def test_the_mask_is_decided_on_the_master_weight():
+    """In bfloat16 the weight would equal its threshold."""
+    weight = torch.full((2, 3, 2), 1.0 + 2**-12)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = dst.masked_conv_transpose1d(torch.ones(1, 2, 2), weight, torch.ones(3))
+    assert output.dtype == torch.bfloat16 and bool((output > 0).all())
+
+
+@every_geometry
+@every_granularity
+def test_the_reference_states_it(geometry, granularity):
+    leaves = leaves_of(geometry, granularity, dtype=torch.float64)
+    input, weight, threshold, bias = (leaf.detach() for leaf in leaves)
+    if len(geometry.input) == len(geometry.weight) - 1:
+        input = input[None]
+    options = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+    options.update(geometry.options)
+    for name in ("stride", "padding", "output_padding", "dilation"):
+        if isinstance(options[name], int):
+            options[name] = (options[name],) * geometry.spatial
+    for ratio in (None, 1.0):
+        output, effective = reference.masked_conv_transpose(
+            input, weight, threshold, bias, ratio, **options
+        )
+        expected = threshold if ratio is None else torch.zeros_like(threshold)
+        assert torch.equal(effective, expected) and effective.shape == threshold.shape
+        kept = weight.abs() > spread(expected, geometry)
+        product = torchs_of(geometry)(input, weight * kept, bias, **geometry.options)
+        torch.testing.assert_close(output, product, rtol=1e-13, atol=1e-13)
+
+
+@every_geometry
+def test_gradients_against_finite_differences(geometry):
+    """Those that are derivatives, with weights away from their thresholds."""
+    input, _, threshold, bias = leaves_of(geometry, "row", dtype=torch.float64)
+    limits = spread(threshold.detach(), geometry)
+    sides = torch.where(torch.rand(geometry.weight) < 0.5, -0.2, 0.2).double()
+    signs = torch.where(torch.rand(geometry.weight) < 0.5, -1.0, 1.0).double()
+    weight = (signs * (limits + sides)).requires_grad_()
+
+    def run(input, weight, bias):
+        return ours_of(geometry)(
+            input, weight, threshold, bias, **geometry.options, structure_gradient=False
+        )
+
+    assert gradcheck(run, (input, weight, bias))
+
+
+def test_masking_moves_no_weight():
+    """The ops see the stored weight itself, whatever the groups; one op each way."""
+    seen = []
+    run = _ops.call
+
+    def call(op, *args):
+        seen.append((op, [a.data_ptr() for a in args if isinstance(a, torch.Tensor)]))
+        return run(op, *args)
+
+    for layer in (MaskedConvTranspose2d(4, 6, 3), MaskedConvTranspose2d(4, 6, 3, groups=2)):
+        seen.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_ops, "call", call)
+            layer(torch.randn(2, 4, 3, 3, requires_grad=True)).sum().backward()
+        assert [op for op, _ in seen] == [_ops.masked_weight, _ops.masked_weight_backward]
+        assert all(layer.weight.data_ptr() in pointers for _, pointers in seen)
+
+
+# -- errors ----------------------------------------------------------------------------------------
+
+INPUT, WEIGHT, THRESHOLD = torch.ones(2, 4, 5), torch.ones(4, 3, 3), torch.zeros(6)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"weight": torch.ones(4, 3)}, r"weight must be \[in, out/groups, \*kernel\] with 1"),
+        ({"weight": torch.ones(4, 3, 3).int()}, "weight must be float16"),
+        ({"threshold": torch.zeros(3)}, r"threshold must have shape \[6\] .* is \[3\]"),
+        ({"threshold": torch.zeros(4)}, r"threshold must have shape \[6\] .* is \[4\]"),
+        ({"threshold": torch.zeros(4, 3)}, r"threshold must have shape \[6\] .* is \[4, 3\]"),
+        ({"input": torch.ones(2, 6, 5)}, r"input must have 4 channels .* is \[2, 6, 5\]"),
+        ({"input": torch.ones(2, 4, 5, 5)}, "input must have 4 channels and 1 spatial"),
+        ({"input": INPUT.double()}, "input must have the weight's dtype torch.float32"),
+        ({"groups": 3}, "groups must be at least 1 and divide the 4 input channels, but is 3"),
+        ({"groups": 0}, "groups must be at least 1"),
+        ({"stride": 0}, "stride must be 1 integer"),
+        ({"stride": (1, 1)}, "stride must be an integer or 1 integers"),
+        ({"padding": -1}, "padding must be 1 integer"),
+        ({"padding": "same"}, "padding must be an integer or 1 integers, but is 'same'"),
+        ({"padding": 9}, "input is too small: spatial dimension 0 of the output .* -11 elements"),
+        ({"output_padding": 1}, "output_padding must be smaller than .* at most 0, but is 1"),
+        ({"output_padding": -1}, "output_padding must be 1 integer"),
+        ({"dilation": 0}, "dilation must be 1 integer"),
+        ({"bias": torch.ones(3)}, r"bias must have shape \[6\], but its shape is \[3\]"),
+        ({"surrogate": "none"}, "surrogate must be one of"),
+        ({"reset_ratio": 2.0}, "reset_ratio must be between 0 and 1"),
+        ({"backend": "none"}, "backend must be one of"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input(changed, message):
+    arguments = {"input": INPUT, "weight": WEIGHT, "threshold": THRESHOLD, "groups": 2}
+    assert dst.masked_conv_transpose1d(**arguments).shape == (2, 6, 7)
+    with pytest.raises((TypeError, ValueError), match=message):
+        dst.masked_conv_transpose1d(**{**arguments, **changed})
+
+
+@pytest.mark.parametrize("path", ["fused", "mixed"])
+def test_layers_refuse_paths_they_do_not_have(path):
+    message = (
+        f"path must be one of auto, packed, but is '{path}': "
+        "transposed convolutions have the packed path only"
+    )
+    for run in (
+        lambda: MaskedConvTranspose2d(2, 3, 2, path=path),
+        lambda: MaskedConvTranspose2d.from_dense(torch.nn.ConvTranspose2d(2, 3, 2), path=path),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run()
+    layer = MaskedConvTranspose2d(2, 3, 2)
+    layer.path = path
+    with pytest.raises(ValueError, match=message):
+        layer(torch.ones(1, 2, 3, 3))
+    with pytest.raises(ValueError, match=r"auto, packed, but is 'none'$"):
+        MaskedConvTranspose2d(2, 3, 2, path="none")
