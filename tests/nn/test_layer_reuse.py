@@ -86,6 +86,22 @@ def test_several_forwards_pack_once(path, training, packs, device):
 @every_layer
 @every_granularity
 @pytest.mark.parametrize("training", [True, False])
+def test_every_layer_packs_once(case, granularity, training, packs):
+    """A transposed convolution packs with a view of its threshold; the commit's is the tensor's."""
+    layer = case.masked(*case.args, granularity=granularity, path="packed").train(training)
+    layer.reset_threshold(9.0)
+    with weights_unchanged(layer):
+        for _ in range(3):
+            layer(case.input())
+        assert len(packs) == 1
+        layer.reset_threshold(0.05)
+        layer(case.input())
+        assert len(packs) == 2
+
+
+@every_layer
+@every_granularity
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_results_and_gradients_are_those_without_the_scope(
     case, granularity, training, backend, device
