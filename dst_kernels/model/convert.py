@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -48,7 +49,10 @@ _TRANSFORMERS_CONV1D = "transformers.pytorch_utils.Conv1D"
 
 @dataclasses.dataclass(frozen=True)
 class PlannedLayer:
-    """A module with weights: what becomes of it ("convert", "masked" already, "skip") and why."""
+    """A module with weights: what becomes of it ("convert", "masked" already, "skip") and why.
+
+    A layer to convert has a reason only where it would not train as it is.
+    """
 
     name: str
     type: str
@@ -123,6 +127,8 @@ def sparsify_(
     model = replace_modules(model, replacements)
     avoid_fast_path(model)
     for layer in plan.layers:
+        if layer.action == "convert" and layer.reason:
+            logger.warning("%s (%s): %s", layer.name or "(root)", layer.type, layer.reason)
         logger.debug("%s %s (%s) %s", layer.action, layer.name, layer.type, layer.reason)
     logger.info("sparsify_: %s", plan.summary())
     return model
@@ -168,7 +174,7 @@ def _plan(
                 type=type(module).__name__,
                 shape=_shape(module),
                 action=action,
-                reason="" if masked else reasons.get(module, ""),
+                reason="" if masked else reasons.get(module) or _warning(module),
             )
         )
     chosen = [module for _, module in named if module not in reasons]
@@ -238,6 +244,15 @@ def _cannot_convert(module: nn.Module, path: str) -> str | None:
     if path not in paths:
         return f"has no path {path!r}, only {' and '.join(paths)}"
     return None
+
+
+def _warning(module: nn.Module) -> str:
+    """What goes wrong in training a layer that can be converted, or nothing."""
+    weight = module.weight
+    unknown = weight.is_meta or isinstance(weight, FakeTensor) or weight.numel() == 0
+    if unknown or weight.any():
+        return ""
+    return "all its weights are 0, and a pruned 0 gets no gradient: initialise it before training"
 
 
 def _unwanted(

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dst_kernels import SparsifyConfig, plan_sparsify, sparsify_
 
@@ -96,6 +97,28 @@ def test_the_plan_prints_a_table():
     assert plan_sparsify(build()).summary() == "3 layers to convert, 0 masked already, 3 skipped"
     assert str(plan_sparsify(nn.ReLU())) == "0 layers to convert, 0 masked already, 0 skipped"
     assert "(root)" in str(plan_sparsify(nn.Linear(2, 2)))
+
+
+def test_a_layer_that_starts_at_zero_is_pointed_out(caplog):
+    """Heads of some models do, and would never learn: a pruned 0 gets no gradient."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    nn.init.zeros_(model[2].weight)
+    reasons = [layer.reason for layer in plan_sparsify(model).layers]
+    assert reasons[0] == "" and "all its weights are 0" in reasons[1]
+    sparsify_(model)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1 and warnings[0].startswith("2 (Linear): all its weights are 0")
+    model(torch.ones(1, 4)).sum().backward()
+    assert not model[2].weight.grad.any()
+
+
+def test_weights_without_values_are_not_pointed_out(caplog):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 3))
+    sparsify_(model)
+    with FakeTensorMode():
+        sparsify_(nn.Sequential(nn.Linear(4, 3)))
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_presets():
