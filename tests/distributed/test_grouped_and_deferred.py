@@ -144,7 +144,9 @@ def test_same_trajectory_as_one_process(runs, expected, run):
     if run in DDP_RUNS:
         assert_same_state(first["state"], second["state"], rtol=0, atol=0)
     for result in (first, second):
-        assert result["deferred"] == [run[0] == "deferred"] * 3
+        deferred = run[0] == "deferred"
+        # The transposed convolution never is.
+        assert result["deferred"] == [deferred, False, deferred, deferred]
 
 
 @pytest.mark.slow

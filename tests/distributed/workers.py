@@ -58,13 +58,15 @@ def _worker(rank: int, function: Callable, port: int, folder: Path, args: tuple)
 
 
 def build(granularity: str = "row", dtype: torch.dtype = torch.float64) -> nn.Module:
-    """A convolution and two linear layers with odd row counts, so that shards are uneven."""
+    """Convolutions and linear layers with odd row counts, so that shards are uneven."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(2, 5, 3),
         nn.ReLU(),
+        nn.ConvTranspose2d(5, 3, 2),
+        nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(5 * 9, 7),
+        nn.Linear(3 * 16, 7),
         nn.ReLU(),
         nn.Linear(7, 3, bias=False),
     ).to(dtype)
