@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from hypothesis import settings
 
 from dst_kernels import _plan, _plan_table
@@ -61,3 +62,12 @@ def table(tmp_path, monkeypatch, fresh_costs):
     yield write
     monkeypatch.undo()
     _plan_table._tables.cache_clear()
+
+
+@pytest.fixture
+def exact_float32():
+    """On a GPU too; pytest's monkeypatch cannot put this setting back."""
+    settings = torch.backends.cudnn.conv
+    before, settings.fp32_precision = settings.fp32_precision, "ieee"
+    yield
+    settings.fp32_precision = before

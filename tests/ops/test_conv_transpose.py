@@ -12,8 +12,8 @@ from dst_kernels import _ops, reference
 from dst_kernels.nn import MaskedConvTranspose2d
 
 from . import naive
+from .backends import BACKENDS
 from .convolutions import Geometry
-from .test_paths import COMPILED, TRITON
 from .tolerance import assert_as_accurate
 
 GEOMETRIES = (
@@ -41,7 +41,7 @@ GEOMETRIES = (
 )
 every_geometry = pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 every_granularity = pytest.mark.parametrize("granularity", ["row", "scalar", "layer", "element"])
-every_backend = pytest.mark.parametrize("backend", ["reference", COMPILED, TRITON])
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def ours_of(geometry):

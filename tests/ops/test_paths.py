@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -11,35 +9,14 @@ from torch.nn import functional as F
 import dst_kernels
 import dst_kernels.functional as dst
 from dst_kernels import _plan
-from dst_kernels._compiled import library
 from dst_kernels.nn import MaskedConv2d, MaskedLinear
 
 from . import naive
+from .backends import TRITON, every_backend
 from .tolerance import assert_as_accurate
-
-HAS_TRITON = importlib.util.find_spec("triton.language") is not None
-TRITON = pytest.param(
-    "triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-)
-NAME = "cuda" if torch.cuda.is_available() else "cpu"
-COMPILED = pytest.param(
-    NAME, marks=pytest.mark.skipif(library.unavailable(NAME) is not None, reason="not built")
-)
 
 PATHS = ("fused", "packed", "mixed", "auto")
 every_path = pytest.mark.parametrize("path", PATHS)
-
-
-def every_backend(*paths):
-    """The path and backend arguments: those of `paths` that each backend has."""
-    combined = [(path, "reference") for path in paths]
-    combined += [pytest.param(path, *TRITON.values, marks=TRITON.marks) for path in paths]
-    combined += [
-        pytest.param(path, *COMPILED.values, marks=COMPILED.marks)
-        for path in paths
-        if path in ("packed", "auto")
-    ]
-    return pytest.mark.parametrize(("path", "backend"), combined)
 
 
 GRANULARITIES = {"row": [17], "layer": [1], "element": [17, 33]}
@@ -153,15 +130,6 @@ def conv_results(device, **options):
     output = dst.masked_conv2d(*leaves, **geometry, **options)
     cotangent = torch.linspace(-1, 1, output.numel(), device=device).view_as(output)
     return output, *torch.autograd.grad(output, leaves, cotangent)
-
-
-@pytest.fixture
-def exact_float32():
-    """On a GPU too; pytest's monkeypatch cannot put this setting back."""
-    settings = torch.backends.cudnn.conv
-    before, settings.fp32_precision = settings.fp32_precision, "ieee"
-    yield
-    settings.fp32_precision = before
 
 
 @every_backend(*PATHS)
