@@ -35,7 +35,7 @@ class Product:
     grad_input: ClassVar[Callable]  # (grad, [shape,] masked, *geometry) -> dX
     dense_gradient: ClassVar[Callable]  # (grad, input, weight, *geometry) -> G
     grad_bias: ClassVar[Callable]  # (grad, dtype) -> db
-    # Fused: ops, which take `geometry` after their tensors.
+    # Fused: ops, which take `geometry` after their tensors. Absent where there is but one path.
     fused_forward: ClassVar[OpOverload]
     fused_grad_input: ClassVar[OpOverload]
     fused_grad_weight: ClassVar[OpOverload]
