@@ -228,7 +228,7 @@ def _cannot_convert(module: nn.Module, path: str) -> str | None:
     if base is None and _qualified(type(module)) != _TRANSFORMERS_CONV1D:
         return f"there is no masked {type(module).__name__}"
     if base is not None and type(module) is not base:
-        methods = ("forward", "_conv_forward")
+        methods = ("forward", "_conv_forward", "_output_padding")
         if any(getattr(type(module), m, None) is not getattr(base, m, None) for m in methods):
             return f"is a {base.__name__} with a forward of its own"
     if "forward" in module.__dict__:

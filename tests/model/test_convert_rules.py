@@ -93,6 +93,11 @@ class OwnConvForward(nn.Conv2d):
         return super()._conv_forward(input, weight * 2, bias)
 
 
+class OwnOutputPadding(nn.ConvTranspose2d):
+    def _output_padding(self, *args, **kwargs):
+        return [1, 1]
+
+
 class Renamed(nn.Linear):
     """Nothing of its own: behaves as its parent."""
 
@@ -134,6 +139,7 @@ def weight_is_a_plain_tensor():
         (lambda: nn.LazyConv2d(3, 1), "no weights yet"),
         (lambda: OwnForward(3, 3), "forward of its own"),
         (lambda: OwnConvForward(3, 3, 1), "forward of its own"),
+        (lambda: OwnOutputPadding(3, 3, 2, 2), "forward of its own"),
         (patched_on_the_instance, "replaced on the instance"),
         (integer_weight, "int8"),
         (lambda: nn.Linear(3, 3, dtype=torch.complex64), "complex64"),
