@@ -41,7 +41,7 @@ def by_group(weight: Tensor, threshold: Tensor, groups: int) -> tuple[Tensor, Te
     grouped = weight.unflatten(0, (groups, weight.shape[0] // groups))
     if shape == weight.shape:
         return grouped, threshold.view(grouped.shape)
-    if shape.numel() == 1 and weight.shape[1] * groups != 1:
+    if shape.numel() == 1:
         return grouped, threshold
     per_channel = threshold.view(groups, 1, weight.shape[1], *[1] * (weight.dim() - 2))
     return grouped, per_channel.expand(grouped.shape)
