@@ -209,7 +209,7 @@ def masked_conv_grad_weight(
             *_matrices(weight, threshold), surrogate, structure_gradient,
             traits_of(input, convolution=True),
         )  # fmt: skip
-        return grad_weight.view_as(weight), grad_threshold.view_as(threshold)
+        return _as_kernel(grad_weight, weight), grad_threshold.view_as(threshold)
     grad_weight = torch.empty_like(weight)
     if weight.numel() == 0:
         return grad_weight, torch.zeros_like(threshold)
@@ -312,7 +312,9 @@ def _channels_to_the_end(tensor: Tensor) -> Tensor:
 
 
 def _channels_to_the_front(tensor: Tensor) -> Tensor:
-    return tensor.movedim(-1, 1)
+    """No view in autograd's eyes, so that callers may overwrite it (`relu_`)."""
+    front = tensor.movedim(-1, 1)
+    return front.new_empty(0).set_(front.untyped_storage(), 0, front.shape, front.stride())
 
 
 def _matrices(weight: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
@@ -320,6 +322,11 @@ def _matrices(weight: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     if threshold.shape == weight.shape:
         threshold = threshold.flatten(1)
     return weight.flatten(1), threshold
+
+
+def _as_kernel(matrix: Tensor, weight: Tensor) -> Tensor:
+    """With the weight's own strides where a dimension is 1, lest autograd copies the gradient."""
+    return matrix.as_strided(weight.shape, (*matrix.stride(), *weight.stride()[2:]))
 
 
 def _problem(

@@ -10,7 +10,7 @@ from torch.library import opcheck
 from triton_cases import every_granularity, normal, thresholds
 
 from dst_kernels import _ops
-from dst_kernels.nn import MaskedConv2d, MaskedLinear
+from dst_kernels.nn import MaskedConv1d, MaskedConv2d, MaskedLinear
 
 F16, F32 = torch.float16, torch.float32
 OPTIONS = ("long_tailed", True)
@@ -73,6 +73,26 @@ def test_conv_ops(kernel, of_threshold, layout, device):
         _ops.masked_conv_grad_weight,
         (grad, input, weight, threshold, *geometry, *OPTIONS, BACKEND),
     )
+
+
+@pytest.mark.parametrize("kernel", [(2, 1), (1, 1), (2,), (1,)], ids=str)
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_outputs_may_be_overwritten_and_gradients_are_kept_as_they_come(
+    kernel, channels_last, device
+):
+    """By an activation in place, say; autograd copies gradients whose strides are not the
+    weight's."""
+    layer = {1: MaskedConv1d, 2: MaskedConv2d}[len(kernel)]
+    layer = layer(3, 4, kernel, backend=BACKEND, path="fused", device=device)
+    input = normal(2, *[5] * len(kernel), 3, device=device).movedim(-1, 1)
+    if channels_last and len(kernel) == 2:
+        layer = layer.to(memory_format=torch.channels_last)
+    if not channels_last:
+        input = input.contiguous()
+    strides = []
+    layer.weight.register_hook(lambda grad: strides.append(grad.stride()))
+    layer(input).relu_().sum().backward()
+    assert strides == [layer.weight.stride()]
 
 
 @pytest.fixture
