@@ -26,13 +26,14 @@ class Product:
     """What the product of a kind of layer is made of: a class of functions, without instances.
 
     `geometry` is all that it depends on besides the tensors, nothing for a linear layer. Where
-    there is one, gradients of the input are also told the `shape` it has: several sizes of a
-    convolution's input lead to one of its output.
+    there is one, gradients of the input are also told the shape it has, by a tensor `like` it: the
+    input itself where it was saved. Several sizes of a convolution's input lead to one of its
+    output.
     """
 
     # Packed, in ATen.
     forward: ClassVar[Callable]  # (input, masked, bias, *geometry) -> output
-    grad_input: ClassVar[Callable]  # (grad, [shape,] masked, *geometry) -> dX
+    grad_input: ClassVar[Callable]  # (grad, like, masked, *geometry) -> dX
     dense_gradient: ClassVar[Callable]  # (grad, input, weight, *geometry) -> G
     grad_bias: ClassVar[Callable]  # (grad, dtype) -> db
     # Fused: ops, which take `geometry` after their tensors. Absent where there is but one path.
@@ -84,7 +85,10 @@ class _MaskedProduct(MaskedFunction):
             else:
                 if packed is None:
                     packed = pack(weight, effective, None, grad.dtype, backend).masked
-                grad_input = product.grad_input(grad, *ctx.shape, packed, *ctx.geometry)
+                like = input
+                if input is None and ctx.geometry:
+                    like = grad.new_empty(*ctx.shape)
+                grad_input = product.grad_input(grad, like, packed, *ctx.geometry)
         if any(ctx.needs_input_grad[1:3]):
             if ctx.grad_weight_path == FUSED:
                 operands = grad, input, weight, effective

@@ -33,8 +33,8 @@ class _ConvTranspose(Product):
         return conv_transpose(input, masked.flatten(0, 1), bias, *geometry)
 
     @staticmethod
-    def grad_input(grad: Tensor, shape: Sequence[int], masked: Tensor, *geometry) -> Tensor:
-        return conv_transpose_grad_input(grad, shape, masked.flatten(0, 1), *geometry)
+    def grad_input(grad: Tensor, like: Tensor, masked: Tensor, *geometry) -> Tensor:
+        return conv_transpose_grad_input(grad, like, masked.flatten(0, 1), *geometry)
 
     @staticmethod
     def dense_gradient(grad: Tensor, input: Tensor, weight: Tensor, *geometry) -> Tensor:

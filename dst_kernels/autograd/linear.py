@@ -17,10 +17,13 @@ __all__ = ["masked_linear"]
 
 class _Linear(Product):
     forward = staticmethod(linear)
-    grad_input = staticmethod(torch.matmul)
     fused_forward = _ops.masked_linear
     fused_grad_input = _ops.masked_linear_grad_input
     fused_grad_weight = _ops.masked_linear_grad_weight
+
+    @staticmethod
+    def grad_input(grad: Tensor, like: Tensor | None, masked: Tensor) -> Tensor:
+        return grad @ masked
 
     @staticmethod
     def dense_gradient(grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:

@@ -70,31 +70,20 @@ def conv(
     """
     if bias is not None and bias.dtype != input.dtype:
         bias = bias.to(input.dtype)
-    output = _CONV[input.dim()](input, weight, bias, stride, padding, dilation, groups)
-    memory_format = conv_memory_format(input, weight)
-    # Not left to `contiguous` to notice: torch 2.11's compiler takes what it hands through for two
-    # results of an autograd function, and drops the gradient of one.
-    if output.is_contiguous(memory_format=memory_format):
-        return output
-    return output.contiguous(memory_format=memory_format)
+    return _CONV[input.dim()](input, weight, bias, stride, padding, dilation, groups)
 
 
 def conv_grad_input(
     grad: Tensor,
-    input_shape: Sequence[int],
+    like: Tensor,
     weight: Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """dX of shape `input_shape`, in the gradient's dtype, which is the weight's."""
-    memory_format = conv_memory_format(grad, weight)
-    shaped_like_input = grad.new_empty(input_shape).contiguous(memory_format=memory_format)
-    dense = convolution_backward(
-        grad, shaped_like_input, weight, stride, padding, dilation, groups, 0
-    )
-    return dense.contiguous(memory_format=memory_format)
+    """dX, shaped like `like`, of which nothing but shape and strides is used."""
+    return convolution_backward(grad, like, weight, stride, padding, dilation, groups, 0)
 
 
 def conv_dense_weight_gradient(
@@ -126,7 +115,8 @@ def masked_conv(
 ) -> tuple[Tensor, Tensor]:
     """(`conv` with the masked weight, effective threshold)."""
     masked, effective = masked_weight(weight, threshold, reset_ratio, input.dtype)
-    return conv(input, masked, bias, stride, padding, dilation, groups), effective
+    output = conv(input, masked, bias, stride, padding, dilation, groups)
+    return output.contiguous(memory_format=conv_memory_format(input, weight)), effective
 
 
 def masked_conv_grad_input(
@@ -141,7 +131,12 @@ def masked_conv_grad_input(
 ) -> Tensor:
     """dX of shape `input_shape`, in the gradient's dtype."""
     masked, _ = masked_weight(weight, threshold, None, grad.dtype)
-    return conv_grad_input(grad, input_shape, masked, stride, padding, dilation, groups)
+    memory_format = conv_memory_format(grad, weight)
+    like = torch.empty(
+        input_shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format
+    )
+    dense = conv_grad_input(grad, like, masked, stride, padding, dilation, groups)
+    return dense.contiguous(memory_format=memory_format)
 
 
 def masked_conv_grad_weight(

@@ -98,7 +98,7 @@ def conv_transpose(
 
 def conv_transpose_grad_input(
     grad: Tensor,
-    input_shape: Sequence[int],
+    like: Tensor,
     weight: Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -106,10 +106,9 @@ def conv_transpose_grad_input(
     groups: int,
     dilation: Sequence[int],
 ) -> Tensor:
-    """dX of shape `input_shape`, in the gradient's dtype, which is the weight's."""
-    shaped_like_input = grad.new_empty(input_shape)
+    """dX, shaped like `like`, of which nothing but shape and strides is used."""
     return convolution_backward(
-        grad, shaped_like_input, weight, stride, padding, dilation, groups, 0, output_padding
+        grad, like, weight, stride, padding, dilation, groups, 0, output_padding
     )
 
 

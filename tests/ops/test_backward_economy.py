@@ -159,3 +159,25 @@ def test_changing_the_weight_before_backward_is_an_error(run, input, weight, nam
         leaves["weight"].add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
+
+
+class ConvolutionBackwards(TorchDispatchMode):
+    """Addresses of what stood in for the input in torch's backward of a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.inputs = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.convolution_backward.default:
+            self.inputs.append(args[1].data_ptr())
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_gradient_of_a_convolutions_input_takes_no_scratch_of_its_size():
+    """It needs the input's shape alone, and the input is at hand."""
+    leaves = leaves_of((2, 3, 5, 5), (4, 3, 2, 2), {"input", "weight", "threshold", "bias"})
+    output = dst.masked_conv2d(**leaves, path="packed")
+    with ConvolutionBackwards() as seen:
+        output.sum().backward()
+    assert seen.inputs == [leaves["input"].data_ptr()] * 2

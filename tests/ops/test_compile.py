@@ -187,6 +187,22 @@ def test_channels_last_strides_agree_with_eager():
         assert [t.stride() for t in eager] == [t.stride() for t in graph]
 
 
+@pytest.mark.parametrize("path", ["fused", "packed", "mixed", "auto"])
+def test_channels_last_and_a_changing_batch(path):
+    """On torch 2.11 a result that `contiguous` hands through would lose its gradient here."""
+
+    def run(input, weight, threshold):
+        return dst.masked_conv2d(input, weight, threshold, stride=2, path=path)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    weight = torch.randn(6, 4, 2, 2).to(memory_format=torch.channels_last).requires_grad_()
+    threshold = torch.rand(6).requires_grad_()
+    for batch in (2, 3, 5):
+        input = torch.randn(batch, 4, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+        leaves = input, weight, threshold
+        torch.testing.assert_close(results(compiled, leaves), results(run, leaves))
+
+
 def test_wrong_shapes_are_refused_while_compiling():
     compiled = torch.compile(dst.masked_linear, fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match="threshold must have shape"):
