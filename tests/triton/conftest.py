@@ -34,3 +34,17 @@ def poisoned(monkeypatch, compiler_knows_torch):
     for owner, names in ALLOCATORS:
         for name in names:
             monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))
+
+
+@pytest.fixture
+def float32_products():
+    """Sets how some products round float32; pytest's monkeypatch cannot put such a setting back."""
+    before = []
+
+    def choose(settings, precision):
+        before.append((settings, settings.fp32_precision))
+        settings.fp32_precision = precision
+
+    yield choose
+    for settings, precision in reversed(before):
+        settings.fp32_precision = precision

@@ -25,10 +25,16 @@ from dst_kernels._triton import conv
 from dst_kernels._triton.tiles import GradWeightTile, ProductTile
 from dst_kernels.reference.conv import conv_output_shape
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = pytest.mark.usefixtures("poisoned", "exact_convolutions")
 
 F16, F32, BF16 = torch.float16, torch.float32, torch.bfloat16
 CHANNELS_LAST = {3: torch.contiguous_format, 4: torch.channels_last}
+
+
+@pytest.fixture
+def exact_convolutions(float32_products):
+    """torch rounds them to TF32 by default."""
+    float32_products(torch.backends.cudnn.conv, "ieee")
 
 
 @dataclass(frozen=True)
@@ -154,8 +160,8 @@ def test_all_dtypes(of, of_input, dtype, of_threshold, granularity, device):
 
 @pytest.mark.gpu
 @some_convs
-def test_float32_that_may_round_to_tf32(of, device, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
+def test_float32_that_may_round_to_tf32(of, device, float32_products):
+    float32_products(torch.backends.cudnn.conv, "tf32")
     check_all(replace(of, batch=16, channels=32, filters=48), device)
 
 

@@ -82,8 +82,8 @@ def test_all_dtypes(shape, of_input, dtype, of_threshold, granularity, device):
 
 @pytest.mark.gpu
 @every_shape
-def test_float32_that_may_round_to_tf32(shape, device, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+def test_float32_that_may_round_to_tf32(shape, device, float32_products):
+    float32_products(torch.backends.cuda.matmul, "tf32")
     check_all(shape, "row", (F32, F32, F32), device)
 
 

@@ -162,10 +162,12 @@ def every_tile(choices):
 
 
 @every_tile(product_choices)
-def test_products_in_every_tile_that_is_chosen(tile, dtype, tf32, device, monkeypatch):
+def test_products_in_every_tile_that_is_chosen(
+    tile, dtype, tf32, device, monkeypatch, float32_products
+):
     monkeypatch.setattr(linear, "product_tile", lambda *_, **__: tile)
     if tf32:
-        monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+        float32_products(torch.backends.cuda.matmul, "tf32")
     M, N = tile.block_m + 3, tile.block_r + 5
     K = tile.block_c * tile.unroll * (tile.split + 1) + 7
     weight, threshold = normal(N, K, device=device), thresholds((N, K), "row", device=device)
@@ -175,10 +177,12 @@ def test_products_in_every_tile_that_is_chosen(tile, dtype, tf32, device, monkey
 
 
 @every_tile(gradient_choices)
-def test_weight_gradients_in_every_tile_that_is_chosen(tile, dtype, tf32, device, monkeypatch):
+def test_weight_gradients_in_every_tile_that_is_chosen(
+    tile, dtype, tf32, device, monkeypatch, float32_products
+):
     monkeypatch.setattr(linear, "grad_weight_tile", lambda *_, **__: tile)
     if tf32:
-        monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+        float32_products(torch.backends.cuda.matmul, "tf32")
     M, N, K = tile.block_m * (tile.split + 1) + 7, tile.block_r + 5, tile.block_c + 3
     weight, threshold = normal(N, K, device=device), thresholds((N, K), "row", device=device)
     input = normal(M, K, dtype=dtype, device=device)
