@@ -74,13 +74,12 @@ def prepare(cache: str) -> None:
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
 
 
-def measure(variant: Variant, arch: int) -> Measurement:
-    """Compile with the installed Triton and inspect the result. Call `prepare` first."""
+def build(variant: Variant, arch: int) -> tuple[Any, str]:
+    """The variant compiled with the installed Triton, and what was printed; `prepare` first."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    start = time.perf_counter()
     signature, attributes = _specialisation(variant)
     source = ASTSource(variant.kernel, signature, variant.constexprs, attributes)
     printed = io.StringIO()
@@ -94,7 +93,13 @@ def measure(variant: Variant, arch: int) -> Measurement:
                 "enable_fp_fusion": True,  # as the launchers say
             },
         )
-    log = printed.getvalue()
+    return compiled, printed.getvalue()
+
+
+def measure(variant: Variant, arch: int) -> Measurement:
+    """Build and inspect the result."""
+    start = time.perf_counter()
+    compiled, log = build(variant, arch)
     opcodes, a_in_registers = _instructions(compiled.asm["cubin"])
     return Measurement(
         registers=_number(r"Used (\d+) registers", log),

@@ -18,105 +18,115 @@ pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
 
-# file, what is right, what is wrong, the tests that must notice
+# file, what is right, what is wrong, the test that must notice
 MUTANTS = {
     "the mask is dropped": (
         "masking.py",
         r"return tl\.where\(tl\.abs\(weight\) <= threshold, 0\.0, (.+)\)",
         r"return \1",
-        "special_values",
+        "special_values::test_pack",
     ),
     "ties are kept": (
         "masking.py",
         r"tl\.abs\(weight\) <= threshold",
         "tl.abs(weight) < threshold",
-        "special_values",
+        "special_values::test_pack",
     ),
     "gradients of ties are kept": (
         "masking.py",
         r"margin <= 0\.0",
         "margin < 0.0",
-        "special_values",
+        "special_values::test_post",
     ),
     "the surrogate ends before 1": (
         "masking.py",
         r"distance > 1\.0",
         "distance >= 1.0",
-        "special_values",
+        "special_values::test_post",
     ),
-    "NaN is pruned": ("masking.py", r"weight \+ nan_or_zero", "weight", "special_values"),
+    "NaN is pruned": (
+        "masking.py",
+        r"weight \+ nan_or_zero",
+        "weight",
+        "special_values::test_pack",
+    ),
     "the structure gradient is left out": (
         "masking.py",
         r"if STRUCTURE_GRADIENT:",
         "if False:",
-        "linear_ops",
+        "linear_ops::test_all_surrogates",
     ),
     "the product skips the tail of K": (
         "product.py",
         r"range\(begin, end, BLOCK_C",
         "range(begin, end - (end - begin) % BLOCK_C, BLOCK_C",
-        "linear_ops",
+        "linear_ops::test_all_shapes_in_float32",
     ),
     "the weight's gradient skips the tail of M": (
         "grad_weight.py",
         r"range\(begin, end, BLOCK_M",
         "range(begin, end - (end - begin) % BLOCK_M, BLOCK_M",
-        "linear_ops",
+        "linear_ops::test_all_shapes_in_float32",
     ),
     "the convolution skips its last tap": (
         "conv_product.py",
         r"range\(0, taps_h \* taps_w \* steps_c",
         "range(0, taps_h * taps_w * steps_c - 1",
-        "conv_ops",
+        "conv_ops::test_all_geometries",
     ),
     "the convolution runs over the edge of a line": (
         "conv_product.py",
         r" & \(w < in_w\)",
         "",
-        "conv_ops",
+        "conv_ops::test_all_geometries",
     ),
     "the input's gradient takes neighbouring outputs where stride and dilation differ": (
         "conv.py",
         r"-\(period \* dilation // stride\)",
         "-1",
-        "conv_ops",
+        "conv_ops::test_all_geometries",
     ),
     "the gradient of a filter skips the tail of the images": (
         "conv_grad_weight.py",
         r"range\(begin, end, BLOCK_M",
         "range(begin, end - (end - begin) % BLOCK_M, BLOCK_M",
-        "conv_ops",
+        "conv_ops::test_all_geometries",
     ),
-    "the last slab is not added": ("product.py", r"range\(parts\)", "range(parts - 1)", "tiles"),
+    "the last slab is not added": (
+        "product.py",
+        r"range\(parts\)",
+        "range(parts - 1)",
+        "tiles::test_products",
+    ),
     "a slab of the gradient is not added": (
         "post.py",
         r"range\(1, slabs\)",
         "range(2, slabs)",
-        "tiles",
+        "tiles::test_weight_gradients",
     ),
     "the product counts ties as kept": (
         "product.py",
         r"tl\.abs\(w\) <= t",
         "tl.abs(w) < t",
-        "special_values",
+        "special_values::test_the_guard_counts_whatever_the_threshold_is",
     ),
     "pack counts ties as kept": (
         "pack.py",
         r"tl\.abs\(w\) <= t",
         "tl.abs(w) < t",
-        "special_values",
+        "special_values::test_the_guard_counts_whatever_the_threshold_is",
     ),
     "the guard fires one weight late": (
         "pack.py",
         r">= least_pruned",
         "> least_pruned",
-        "weight_ops",
+        "weight_ops::test_the_guard_counts_exactly",
     ),
     "pack leaves a hole": (
         "pack.py",
         r"(masked\(w, t\)\.to\(packed\.dtype\.element_ty\),\s+mask=inside)",
         r"\1 & (c[None, :] > 0)",
-        "weight_ops",
+        "weight_ops::test_pack_of_all_shapes",
     ),
 }
 
@@ -125,9 +135,10 @@ def run_tests(root: Path, tests: str) -> int:
     options = ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER")  # those of the run around this one
     environment = {name: value for name, value in os.environ.items() if name not in options}
     environment["PYTHONPATH"] = str(root)
+    file, _, test = tests.partition("::")
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     result = subprocess.run(
-        [*command, str(HERE / f"test_{tests}.py")],
+        [*command, str(HERE / f"test_{file}.py::{test}")],
         cwd=root,
         env=environment,
         capture_output=True,
@@ -155,4 +166,4 @@ def test_a_mistake_is_noticed(name, tmp_path):
 
 def test_a_copy_without_a_mistake_passes(tmp_path):
     copied(tmp_path)
-    assert run_tests(tmp_path, "special_values") == pytest.ExitCode.OK
+    assert run_tests(tmp_path, "special_values::test_pack") == pytest.ExitCode.OK

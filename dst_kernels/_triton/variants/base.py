@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 
@@ -98,18 +99,30 @@ def granularities(transposed: bool) -> dict[str, tuple[int, dict[str, int]]]:
     }
 
 
-def product_cases(architecture: int) -> Iterator[tuple[ProductTile, str, str, str, bool]]:
-    """(tile, weight, activations, PRECISION, whether on tensor cores)."""
+class ProductCase(NamedTuple):
+    """`largest` of the tiles: what only leaves something out of another is compiled in that."""
+
+    tile: ProductTile
+    weight: str
+    x: str
+    precision: str
+    tensor_cores: bool
+    largest: bool
+
+
+def product_cases(architecture: int) -> Iterator[ProductCase]:
     for tiles, dtypes, precision in (
         (PRODUCT_TILES[architecture], (*AUTOCAST, *SIXTEEN_BIT), "ieee"),
         (PRODUCT_TILES[architecture], FLOAT32, "tf32"),
         (FLOAT32_PRODUCT_TILES, FLOAT32, "ieee"),
     ):
         for tile in tiles:
+            largest = tile is tiles[-1]
             for weight, x in dtypes:
-                if x == "fp16" and tile is not tiles[-1]:
+                if x == "fp16" and not largest:
                     continue  # the code of bf16
-                yield tile, weight, x, precision, x != "fp32" or precision == "tf32"
+                tensor_cores = x != "fp32" or precision == "tf32"
+                yield ProductCase(tile, weight, x, precision, tensor_cores, largest)
 
 
 def grad_weight_cases(architecture: int) -> Iterator[tuple[GradWeightTile, str, str, str, bool]]:

@@ -39,14 +39,17 @@ def _product_constants(tile: ProductTile, precision: str, transposed: bool) -> d
 
 def _products(architecture: int) -> Iterator[Variant]:
     """Forward with and without the guard's count, and dX; whole sums and split ones."""
-    for tile, weight, x, precision, tensor_cores in product_cases(architecture):
+    for tile, weight, x, precision, tensor_cores, largest in product_cases(architecture):
         for purpose in ("forward", "unguarded", "grad_input"):
+            if purpose == "unguarded" and not largest:
+                continue
             transposed = purpose == "grad_input"
             for granularity, (axis, unit) in granularities(transposed).items():
                 if granularity == "layer" or (granularity == "element" and x != "bf16"):
                     continue  # a layer's threshold is read as one for each row
                 for split in (False, True):
-                    if split and (granularity != "row" or x == "fp16" or purpose == "unguarded"):
+                    of_another = granularity != "row" or x == "fp16" or purpose == "unguarded"
+                    if split and (of_another or not largest):
                         continue
                     yield variant(
                         f"{purpose}{' split' if split else ''} {weight}->{x} {precision} "
@@ -76,9 +79,9 @@ def _products(architecture: int) -> Iterator[Variant]:
 
 def _finishes(architecture: int) -> Iterator[Variant]:
     """Of the forward pass: guard alone, guard and split; of dX: split alone."""
-    for tile, weight, x, precision, tensor_cores in product_cases(architecture):
+    for tile, weight, x, precision, tensor_cores, largest in product_cases(architecture):
         for guard, split in ((True, False), (True, True), (False, True)):
-            if x == "fp16" or (weight == x == "bf16" and not guard):
+            if x == "fp16" or (not guard and (weight == x == "bf16" or not largest)):
                 continue
             purpose = " ".join(["finish", *["guard"] * guard, *["split"] * split])
             yield variant(
