@@ -26,7 +26,10 @@ __all__ = ["LOST", "SANITIZER_TESTS", "run_everything", "run_part"]
 LOST = 3
 """Exit code of a run that ended because the device faulted."""
 
-SANITIZER_TESTS = "tests/triton/test_tiles.py -m gpu"  # every kernel, at small sizes
+# Every kernel, at small sizes.
+SANITIZER_TESTS = (
+    "tests/triton/test_tiles.py tests/triton/test_conv_ops.py::test_small_and_split_tiles -m gpu"
+)
 
 # Small things and those of most goals first; what takes long last, which is compiling. One run of
 # nine minutes ends somewhere among these; the next of the same commit goes on from there. The

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 
 pytest.importorskip("triton.language")
 
-from dst_kernels._triton import tuning
+from dst_kernels._triton import conv, tuning
 from dst_kernels._triton.tiles import (
     GradWeightTile,
     ProductTile,
     Traits,
+    conv_grad_weight_tiles,
+    conv_product_tiles,
     grad_weight_candidates,
     grad_weight_tile,
     product_candidates,
@@ -134,3 +137,29 @@ def test_candidates_are_tiles_the_gate_knows():
         for tile in grad_weight_candidates(gradient, TRAITS, False):
             assert isinstance(tile, GradWeightTile) and tile.split >= 1
             assert whole(tile) in GRAD_WEIGHT_TILES[90]
+
+
+def test_tuned_convolutions_compute_the_same_in_tiles_the_gate_knows(timed, monkeypatch):
+    input, weight = torch.randn(2, 3, 4, 5), torch.randn(4, 3, 1, 2)
+    threshold, grad = torch.rand(4), torch.randn(2, 4, 4, 4)
+    geometry = (1, 1), (0, 0), (1, 1), 1
+
+    def results():
+        return (
+            *conv.masked_conv(input, weight, threshold, None, 0.01, *geometry),
+            conv.masked_conv_grad_input(grad, input.shape, weight, threshold, *geometry),
+            *conv.masked_conv_grad_weight(
+                grad, input, weight, threshold, *geometry, "triangular", True
+            ),
+        )
+
+    plain = results()
+    assert not timed
+    monkeypatch.setenv(tuning.AUTOTUNE, "1")
+    torch.testing.assert_close(results(), plain)
+    traits = conv.traits_of(input, convolution=True)
+    known = {*conv_product_tiles(traits), *conv_grad_weight_tiles(traits)}
+    assert {dataclasses.replace(tile, split=1) for tile in timed} == known
+    first = len(timed)
+    results()
+    assert len(timed) == first, "the answers are remembered"
