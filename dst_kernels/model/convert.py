@@ -155,6 +155,8 @@ def _plan(
             if reason:
                 reasons[module] = reason
     owners = _owners_of_parameters(model)  # including those that were never candidates
+    if config.granularity == "row":
+        reasons.update(_with_rows_elsewhere(named, reasons))
     for _, module in named:
         if module not in reasons:
             dense = [
@@ -179,6 +181,29 @@ def _plan(
         )
     chosen = [module for _, module in named if module not in reasons]
     return ConversionPlan(layers), chosen
+
+
+def _with_rows_elsewhere(
+    named: list[tuple[str, nn.Module]], reasons: dict[nn.Module, str]
+) -> dict[nn.Module, str]:
+    """Layers that share a weight, rows of which for one are not rows for another: why they stay.
+
+    A convolution's and a transposed one's, say, where a decoder is tied to an encoder.
+    """
+    owners: dict[int, list[tuple[str, nn.Module, object]]] = {}
+    for name, module in named:
+        if module not in reasons or isinstance(module, MaskedLayer):
+            masked = type(module) if isinstance(module, MaskedLayer) else _masked_type(module)
+            by_rows = masked._rows is MaskedLayer._rows
+            rows = "first" if by_rows else (masked._rows, getattr(module, "groups", 1))
+            owners.setdefault(id(module.weight), []).append((name, module, rows))
+    return {
+        module: f"shares its weight with {other}, for which its rows lie elsewhere"
+        for sharing in owners.values()
+        for _, module, rows in sharing
+        for other, _, others_rows in sharing
+        if rows != others_rows and not isinstance(module, MaskedLayer)
+    }
 
 
 def _has_weights(module: nn.Module) -> bool:

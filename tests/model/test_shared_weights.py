@@ -167,3 +167,23 @@ def test_shared_biases_stay_shared():
     assert model[0].bias is model[1].bias and model[0].threshold is not model[1].threshold
     dst_kernels.finalize_(model)
     assert model[0].bias is model[1].bias
+
+
+@pytest.mark.parametrize("channels", [(4, 6), (5, 5)])
+@pytest.mark.parametrize("first", ["encoder", "decoder"])
+def test_a_decoder_tied_to_its_encoder_stays_dense(channels, first):
+    """One threshold cannot govern the rows of both: they lie along different dimensions."""
+    inputs, outputs = channels
+    encoder, decoder = nn.Conv2d(inputs, outputs, 3), nn.ConvTranspose2d(outputs, inputs, 3)
+    decoder.weight = encoder.weight
+    layers = {"encoder": encoder, "decoder": decoder}
+    order = [first, *layers.keys() - {first}]
+    model = nn.ModuleDict({name: layers[name] for name in order})
+    plan = dst_kernels.plan_sparsify(model)
+    assert plan.named("convert") == []
+    assert all("rows lie elsewhere" in layer.reason for layer in plan.layers)
+    whole = dst_kernels.SparsifyConfig(granularity="layer")
+    assert dst_kernels.plan_sparsify(model, whole).named("convert") == order
+    model = dst_kernels.sparsify_(model, whole)
+    hidden = model["encoder"](torch.randn(1, inputs, 5, 5))
+    assert model["decoder"](hidden).shape == (1, inputs, 5, 5)
