@@ -75,7 +75,10 @@ def masked_conv(
 ) -> tuple[Tensor, Tensor]:
     """As the reference's; RuntimeError over three dimensions, TypeError for float64."""
     _check(input, weight, threshold)
-    if _is_pointwise(weight, stride, padding, groups, input):
+    memory_format = conv_memory_format(input, weight)
+    if memory_format == torch.channels_last and _is_pointwise(
+        weight, stride, padding, groups, input
+    ):
         output, effective = masked_linear(
             _channels_to_the_end(input),
             *_matrices(weight, threshold),
@@ -89,7 +92,7 @@ def masked_conv(
         conv_output_shape(input.shape, weight.shape, stride, padding, dilation),
         dtype=input.dtype,
         device=input.device,
-        memory_format=conv_memory_format(input, weight),
+        memory_format=memory_format,
     )
     if output.numel() == 0:
         return output, effective
@@ -111,7 +114,10 @@ def masked_conv_grad_input(
 ) -> Tensor:
     """As the reference's; RuntimeError over three dimensions, TypeError for float64."""
     _check(grad, weight, threshold)
-    if _is_pointwise(weight, stride, padding, groups, grad):
+    memory_format = conv_memory_format(grad, weight)
+    if memory_format == torch.channels_last and _is_pointwise(
+        weight, stride, padding, groups, grad
+    ):
         result = masked_linear_grad_input(
             _channels_to_the_end(grad), *_matrices(weight, threshold),
             traits_of(grad, convolution=True),
@@ -121,7 +127,7 @@ def masked_conv_grad_input(
         input_shape,
         dtype=grad.dtype,
         device=grad.device,
-        memory_format=conv_memory_format(grad, weight),
+        memory_format=memory_format,
     )
     problem = _problem(weight, threshold, stride, padding, dilation, groups)
     written, grad = _planar(result), _planar(grad)
@@ -181,7 +187,8 @@ def _product(
     if tuning_is_on():
         shape = "x".join(map(str, problem.weight.shape))
         name = (
-            f"conv by_input={by_input} element={problem.threshold.dim() > 1} "
+            f"conv by_input={by_input} channels_last={x.stride(1) == 1} "
+            f"element={problem.threshold.dim() > 1} "
             f"{token_bucket(positions)}x{shape} groups={problem.groups} {lattices} "
             f"{problem.weight.dtype} {traits}"
         )
@@ -272,7 +279,8 @@ def _grad_weight(
     tile = conv_grad_weight_tile(*sizes, traits)
     if tuning_is_on():
         name = (
-            f"conv grad_weight element={grad_threshold is not None} {token_bucket(positions)}x"
+            f"conv grad_weight channels_last={x.stride(1) == 1} "
+            f"element={grad_threshold is not None} {token_bucket(positions)}x"
             f"{'x'.join(map(str, weight.shape))} groups={groups} {problem.lattices} "
             f"{weight.dtype} {traits}"
         )

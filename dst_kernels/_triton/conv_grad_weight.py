@@ -218,8 +218,9 @@ def conv_slabs(
     outputs, columns, taps_h, taps_w = like.shape
     rows = outputs // groups
     positions = _positions(grad)
-    part = triton.cdiv(triton.cdiv(positions, tile.split), tile.block_m) * tile.block_m
-    parts = triton.cdiv(positions, part)
+    # Without any, one slab of zeros.
+    part = triton.cdiv(max(triton.cdiv(positions, tile.split), 1), tile.block_m) * tile.block_m
+    parts = max(triton.cdiv(positions, part), 1)
     slabs = torch.empty_strided(
         (parts, *like.shape), (like.numel(), *like.stride()), dtype=torch.float32, device=x.device
     )

@@ -225,8 +225,9 @@ def fused_grad_weight(
 def dense_slabs(grad: Tensor, x: Tensor, tile: GradWeightTile, precision: str) -> Tensor:
     """G as float32 partial sums [parts, R, C] over the tokens."""
     (M, R), C = grad.shape, x.shape[1]
-    part = triton.cdiv(triton.cdiv(M, tile.split), tile.block_m) * tile.block_m
-    parts = triton.cdiv(M, part)
+    # Without any, one slab of zeros.
+    part = triton.cdiv(max(triton.cdiv(M, tile.split), 1), tile.block_m) * tile.block_m
+    parts = max(triton.cdiv(M, part), 1)
     slabs = torch.empty((parts, R, C), dtype=torch.float32, device=x.device)
     tiles = triton.cdiv(R, tile.block_r) * triton.cdiv(C, tile.block_c)
     with on_device_of(x):

@@ -21,7 +21,7 @@ from triton_cases import (
 )
 
 from dst_kernels import reference
-from dst_kernels._triton import conv
+from dst_kernels._triton import conv, linear
 from dst_kernels._triton.tiles import GradWeightTile, ProductTile
 from dst_kernels.reference.conv import conv_output_shape
 
@@ -356,6 +356,21 @@ def test_sizes_of_zero(name, ratio, granularity, device):
     for result in run(
         "masked_conv_grad_weight", grad, input, weight, threshold, *of.geometry, *options
     ):
+        assert not result.any()
+
+
+@pytest.mark.parametrize("name", ["no images", "no images, pointwise"])
+def test_no_images_in_split_tiles(name, device, monkeypatch):
+    """As tuning tries them."""
+    split = GradWeightTile(16, 16, 16, warps=4, stages=2, split=2)
+    monkeypatch.setattr(conv, "conv_grad_weight_tile", lambda *_: split)
+    monkeypatch.setattr(linear, "grad_weight_tile", lambda *_: split)
+    of = EMPTY[name]
+    input, weight = (normal(*s, device=device) for s in (of.input_shape, of.weight_shape))
+    threshold = thresholds(of.weight_shape, "row", device=device)
+    grad = normal(*of.output_shape, device=device)
+    given_to = grad, input, weight, threshold, *of.geometry, "long_tailed", True
+    for result in run("masked_conv_grad_weight", *given_to):
         assert not result.any()
 
 

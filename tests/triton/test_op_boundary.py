@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from torch.library import opcheck
-from triton_cases import every_granularity, normal, thresholds
+from triton_cases import check, every_granularity, normal, thresholds
 
 from dst_kernels import _ops
 from dst_kernels.nn import MaskedConv1d, MaskedConv2d, MaskedLinear
@@ -73,6 +73,44 @@ def test_conv_ops(kernel, of_threshold, layout, device):
         _ops.masked_conv_grad_weight,
         (grad, input, weight, threshold, *geometry, *OPTIONS, BACKEND),
     )
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (1,)], ids=str)
+@pytest.mark.parametrize(("channels", "filters"), [(3, 4), (1, 4), (3, 1)])
+def test_pointwise_convs_over_images_that_are_channels_last_in_one_way_or_another(
+    kernel, channels, filters, device
+):
+    """Lines, and single channels, lie in two formats at once; the results do as the fake says."""
+    weight = normal(filters, channels, *kernel, device=device)
+    threshold = thresholds(weight.shape, "row", device=device)
+    size = [5] * len(kernel)
+    input = normal(2, *size, channels, dtype=F16, device=device).movedim(-1, 1)
+    grad = normal(2, *size, filters, dtype=F16, device=device).movedim(-1, 1)
+    geometry = [1] * len(kernel), [0] * len(kernel), [1] * len(kernel), 1
+    for x, dy in ((input, grad), (input.contiguous(), grad.contiguous())):
+        arguments = dy, list(x.shape), weight, threshold, *geometry
+        opcheck(_ops.masked_conv, (x, weight, threshold, None, 0.01, *geometry, BACKEND))
+        opcheck(_ops.masked_conv_grad_input, (*arguments, BACKEND))
+        check("masked_conv", x, weight, threshold, None, 0.01, *geometry)
+        check("masked_conv_grad_input", *arguments)
+
+
+@pytest.mark.parametrize("path", ["fused", "packed"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_functional_gradients_are_those_of_autograd(kind, path, device):
+    options = {"backend": BACKEND, "path": path, "device": device}
+    layer = MaskedLinear(3, 4, **options) if kind == "linear" else MaskedConv2d(3, 4, 2, **options)
+    layer.reset_threshold(0.1)
+    input = normal(2, 3, *[3] * (layer.weight.dim() - 2), device=device)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(parameters):
+        return torch.func.functional_call(layer, parameters, input).square().sum()
+
+    layer.eval()
+    loss(dict(layer.named_parameters())).backward()
+    for name, grad in torch.func.grad(loss)(parameters).items():
+        torch.testing.assert_close(grad, layer.get_parameter(name).grad)
 
 
 @pytest.mark.parametrize("kernel", [(2, 1), (1, 1), (2,), (1,)], ids=str)
