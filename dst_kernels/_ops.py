@@ -114,7 +114,11 @@ def call(op: torch._ops.OpOverload, *args):
 
     On a CPU the way through the dispatcher and back costs as much as a small layer.
     """
-    observed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    observed = (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
     if observed or type(args[0]) not in (Tensor, Parameter):
         return op(*args)
     return _run[op](*args)

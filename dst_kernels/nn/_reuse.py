@@ -71,8 +71,10 @@ _open: WeakKeyDictionary[nn.Module, Packs] = WeakKeyDictionary()
 
 
 def packs_of(layer: nn.Module) -> Packs | None:
-    """The copies of a layer in an open scope, None outside."""
-    return _open.get(layer) if _open else None
+    """The copies of a layer in an open scope; None outside, and for what torch.func wraps."""
+    if not _open or torch._C._are_functorch_transforms_active():
+        return None
+    return _open.get(layer)
 
 
 def _state(tensor: Tensor) -> tuple:

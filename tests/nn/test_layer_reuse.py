@@ -642,3 +642,19 @@ def test_a_convolution(packs, device):
         for _ in range(3):
             assert torch.equal(layer(input), expected)
     assert len(packs) == 1
+
+
+def test_functional_gradients_inside_the_scope(device):
+    """What torch.func wraps has no address to be known by, and is packed each time."""
+    layer = MaskedLinear(5, 4, device=device).eval()
+    layer.reset_threshold(0.1)
+    input = torch.randn(3, 5, device=device)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(parameters):
+        return torch.func.functional_call(layer, parameters, input).square().sum()
+
+    expected = torch.func.grad(loss)(parameters)
+    with weights_unchanged(layer):
+        layer(input)
+        torch.testing.assert_close(torch.func.grad(loss)(parameters), expected)
