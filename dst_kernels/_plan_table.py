@@ -58,6 +58,8 @@ def _nearest(
     """Of the cases that have the values `alike`, that whose `sizes` are the nearest."""
     nearest, least = None, math.log(_FARTHEST)
     for case in _tables().get(gpu, {}).get(kind, ()):
+        if case["input_dtype"] == "float32" and not case.get("tf32", True):
+            continue  # exact products, for which nothing is looked up
         if any(case[name] != value for name, value in alike.items()):
             continue
         distance = sum(abs(math.log(max(size, 1) / case[name])) for name, size in sizes.items())

@@ -201,6 +201,17 @@ def test_exact_float32_is_not_judged_by_tf32_measurements(table):
     assert plan(of_input=F32, tf32=False) == without
 
 
+def test_tf32_is_not_judged_by_measurements_of_exact_float32(table):
+    exact = case(input_dtype="float32", weight_dtype="float32", **PACKED_WINS) | {"tf32": False}
+    table([])
+    without = plan(of_input=F32, tf32=True)
+    assert without != PLANS["packed"]
+    table([exact])
+    assert plan(of_input=F32, tf32=True) == without
+    table([exact | {"tf32": True}])
+    assert plan(of_input=F32, tf32=True) == PLANS["packed"]
+
+
 def test_an_empty_batch_finds_a_plan(table):
     table([case(M=1)])
     assert plan(M=0) == PLANS["fused"]
