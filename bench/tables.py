@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from .measurements import geometric_mean
 
@@ -25,10 +25,13 @@ def ratio_text(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def mean_text(column: Iterable[float | None]) -> str:
-    """The geometric mean of what is there."""
+def mean_text(column: Sequence[float | None]) -> str:
+    """The geometric mean of what is there, and of how many where some are missing."""
     values = [value for value in column if value is not None and not math.isnan(value)]
-    return ratio_text(geometric_mean(values)) if values else "-"
+    if not values:
+        return "-"
+    missing = len(values) < len(column)
+    return ratio_text(geometric_mean(values)) + missing * f" ({len(values)} of {len(column)})"
 
 
 def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
