@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import triton
 
 from ..masking import ALONG_C, ALONG_R, ELEMENT, LAYER
-from ..tiles import (
-    FLOAT32_GRAD_WEIGHT_TILES,
-    FLOAT32_PRODUCT_TILES,
-    GRAD_WEIGHT_TILES,
-    PRODUCT_TILES,
-    TF32_GRAD_WEIGHT_TILES,
-    GradWeightTile,
-    ProductTile,
-)
 
 __all__ = [
     "AUTOCAST",
     "FLOAT32",
     "SIXTEEN_BIT",
     "Variant",
-    "grad_weight_cases",
     "granularities",
-    "product_cases",
     "unit_strides",
     "variant",
 ]
@@ -54,7 +41,7 @@ AUTOCAST = (("fp32", "bf16"), ("fp32", "fp16"))
 SIXTEEN_BIT = (("bf16", "bf16"), ("fp16", "fp16"))
 FLOAT32 = (("fp32", "fp32"),)
 
-# Integers that are just numbers, so of any divisibility; the last may exceed 32 bits.
+# Integers that are just numbers, so of any divisibility; least_pruned may exceed 32 bits.
 _PLAIN = {
     "number_of_counts", "number_of_thresholds", "slabs", "parts", "least_pruned",
     "taps", "taps_h", "taps_w", "in_h", "in_w", "out_h", "out_w",
@@ -97,40 +84,3 @@ def granularities(transposed: bool) -> dict[str, tuple[int, dict[str, int]]]:
         "layer": (LAYER.value, {}),
         "element": (ELEMENT.value, unit_strides(unit)),
     }
-
-
-class ProductCase(NamedTuple):
-    """`largest` of the tiles: what only leaves something out of another is compiled in that."""
-
-    tile: ProductTile
-    weight: str
-    x: str
-    precision: str
-    tensor_cores: bool
-    largest: bool
-
-
-def product_cases(architecture: int) -> Iterator[ProductCase]:
-    for tiles, dtypes, precision in (
-        (PRODUCT_TILES[architecture], (*AUTOCAST, *SIXTEEN_BIT), "ieee"),
-        (PRODUCT_TILES[architecture], FLOAT32, "tf32"),
-        (FLOAT32_PRODUCT_TILES, FLOAT32, "ieee"),
-    ):
-        for tile in tiles:
-            largest = tile is tiles[-1]
-            for weight, x in dtypes:
-                if x == "fp16" and not largest:
-                    continue  # the code of bf16
-                tensor_cores = x != "fp32" or precision == "tf32"
-                yield ProductCase(tile, weight, x, precision, tensor_cores, largest)
-
-
-def grad_weight_cases(architecture: int) -> Iterator[tuple[GradWeightTile, str, str, str, bool]]:
-    for tiles, dtypes, precision in (
-        (GRAD_WEIGHT_TILES[architecture], (*AUTOCAST, *SIXTEEN_BIT), "ieee"),
-        (TF32_GRAD_WEIGHT_TILES, FLOAT32, "tf32"),
-        (FLOAT32_GRAD_WEIGHT_TILES, FLOAT32, "ieee"),
-    ):
-        for tile in tiles:
-            for weight, x in dtypes:
-                yield tile, weight, x, precision, x != "fp32" or precision == "tf32"

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import triton.language as tl
 
 from ..grad_weight import grad_weight_kernel, slabs_kernel
 from ..masking import ELEMENT, SURROGATE_CODES
 from ..product import finish_kernel, product_kernel
-from ..tiles import SLAB_TILE, TF32_SLAB_TILE, ProductTile
-from .base import Variant, grad_weight_cases, granularities, product_cases, unit_strides, variant
+from ..tiles import (
+    FLOAT32_GRAD_WEIGHT_TILES,
+    FLOAT32_PRODUCT_TILES,
+    GRAD_WEIGHT_TILES,
+    PRODUCT_TILES,
+    SLAB_TILE,
+    TF32_GRAD_WEIGHT_TILES,
+    TF32_SLAB_TILE,
+    GradWeightTile,
+    ProductTile,
+)
+from .base import AUTOCAST, FLOAT32, SIXTEEN_BIT, Variant, granularities, unit_strides, variant
 
 __all__ = ["linear"]
 
@@ -21,6 +32,43 @@ def linear(architecture: int) -> Iterator[Variant]:
     yield from _finishes(architecture)
     yield from _grad_weights(architecture)
     yield from _slabs()
+
+
+class _ProductCase(NamedTuple):
+    """`largest` of the tiles: what only leaves something out of another is compiled in that."""
+
+    tile: ProductTile
+    weight: str
+    x: str
+    precision: str
+    tensor_cores: bool
+    largest: bool
+
+
+def _product_cases(architecture: int) -> Iterator[_ProductCase]:
+    for tiles, dtypes, precision in (
+        (PRODUCT_TILES[architecture], (*AUTOCAST, *SIXTEEN_BIT), "ieee"),
+        (PRODUCT_TILES[architecture], FLOAT32, "tf32"),
+        (FLOAT32_PRODUCT_TILES, FLOAT32, "ieee"),
+    ):
+        for tile in tiles:
+            largest = tile is tiles[-1]
+            for weight, x in dtypes:
+                if x == "fp16" and not largest:
+                    continue  # the code of bf16
+                tensor_cores = x != "fp32" or precision == "tf32"
+                yield _ProductCase(tile, weight, x, precision, tensor_cores, largest)
+
+
+def _grad_weight_cases(architecture: int) -> Iterator[tuple[GradWeightTile, str, str, str, bool]]:
+    for tiles, dtypes, precision in (
+        (GRAD_WEIGHT_TILES[architecture], (*AUTOCAST, *SIXTEEN_BIT), "ieee"),
+        (TF32_GRAD_WEIGHT_TILES, FLOAT32, "tf32"),
+        (FLOAT32_GRAD_WEIGHT_TILES, FLOAT32, "ieee"),
+    ):
+        for tile in tiles:
+            for weight, x in dtypes:
+                yield tile, weight, x, precision, x != "fp32" or precision == "tf32"
 
 
 def _product_constants(tile: ProductTile, precision: str, transposed: bool) -> dict[str, object]:
@@ -39,7 +87,7 @@ def _product_constants(tile: ProductTile, precision: str, transposed: bool) -> d
 
 def _products(architecture: int) -> Iterator[Variant]:
     """Forward with and without the guard's count, and dX; whole sums and split ones."""
-    for tile, weight, x, precision, tensor_cores, largest in product_cases(architecture):
+    for tile, weight, x, precision, tensor_cores, largest in _product_cases(architecture):
         for purpose in ("forward", "unguarded", "grad_input"):
             if purpose == "unguarded" and not largest:
                 continue
@@ -79,7 +127,7 @@ def _products(architecture: int) -> Iterator[Variant]:
 
 def _finishes(architecture: int) -> Iterator[Variant]:
     """Of the forward pass: guard alone, guard and split; of dX: split alone."""
-    for tile, weight, x, precision, tensor_cores, largest in product_cases(architecture):
+    for tile, weight, x, precision, tensor_cores, largest in _product_cases(architecture):
         for guard, split in ((True, False), (True, True), (False, True)):
             if x == "fp16" or (not guard and (weight == x == "bf16" or not largest)):
                 continue
@@ -111,7 +159,7 @@ def _finishes(architecture: int) -> Iterator[Variant]:
 
 
 def _grad_weights(architecture: int) -> Iterator[Variant]:
-    for tile, weight, x, precision, tensor_cores in grad_weight_cases(architecture):
+    for tile, weight, x, precision, tensor_cores in _grad_weight_cases(architecture):
         for granularity, (axis, unit) in granularities(False).items():
             for surrogate, code in SURROGATE_CODES.items():
                 special = granularity != "row" or surrogate != "long_tailed"
