@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +12,16 @@ from torch import Tensor
 from ..reference.conv import conv_memory_format, conv_output_shape
 from .conv_grad_weight import conv_grad_weight, conv_slabs
 from .conv_product import Lattice, conv_product
+from .conv_shapes import (
+    Problem,
+    as_kernel,
+    as_linear,
+    channels_to_the_end,
+    channels_to_the_front,
+    is_pointwise,
+    planar,
+    problem_of,
+)
 from .linear import (
     masked_linear,
     masked_linear_grad_input,
@@ -38,30 +47,6 @@ from .weight import effective_threshold
 __all__ = ["masked_conv", "masked_conv_grad_input", "masked_conv_grad_weight"]
 
 
-class _Problem(NamedTuple):
-    """A convolution as the kernels take it: over two dimensions, a line being an image one high.
-
-    `threshold` has the weight's shape or is one for each filter.
-    """
-
-    weight: Tensor
-    threshold: Tensor
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-
-    @property
-    def lattices(self) -> tuple[Lattice, Lattice]:
-        """Of the forward pass."""
-        return tuple(
-            Lattice(stride, -padding, dilation)
-            for stride, padding, dilation in zip(
-                self.stride, self.padding, self.dilation, strict=True
-            )
-        )
-
-
 def masked_conv(
     input: Tensor,
     weight: Tensor,
@@ -76,17 +61,17 @@ def masked_conv(
     """As the reference's; RuntimeError over three dimensions, TypeError for float64."""
     _check(input, weight, threshold)
     memory_format = conv_memory_format(input, weight)
-    if memory_format == torch.channels_last and _is_pointwise(
+    if memory_format == torch.channels_last and is_pointwise(
         weight, stride, padding, groups, input
     ):
         output, effective = masked_linear(
-            _channels_to_the_end(input),
-            *_matrices(weight, threshold),
+            channels_to_the_end(input),
+            *as_linear(weight, threshold),
             bias,
             reset_ratio,
             traits_of(input, convolution=True),
         )
-        return _channels_to_the_front(output), effective.view_as(threshold)
+        return channels_to_the_front(output), effective.view_as(threshold)
     effective = effective_threshold(weight, threshold, reset_ratio)
     output = torch.empty(
         conv_output_shape(input.shape, weight.shape, stride, padding, dilation),
@@ -96,9 +81,9 @@ def masked_conv(
     )
     if output.numel() == 0:
         return output, effective
-    problem = _problem(weight, effective, stride, padding, dilation, groups)
+    problem = problem_of(weight, effective, stride, padding, dilation, groups)
     bias = None if bias is None else bias.contiguous()
-    _product(_planar(input), problem, bias, _planar(output), problem.lattices)
+    _product(planar(input), problem, bias, planar(output), problem.lattices)
     return output, effective
 
 
@@ -115,22 +100,20 @@ def masked_conv_grad_input(
     """As the reference's; RuntimeError over three dimensions, TypeError for float64."""
     _check(grad, weight, threshold)
     memory_format = conv_memory_format(grad, weight)
-    if memory_format == torch.channels_last and _is_pointwise(
-        weight, stride, padding, groups, grad
-    ):
+    if memory_format == torch.channels_last and is_pointwise(weight, stride, padding, groups, grad):
         result = masked_linear_grad_input(
-            _channels_to_the_end(grad), *_matrices(weight, threshold),
+            channels_to_the_end(grad), *as_linear(weight, threshold),
             traits_of(grad, convolution=True),
         )  # fmt: skip
-        return _channels_to_the_front(result)
+        return channels_to_the_front(result)
     result = torch.empty(
         input_shape,
         dtype=grad.dtype,
         device=grad.device,
         memory_format=memory_format,
     )
-    problem = _problem(weight, threshold, stride, padding, dilation, groups)
-    written, grad = _planar(result), _planar(grad)
+    problem = problem_of(weight, threshold, stride, padding, dilation, groups)
+    written, grad = planar(result), planar(grad)
     taps = problem.weight.shape[2:]
     dimensions = list(zip(taps, problem.stride, problem.padding, problem.dilation, strict=True))
     for row, column in itertools.product(*(range(step) for step in problem.stride)):
@@ -167,7 +150,7 @@ def _taps_of_residue(
 
 def _product(
     x: Tensor,
-    problem: _Problem,
+    problem: Problem,
     bias: Tensor | None,
     out: Tensor,
     lattices: tuple[Lattice, Lattice],
@@ -210,13 +193,13 @@ def masked_conv_grad_weight(
 ) -> tuple[Tensor, Tensor]:
     """As the reference's; RuntimeError over three dimensions, TypeError for float64."""
     _check(input, weight, threshold)
-    if _is_pointwise(weight, stride, padding, groups, grad, input):
+    if is_pointwise(weight, stride, padding, groups, grad, input):
         grad_weight, grad_threshold = masked_linear_grad_weight(
-            _channels_to_the_end(grad), _channels_to_the_end(input),
-            *_matrices(weight, threshold), surrogate, structure_gradient,
+            channels_to_the_end(grad), channels_to_the_end(input),
+            *as_linear(weight, threshold), surrogate, structure_gradient,
             traits_of(input, convolution=True),
         )  # fmt: skip
-        return _as_kernel(grad_weight, weight), grad_threshold.view_as(threshold)
+        return as_kernel(grad_weight, weight), grad_threshold.view_as(threshold)
     grad_weight = torch.empty_like(weight)
     if weight.numel() == 0:
         return grad_weight, torch.zeros_like(threshold)
@@ -232,9 +215,9 @@ def masked_conv_grad_weight(
         return grad_weight.copy_(results[0]), torch.empty_like(threshold).copy_(results[1])
     grad_threshold = torch.empty_like(threshold) if element_wise else None
     partial = _grad_weight(
-        _planar(grad), _planar(input),
-        _problem(weight, threshold, stride, padding, dilation, groups),
-        _planar(grad_weight), _planar(grad_threshold), surrogate, structure_gradient,
+        planar(grad), planar(input),
+        problem_of(weight, threshold, stride, padding, dilation, groups),
+        planar(grad_weight), planar(grad_threshold), surrogate, structure_gradient,
     )  # fmt: skip
     if partial is None:
         return grad_weight, grad_threshold
@@ -245,7 +228,7 @@ def masked_conv_grad_weight(
 def _grad_weight(
     grad: Tensor,
     x: Tensor,
-    problem: _Problem,
+    problem: Problem,
     grad_weight: Tensor,
     grad_threshold: Tensor | None,
     surrogate: str,
@@ -289,9 +272,6 @@ def _grad_weight(
     return run(tile)
 
 
-# -- the shapes the kernels take -------------------------------------------------------------------
-
-
 def _check(activation: Tensor, weight: Tensor, threshold: Tensor) -> None:
     refuse_float64(activation, weight, threshold)
     if weight.dim() > 4:
@@ -299,63 +279,3 @@ def _check(activation: Tensor, weight: Tensor, threshold: Tensor) -> None:
             "Triton's fused convolutions have one or two dimensions, but weight has "
             f"{weight.dim() - 2}: use path='packed' or path='auto'"
         )
-
-
-def _is_pointwise(
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    groups: int,
-    *activations: Tensor,
-) -> bool:
-    """Whether it is a matrix product of the tensors as they lie in memory."""
-    one = all(size == 1 for size in (*weight.shape[2:], *stride, groups))
-    if not one or any(padding) or weight.numel() == 0:
-        return False
-    return all(_channels_to_the_end(tensor).is_contiguous() for tensor in activations)
-
-
-def _channels_to_the_end(tensor: Tensor) -> Tensor:
-    return tensor.movedim(1, -1)
-
-
-def _channels_to_the_front(tensor: Tensor) -> Tensor:
-    """No view in autograd's eyes, so that callers may overwrite it (`relu_`)."""
-    front = tensor.movedim(-1, 1)
-    return front.new_empty(0).set_(front.untyped_storage(), 0, front.shape, front.stride())
-
-
-def _matrices(weight: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a convolution whose kernel is one element."""
-    if threshold.shape == weight.shape:
-        threshold = threshold.flatten(1)
-    return weight.flatten(1), threshold
-
-
-def _as_kernel(matrix: Tensor, weight: Tensor) -> Tensor:
-    """With the weight's own strides where a dimension is 1, lest autograd copies the gradient."""
-    return matrix.as_strided(weight.shape, (*matrix.stride(), *weight.stride()[2:]))
-
-
-def _problem(
-    weight: Tensor,
-    threshold: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> _Problem:
-    if threshold.shape == weight.shape:
-        threshold = _planar(threshold)
-    elif threshold.numel() == 1:
-        threshold = threshold.reshape(1).expand(len(weight))
-    if len(stride) == 1:
-        stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
-    return _Problem(
-        _planar(weight), threshold, tuple(stride), tuple(padding), tuple(dilation), groups
-    )
-
-
-def _planar(tensor: Tensor | None) -> Tensor | None:
-    """[N, C, L] as [N, C, 1, L]; images as they are."""
-    return tensor.unsqueeze(2) if tensor is not None and tensor.dim() == 3 else tensor
