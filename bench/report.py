@@ -10,6 +10,7 @@ from .ceilings import CEILING, COPY, GEMM
 from .files import write_text
 from .measurements import Measurements, by_gpu
 from .plots import write_plots
+from .report_kernels import kernel_tables
 from .report_layers import layer_tables, readme_layer_table
 from .report_models import list_tables, model_tables, readme_model_table
 from .results import Row
@@ -55,7 +56,7 @@ def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 def _section(measurements: Measurements) -> list[str]:
     parts = [f"## {measurements.gpu}", versions(measurements) + ".", _NOTE, _ceilings(measurements)]
-    for tables in (model_tables, layer_tables, list_tables):
+    for tables in (model_tables, layer_tables, list_tables, kernel_tables):
         for title, table in tables(measurements):
             parts += [f"### {title}", table]
     if measurements.reasons:
