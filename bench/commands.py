@@ -21,6 +21,7 @@ from .goal import MISSED, NOT_MEASURED
 from .gpu import LOST, SANITIZER_TESTS, run_everything
 from .measurements import by_gpu, only_gpu
 from .plan import write_plan
+from .profiling import one_target, profile_all, worst_targets
 from .readme import has_markers, refresh
 from .report import readme_table, write_report
 from .results import ResultsFile, Run, read_all, read_results
@@ -180,6 +181,43 @@ def plan(
     if measurements is None:
         raise UsageError("CSV has rows of a CPU only. Accepted: results of a GPU.")
     print(f"{write_plan(measurements, out)} cases in {out}")
+
+
+@app.command()
+@_usage_errors
+def profile(
+    csv: Csv,
+    gpu: Gpu = None,
+    count: Annotated[int, typer.Option(min=1, help="Kernels, the worst first.")] = 3,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of profile.md and profile.csv; by default the CSV's."),
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0.0, help="Begin nothing after these.")] = 9.0,
+    case: Annotated[str | None, typer.Option(help="This one, with --provider and --pass.")] = None,
+    provider: Annotated[str | None, typer.Option(help="Of --case.")] = None,
+    pass_name: Annotated[str | None, typer.Option("--pass", help="Of --case.")] = None,
+) -> None:
+    """Let Nsight Compute say what bounds our kernels furthest from their ceiling."""
+    measurements = choose_gpu(read_all(csv), gpu)
+    if measurements is None:
+        raise UsageError("CSV has rows of a CPU only. Accepted: results of a GPU.")
+    given = (case, provider, pass_name)
+    if None not in given:
+        targets = [one_target(measurements, *given)]
+    elif given == (None, None, None):
+        targets = worst_targets(measurements, count)
+    else:
+        raise UsageError(
+            f"--case, --provider and --pass are {case!r}, {provider!r} and {pass_name!r}. "
+            "Accepted: all three or none."
+        )
+    folder = out or csv[0].parent
+    failed = profile_all(measurements, targets, folder, 60 * minutes)
+    print(folder / "profile.md", folder / "profile.csv", sep="\n")
+    if failed:
+        print("Not profiled: " + "; ".join(failed), file=sys.stderr)
+        raise typer.Exit(WRONG)
 
 
 @app.command()
