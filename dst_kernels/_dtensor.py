@@ -7,7 +7,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-__all__ = ["full_tensor", "is_dtensor", "norm_over_shards", "reset_shard", "sum_over_shards"]
+__all__ = [
+    "full_tensor",
+    "is_dtensor",
+    "norm_over_shards",
+    "reset_rows",
+    "reset_shard",
+    "sum_over_shards",
+]
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -46,3 +53,12 @@ def reset_shard(shard: Tensor, threshold: Tensor, effective: Tensor) -> None:
     """Zero a sharded threshold in place where the guard reset the gathered one."""
     reset = ((effective == 0) & (threshold != 0)).any()
     shard.to_local().masked_fill_(reset, 0)
+
+
+def reset_rows(shard: Tensor, reset: Tensor) -> None:
+    """Zero those elements of a threshold, sharded along dimension 0, where the whole `reset` is."""
+    from torch.distributed.tensor import distribute_tensor
+
+    # All ranks have the same `reset`: each cuts its own part out.
+    own = distribute_tensor(reset, shard.device_mesh, shard.placements, src_data_rank=None)
+    shard.to_local().masked_fill_(own.to_local(), 0)

@@ -50,10 +50,11 @@ def masked_weights(
     reset_ratios: Sequence[float | None],
     commit: Sequence[bool],
     dtype: torch.dtype,
+    out: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As the reference's."""
     taken_weights, taken_thresholds = _operands(weights, thresholds)
-    masked = [torch.empty_like(weight, dtype=dtype) for weight in taken_weights]
+    masked = _results(taken_weights, weights, out, dtype)
     effective = [torch.empty_like(threshold) for threshold in taken_thresholds]
     settings = []
     for weight, reset_ratio, committed in zip(weights, reset_ratios, commit, strict=True):
@@ -65,7 +66,7 @@ def masked_weights(
     _pack(taken_weights, taken_thresholds, settings, masked, effective, kept)
     for i, weight in enumerate(weights):
         if taken_weights[i] is not weight:
-            masked[i] = _like(weight, masked[i], dtype)
+            masked[i] = _handed_back(masked[i], weight, out and out[i], dtype)
     for i, threshold in enumerate(thresholds):
         if taken_thresholds[i] is not threshold:
             effective[i] = _like(threshold, effective[i])
@@ -90,23 +91,48 @@ def masked_weights_backward(
     thresholds: Sequence[Tensor],
     surrogates: Sequence[str],
     structure_gradients: Sequence[bool],
+    out: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As the reference's."""
     taken_weights, taken_thresholds = _operands(weights, thresholds)
     taken_grads = [_laid_out_as(*pair) for pair in zip(taken_weights, grads, strict=True)]
-    of_weights = [torch.empty_like(weight) for weight in taken_weights]
-    of_thresholds = [torch.empty_like(threshold) for threshold in taken_thresholds]
+    for_weights, for_thresholds = (None, None) if out is None else out
+    of_weights = _results(taken_weights, weights, for_weights)
+    of_thresholds = _results(taken_thresholds, thresholds, for_thresholds)
     settings = []
     for surrogate, structure in zip(surrogates, structure_gradients, strict=True):
         settings += _CODES[surrogate], int(structure)
     _post(taken_grads, taken_weights, taken_thresholds, settings, of_weights, of_thresholds)
     for i, weight in enumerate(weights):
         if taken_weights[i] is not weight:
-            of_weights[i] = _like(weight, of_weights[i])
+            of_weights[i] = _handed_back(of_weights[i], weight, for_weights and for_weights[i])
     for i, threshold in enumerate(thresholds):
         if taken_thresholds[i] is not threshold:
-            of_thresholds[i] = _like(threshold, of_thresholds[i])
+            target = for_thresholds and for_thresholds[i]
+            of_thresholds[i] = _handed_back(of_thresholds[i], threshold, target)
     return of_weights, of_thresholds
+
+
+def _results(
+    taken: Sequence[Tensor],
+    given: Sequence[Tensor],
+    out: Sequence[Tensor] | None,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """What the libraries write into: `out` where the caller's own tensors were taken."""
+    if out is None:
+        return [torch.empty_like(each, dtype=dtype) for each in taken]
+    return [
+        target if mine is theirs else torch.empty_like(mine, dtype=dtype)
+        for mine, theirs, target in zip(taken, given, out, strict=True)
+    ]
+
+
+def _handed_back(
+    made: Tensor, original: Tensor, target: Tensor | None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """In `target`, or with the layout of `original`."""
+    return _like(original, made, dtype) if target is None else target.copy_(made)
 
 
 def _operands(

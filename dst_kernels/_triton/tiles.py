@@ -36,6 +36,7 @@ __all__ = [
     "post_tile",
     "product_candidates",
     "product_tile",
+    "stream_candidates",
 ]
 
 # A Hopper GPU has 132 multiprocessors. Smaller GPUs get more programs than they need.
@@ -142,6 +143,21 @@ def post_tile(columns: int, column_stride: int) -> StreamTile:
     if tile.rows > 1:
         return dataclasses.replace(tile, rows=tile.rows // 2)
     return dataclasses.replace(tile, block=tile.block // 2)
+
+
+def stream_candidates(default: StreamTile) -> list[StreamTile]:
+    """What else is worth trying: other sizes, and other numbers of threads for a size."""
+    rows, block, warps = default.rows, default.block, default.warps
+    half = {"rows": rows // 2} if rows > 1 else {"block": block // 2}
+    tiles = [
+        dataclasses.replace(default, warps=warps // 2),
+        dataclasses.replace(default, **half, warps=warps // 2),
+        dataclasses.replace(default, **half),
+        dataclasses.replace(default, rows=2 * rows),
+        dataclasses.replace(default, rows=2 * rows, warps=2 * warps),
+    ]
+    # Each thread has at least one access of 16 bytes to tensors of 16 bits.
+    return [tile for tile in tiles if tile.rows * tile.block >= 8 * 32 * tile.warps]
 
 
 # Products on tensor cores, by the tokens of a tile. On Hopper two steps of 32 in one iteration:

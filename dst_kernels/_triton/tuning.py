@@ -6,10 +6,13 @@ processes read the answer. Nothing is timed at import, or while a CUDA graph is 
 
 Answers are kept in one JSON file for each GPU under DST_KERNELS_CACHE_DIR (default: the user's
 cache directory), whose name also hashes the kernels' source and the versions of Triton and torch.
+
+Who measures tiles asks for each of them in turn by `choosing`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -17,9 +20,9 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -27,7 +30,7 @@ from torch import Tensor
 
 from .._device import gpu_name
 
-__all__ = ["AUTOTUNE", "CACHE_DIRECTORY", "token_bucket", "tuned", "tuning_is_on"]
+__all__ = ["AUTOTUNE", "CACHE_DIRECTORY", "choosing", "token_bucket", "tuned", "tuning_is_on"]
 
 AUTOTUNE = "DST_KERNELS_AUTOTUNE"
 CACHE_DIRECTORY = "DST_KERNELS_CACHE_DIR"
@@ -46,6 +49,8 @@ def tuned(
 
     `problem` names kernel, sizes and dtypes; `example` is any tensor of the call.
     """
+    if _choose is not None:
+        return _choose(default, candidates, run)
     name = gpu_name(example.device)
     if name is None or torch.cuda.is_current_stream_capturing():
         return default
@@ -58,8 +63,25 @@ def tuned(
 
 
 def tuning_is_on() -> bool:
-    """Whether the environment asks for it."""
-    return os.environ.get(AUTOTUNE, "0") not in ("", "0")
+    """Whether the environment asks for it, or `choosing` does."""
+    return _choose is not None or os.environ.get(AUTOTUNE, "0") not in ("", "0")
+
+
+_choose: Callable[[Any, Sequence[Any], Callable[[Any], object]], Any] | None = None
+
+
+@contextlib.contextmanager
+def choosing(choose: Callable[[Any, Sequence[Any], Callable[[Any], object]], Any]) -> Iterator[None]:
+    """Inside, launchers take the tile that `choose(default, candidates, run)` returns.
+
+    `run(tile)` launches what the launcher is about to launch, as often as it is called.
+    """
+    global _choose
+    before, _choose = _choose, choose
+    try:
+        yield
+    finally:
+        _choose = before
 
 
 def token_bucket(M: int) -> int:

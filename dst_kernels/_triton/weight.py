@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .matrix import as_matrices, as_threshold
+from .matrix import Matrix, as_matrices, as_threshold
 from .pack import pack
 from .post import finish_threshold_gradient, post
-from .tiles import pack_tile, post_tile
+from .tiles import StreamTile, pack_tile, post_tile, stream_candidates
+from .tuning import tuned, tuning_is_on
 
 __all__ = ["effective_threshold", "masked_weight", "masked_weight_backward"]
 
@@ -50,8 +51,16 @@ def _pack(
         stored, written = seen[1:3]
     else:
         stored, written = as_threshold(threshold, weight), as_threshold(effective, weight)
+
+    def run(tile: StreamTile) -> None:
+        pack(matrix, stored, None if packed is None else seen[-1], written, reset_ratio, tile)
+
     tile = pack_tile(matrix.columns, matrix.column_stride)
-    pack(matrix, stored, None if packed is None else seen[-1], written, reset_ratio, tile)
+    if packed is not None and tuning_is_on():
+        purpose = f"pack guard={reset_ratio is not None} axis={stored.axis}"
+        problem = f"{purpose} {_layout(matrix)} {weight.dtype} to {dtype}"
+        tile = tuned(problem, tile, stream_candidates(tile), run, weight)
+    run(tile)
     return packed, effective
 
 
@@ -86,12 +95,24 @@ def _post(
         results = _post(*arguments, surrogate, structure_gradient)
         return grad_weight.copy_(results[0]), torch.empty_like(threshold).copy_(results[1])
     matrix, written, dense = seen[:3]
-    tile = post_tile(matrix.columns, matrix.column_stride)
     stored = seen[3] if element_wise else as_threshold(threshold, weight)
-    partial = post(
-        dense, matrix, stored, written, seen[4] if element_wise else None,
-        surrogate, structure_gradient, tile,
-    )  # fmt: skip
+
+    def run(tile: StreamTile) -> Tensor | None:
+        return post(
+            dense, matrix, stored, written, seen[4] if element_wise else None,
+            surrogate, structure_gradient, tile,
+        )  # fmt: skip
+
+    tile = post_tile(matrix.columns, matrix.column_stride)
+    if tuning_is_on():
+        problem = f"post axis={stored.axis} {_layout(matrix)} {weight.dtype} {grad.dtype}"
+        tile = tuned(problem, tile, stream_candidates(tile), run, weight)
+    partial = run(tile)
     if partial is None:
         return grad_weight, grad_threshold
     return grad_weight, finish_threshold_gradient(partial, threshold, stored.axis)
+
+
+def _layout(weight: Matrix) -> str:
+    """Of a weight in the name of a problem."""
+    return f"{weight.rows}x{weight.columns} by rows={weight.column_stride == 1}"

@@ -10,10 +10,13 @@ from .conv import masked_conv
 from .conv_transpose import masked_conv_transpose
 from .group import mask_weights, pack_weights, with_dense_gradients
 from .linear import masked_linear
+from .recurrent import Stack, mask_stacks
 from .regularization import sparse_regularization
 from .weight import masked_weight, pack
 
 __all__ = [
+    "Stack",
+    "mask_stacks",
     "mask_weights",
     "masked_conv",
     "masked_conv_transpose",

@@ -70,6 +70,13 @@ def _with_nested(code: CodeType) -> Iterator[CodeType]:
             yield from _with_nested(constant)
 
 
+def _is_weight(name: str) -> bool:
+    """Of a layer, or of a recurrent module."""
+    return name in ("weight", "_flat_weights", "all_weights") or name.startswith(
+        ("weight_ih_l", "weight_hh_l", "weight_hr_l")
+    )
+
+
 def _paths_in(code: CodeType) -> Iterator[tuple[str, ...]]:
     """The `a.b` of every attribute chain self.a.b.weight that is computed with.
 
@@ -88,8 +95,12 @@ def _paths_in(code: CodeType) -> Iterator[tuple[str, ...]]:
             aliases.pop(variables[0], None)
             if chain is not None:
                 aliases[variables[0]] = chain
-        elif chain is not None and "weight" in chain[1:] and "isinstance" not in before[-2:]:
-            end = chain.index("weight", 1)
+        elif (
+            chain is not None
+            and any(map(_is_weight, chain[1:]))
+            and "isinstance" not in before[-2:]
+        ):
+            end = next(i for i, each in enumerate(chain) if i and _is_weight(each))
             if not _HARMLESS.intersection(chain[end + 1 : end + 2]):
                 yield chain[:end]
         before.append(value if chain is None else None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn import functional as F
 
-from ..nn import MaskedLayer
+from ..nn import MaskedModule
 
 __all__ = ["avoid_fast_path", "restore_fast_path"]
 
@@ -36,4 +36,4 @@ def restore_fast_path(model: nn.Module) -> None:
 
 
 def _is_masked(module: nn.Module, kind: type[nn.Module]) -> bool:
-    return isinstance(module, kind) and any(isinstance(m, MaskedLayer) for m in module.modules())
+    return isinstance(module, kind) and any(isinstance(m, MaskedModule) for m in module.modules())

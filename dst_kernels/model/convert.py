@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
@@ -20,8 +20,11 @@ from ..nn import (
     MaskedConvTranspose1d,
     MaskedConvTranspose2d,
     MaskedConvTranspose3d,
-    MaskedLayer,
+    MaskedGRU,
     MaskedLinear,
+    MaskedLSTM,
+    MaskedModule,
+    MaskedRNN,
 )
 from ._bypass import bypassed_layers
 from ._encoder import avoid_fast_path
@@ -42,6 +45,9 @@ _MASKED = {
     nn.ConvTranspose1d: MaskedConvTranspose1d,
     nn.ConvTranspose2d: MaskedConvTranspose2d,
     nn.ConvTranspose3d: MaskedConvTranspose3d,
+    nn.LSTM: MaskedLSTM,
+    nn.GRU: MaskedGRU,
+    nn.RNN: MaskedRNN,
 }
 
 _TRANSFORMERS_CONV1D = "transformers.pytorch_utils.Conv1D"
@@ -100,7 +106,7 @@ def plan_sparsify(
 def sparsify_(
     model: nn.Module, config: SparsifyConfig | None = None, filter_fn: FilterFn | None = None
 ) -> nn.Module:
-    """Replace linear and convolutional layers by masked ones that share their Parameters.
+    """Replace linear, convolutional and recurrent layers by masked ones with their Parameters.
 
     In place; returns the model, or its replacement where the model itself is such a layer. With
     thresholds at 0 the outputs stay the same. Modules used in several places are converted once,
@@ -114,16 +120,19 @@ def sparsify_(
     config = SparsifyConfig() if config is None else config
     plan, chosen = _plan(model, config, filter_fn)
     thresholds = {
-        id(module.weight): module.threshold
+        id(part.weight): part.threshold
         for module in model.modules()
-        if isinstance(module, MaskedLayer)
+        if isinstance(module, MaskedModule)
+        for part in module.masked_weights()
     }
     replacements: dict[nn.Module, nn.Module] = {}
     for module in chosen:
         masked = replacements[module] = _masked_type(module).from_dense(
             module, **config.layer_options()
         )
-        masked.threshold = thresholds.setdefault(id(masked.weight), masked.threshold)
+        for part in masked.masked_weights():
+            shared = thresholds.setdefault(id(part.weight), part.threshold)
+            setattr(masked, part.threshold_name, shared)
     model = replace_modules(model, replacements)
     avoid_fast_path(model)
     for layer in plan.layers:
@@ -161,14 +170,15 @@ def _plan(
         if module not in reasons:
             dense = [
                 owner_name
-                for owner_name, owner in owners[id(module.weight)]
-                if owner in reasons and not isinstance(owner, MaskedLayer)
+                for weight in _weights(module)
+                for owner_name, owner in owners[id(weight)]
+                if owner in reasons and not isinstance(owner, MaskedModule)
             ]
             if dense:
                 reasons[module] = f"shares its weight with {dense[0]}, which stays dense"
     layers = []
     for name, module in named:
-        masked = isinstance(module, MaskedLayer)
+        masked = isinstance(module, MaskedModule)
         action = "masked" if masked else "skip" if module in reasons else "convert"
         layers.append(
             PlannedLayer(
@@ -192,17 +202,18 @@ def _with_rows_elsewhere(
     """
     owners: dict[int, list[tuple[str, nn.Module, object]]] = {}
     for name, module in named:
-        if module not in reasons or isinstance(module, MaskedLayer):
-            masked = type(module) if isinstance(module, MaskedLayer) else _masked_type(module)
-            by_rows = masked._rows is MaskedLayer._rows
+        if module not in reasons or isinstance(module, MaskedModule):
+            masked = type(module) if isinstance(module, MaskedModule) else _masked_type(module)
+            by_rows = masked._rows is MaskedModule._rows
             rows = "first" if by_rows else (masked._rows, getattr(module, "groups", 1))
-            owners.setdefault(id(module.weight), []).append((name, module, rows))
+            for weight in _weights(module):
+                owners.setdefault(id(weight), []).append((name, module, rows))
     return {
         module: f"shares its weight with {other}, for which its rows lie elsewhere"
         for sharing in owners.values()
         for _, module, rows in sharing
         for other, _, others_rows in sharing
-        if rows != others_rows and not isinstance(module, MaskedLayer)
+        if rows != others_rows and not isinstance(module, MaskedModule)
     }
 
 
@@ -232,7 +243,17 @@ def _base(module: nn.Module) -> type[nn.Module] | None:
     return None
 
 
-def _masked_type(module: nn.Module) -> type[MaskedLayer]:
+def _weight_names(module: nn.Module) -> list[str]:
+    """Of what is masked in a module or would be in its twin."""
+    flat = module._flat_weights_names if isinstance(module, nn.RNNBase) else ["weight"]
+    return [name for name in flat if name.startswith("weight")]
+
+
+def _weights(module: nn.Module) -> list[Tensor]:
+    return [getattr(module, name) for name in _weight_names(module)]
+
+
+def _masked_type(module: nn.Module) -> type[MaskedModule]:
     base = _base(module)
     if base is not None:
         return _MASKED[base]
@@ -243,7 +264,7 @@ def _masked_type(module: nn.Module) -> type[MaskedLayer]:
 
 def _cannot_convert(module: nn.Module, path: str) -> str | None:
     """Why there is no masked layer that would compute the same, or None."""
-    if isinstance(module, MaskedLayer):
+    if isinstance(module, MaskedModule):
         return "masked already"
     if isinstance(module, LazyModuleMixin):
         return "has no weights yet: run a forward before converting"
@@ -258,13 +279,14 @@ def _cannot_convert(module: nn.Module, path: str) -> str | None:
             return f"is a {base.__name__} with a forward of its own"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is not a parameter"
-    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        return f"its weight is {weight.dtype}"
-    if is_dtensor(weight):
-        return "is sharded already: convert before fully_shard"
+    for name in _weight_names(module):
+        weight = module._parameters.get(name)
+        if weight is None:
+            return f"its {name} is not a parameter"
+        if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            return f"its {name} is {weight.dtype}"
+        if is_dtensor(weight):
+            return "is sharded already: convert before fully_shard"
     paths = _masked_type(module).paths
     if path not in paths:
         return f"has no path {path!r}, only {' and '.join(paths)}"
@@ -273,11 +295,14 @@ def _cannot_convert(module: nn.Module, path: str) -> str | None:
 
 def _warning(module: nn.Module) -> str:
     """What goes wrong in training a layer that can be converted, or nothing."""
-    weight = module.weight
-    unknown = weight.is_meta or isinstance(weight, FakeTensor) or weight.numel() == 0
-    if unknown or weight.any():
-        return ""
-    return "all its weights are 0, and a pruned 0 gets no gradient: initialise it before training"
+    for weight in _weights(module):
+        unknown = weight.is_meta or isinstance(weight, FakeTensor) or weight.numel() == 0
+        if not unknown and not weight.any():
+            return (
+                "all its weights are 0, and a pruned 0 gets no gradient: "
+                "initialise it before training"
+            )
+    return ""
 
 
 def _unwanted(
@@ -295,8 +320,9 @@ def _unwanted(
     groups = getattr(module, "groups", 1)
     if config.skip_depthwise and groups > 1 and groups == module.in_channels:
         return "skip_depthwise"
-    if module.weight.numel() < config.min_numel:
-        return f"min_numel: {module.weight.numel()} < {config.min_numel} weights"
+    size = sum(weight.numel() for weight in _weights(module))
+    if size < config.min_numel:
+        return f"min_numel: {size} < {config.min_numel} weights"
     if filter_fn is not None and not filter_fn(module, name):
         return "filter_fn"
     return None

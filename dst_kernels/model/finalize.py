@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..nn import MaskedLayer, ungroup_
+from ..nn import MaskedModule, ungroup_
 from ._encoder import restore_fast_path
 from ._replace import replace_modules
 
@@ -27,9 +27,11 @@ def finalize_(model: nn.Module, format: str = "dense") -> nn.Module:
     baked: dict[int, nn.Parameter] = {}
     replacements: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
-        if isinstance(module, MaskedLayer):
+        if isinstance(module, MaskedModule):
             dense = replacements[module] = module.to_dense()
-            dense.weight = baked.setdefault(id(module.weight), dense.weight)
+            for part in module.masked_weights():
+                own = getattr(dense, part.name)
+                setattr(dense, part.name, baked.setdefault(id(part.weight), own))
     for module in model.modules():
         ungroup_(module)
     model = replace_modules(model, replacements)

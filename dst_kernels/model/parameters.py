@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..nn._layers import named_masked_layers
+from ..nn._layers import named_masked_weights
 
 __all__ = ["parameter_groups", "sparse_regularization"]
 
@@ -18,8 +18,7 @@ def sparse_regularization(model: nn.Module) -> Tensor:
     A threshold that layers share counts once. See `functional.sparse_regularization` for very
     negative thresholds. ValueError where the model has no masked layers.
     """
-    thresholds = {id(layer.threshold): layer.threshold for _, layer in named_masked_layers(model)}
-    return F.sparse_regularization(thresholds.values())
+    return F.sparse_regularization(_thresholds(model).values())
 
 
 def parameter_groups(
@@ -36,7 +35,7 @@ def parameter_groups(
     so caps them where alpha * exp(-t) = decay * t: hence none unless asked for (the authors' CIFAR
     runs had it). Parameters that need no gradient are left out.
     """
-    thresholds = {id(layer.threshold): layer.threshold for _, layer in named_masked_layers(model)}
+    thresholds = _thresholds(model)
     groups = [
         _group(
             "weights",
@@ -52,6 +51,12 @@ def parameter_groups(
         ),
     ]
     return [group for group in groups if group["params"]]
+
+
+def _thresholds(model: nn.Module) -> dict[int, Tensor]:
+    """By id, shared ones once."""
+    found = [part.threshold for _, part in named_masked_weights(model)]
+    return {id(threshold): threshold for threshold in found}
 
 
 def _group(name: str, params: list, lr: float | None, weight_decay: float | None) -> dict[str, Any]:

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional as F
-from ..nn import MaskedLayer
-from ..nn._layers import named_masked_layers
+from ..nn._layers import named_masked_weights
+from ..nn._module import MaskedWeight
 from ..reference import threshold_mask
 
 __all__ = ["LayerSparsity", "SparsityReport", "remaining_ratio", "sparsity_report"]
@@ -18,7 +17,9 @@ __all__ = ["LayerSparsity", "SparsityReport", "remaining_ratio", "sparsity_repor
 
 @dataclasses.dataclass(frozen=True)
 class LayerSparsity:
-    """One masked layer. Thresholds are the effective ones, after the collapse guard.
+    """One masked weight: a layer, or a weight of a recurrent module with all its gates.
+
+    Thresholds are the effective ones, after the collapse guard.
 
     dead_rows: output neurons or filters with no weight left; dead_columns: input features or
     channels that no weight reads any more.
@@ -88,19 +89,19 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
 
     ValueError where the model has no masked layers. On FSDP2 models a collective call.
     """
-    named = named_masked_layers(model)
+    named = named_masked_weights(model)
     device = named[0][1].weight.device
-    measured = [_measure(layer).to(device, non_blocking=True) for _, layer in named]
+    measured = [_measure(part).to(device, non_blocking=True) for _, part in named]
     values = torch.stack(measured).tolist()
     layers = []
-    for (name, layer), (kept, dead_rows, dead_columns, low, mean, high) in zip(
+    for (name, part), (kept, dead_rows, dead_columns, low, mean, high) in zip(
         named, values, strict=True
     ):
-        total = layer.weight.numel()
+        total = part.weight.numel()
         layers.append(
             LayerSparsity(
                 name=name,
-                shape=tuple(layer.weight.shape),
+                shape=tuple(part.weight.shape),
                 remaining_ratio=kept / total if total else float("nan"),
                 kept=int(kept),
                 total=total,
@@ -111,19 +112,18 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
                 threshold_max=high,
             )
         )
-    unique = {id(module.weight): entry for (_, module), entry in zip(named, layers, strict=True)}
+    unique = {id(part.weight): entry for (_, part), entry in zip(named, layers, strict=True)}
     kept = sum(entry.kept for entry in unique.values())
     total = sum(entry.total for entry in unique.values())
     ratio = kept / total if total else float("nan")
     return SparsityReport(layers=layers, remaining_ratio=ratio, kept=kept, total=total)
 
 
-def _measure(layer: MaskedLayer) -> Tensor:
+def _measure(part: MaskedWeight) -> Tensor:
     """[kept, dead rows, dead columns, threshold min, mean, max]; float64 counts exactly."""
-    weight, threshold = layer.gathered()
-    effective = F.effective_threshold(weight, threshold, reset_ratio=layer.reset_ratio)
-    rows = threshold_mask(weight, effective)
-    groups = getattr(layer, "groups", 1)
+    weight, effective = part.effective()
+    rows = threshold_mask(weight, part.each_row(effective))
+    groups = getattr(part.module, "groups", 1)
     columns = rows.reshape(groups, rows.shape[0] // groups, *rows.shape[1:])
     dead_rows = rows.shape[0] - rows.flatten(1).any(1).sum()
     alive_columns = columns.transpose(1, 2).flatten(2).any(2)
@@ -141,7 +141,7 @@ def remaining_ratio(model: nn.Module) -> Tensor:
 
     Weights that layers share count once. ValueError where the model has no masked layers.
     """
-    layers = {id(layer.weight): layer for _, layer in named_masked_layers(model)}.values()
-    device = next(iter(layers)).weight.device
-    kept = torch.stack([layer.mask().sum().to(device, non_blocking=True) for layer in layers]).sum()
-    return kept.to(torch.float32) / sum(layer.weight.numel() for layer in layers)
+    parts = {id(part.weight): part for _, part in named_masked_weights(model)}.values()
+    device = next(iter(parts)).weight.device
+    kept = torch.stack([part.mask().sum().to(device, non_blocking=True) for part in parts]).sum()
+    return kept.to(torch.float32) / sum(part.weight.numel() for part in parts)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import autograd
 from .._autocast import autocast_enabled
 from ._deferral import Deferral
-from ._layers import named_masked_layers
+from ._layers import masked_layers
 from ._masked import MaskedLayer
 from ._reuse import packs_of
 
@@ -34,7 +34,8 @@ def group_(model: nn.Module, bucket_mb: float = 25) -> nn.Module:
     of the product. It pays where launches are what costs: small and middle-sized layers.
 
     Layers with more than `bucket_mb` MB of weights, layers with path="fused" and those that FSDP2
-    shards go on one by one, as do all inside compiled code. Each bucket's gradients arrive
+    shards go on one by one, as do all inside compiled code; recurrent modules are groups of their
+    own. Each bucket's gradients arrive
     together, so buckets like those of DistributedDataParallel (25 MB) keep its overlap.
 
     In place; returns `model`. Calling it again changes `bucket_mb`; `ungroup_` undoes it. Works
@@ -44,7 +45,7 @@ def group_(model: nn.Module, bucket_mb: float = 25) -> nn.Module:
     """
     if not bucket_mb > 0:
         raise ValueError(f"bucket_mb must be positive, but is {bucket_mb!r}")
-    layers = [layer for _, layer in named_masked_layers(model)]
+    layers = masked_layers(model)
     ungroup_(model)
     group = Group(layers, int(bucket_mb * 2**20))
     model.register_forward_pre_hook(group.before)

@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from .._backends import implementation, resolve
 from .._dtensor import norm_over_shards
 from ..model import parameter_groups
-from ..nn import MaskedLayer
 from ..nn._deferral import Deferral
 from ..nn._group import group_, is_grouped
+from ..nn._layers import named_masked_weights
 from ._batch import Batch, Segment, collect, local
 from ._pairs import deferrable_pairs
 
@@ -219,7 +219,7 @@ class DeferredOptimizer(Optimizer):
         group_of = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
         pairs = {id(pair.weight): pair for pair in self._pairs}
         deferred = {id(pair.threshold) for pair in self._pairs}
-        thresholds = {id(m.threshold) for m in self._model.modules() if isinstance(m, MaskedLayer)}
+        thresholds = {id(part.threshold) for _, part in named_masked_weights(self._model)}
         segments = []
         for i, group in enumerate(self.param_groups):
             for p in group["params"]:

@@ -21,10 +21,14 @@ def masked_weights(
     reset_ratios: Sequence[float | None],
     commit: Sequence[bool],
     dtype: torch.dtype,
+    out: Sequence[Tensor] | None = None,
     *,
     masked_weight: Callable = one.masked_weight,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Every (W * M, effective threshold); where `commit`, a reset is written into the threshold."""
+    """Every (W * M, effective threshold); where `commit`, a reset is written into the threshold.
+
+    `out`: tensors of `dtype` with the weights' strides to write W * M into.
+    """
     pairs = [
         masked_weight(weight, threshold, ratio, dtype)
         for weight, threshold, ratio in zip(weights, thresholds, reset_ratios, strict=True)
@@ -32,7 +36,8 @@ def masked_weights(
     for threshold, (_, effective), wanted in zip(thresholds, pairs, commit, strict=True):
         if wanted:
             threshold.copy_(effective)
-    return [masked for masked, _ in pairs], [effective for _, effective in pairs]
+    masked, effective = [each for each, _ in pairs], [each for _, each in pairs]
+    return masked if out is None else _written(out, masked), effective
 
 
 def masked_weights_backward(
@@ -41,10 +46,18 @@ def masked_weights_backward(
     thresholds: Sequence[Tensor],
     surrogates: Sequence[str],
     structure_gradients: Sequence[bool],
+    out: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
     *,
     masked_weight_backward: Callable = one.masked_weight_backward,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Every (dW, dt) from G."""
+    """Every (dW, dt) from G. `out`: tensors like weights and thresholds to write them into."""
     arguments = zip(grads, weights, thresholds, surrogates, structure_gradients, strict=True)
     pairs = [masked_weight_backward(*each) for each in arguments]
-    return [of_weight for of_weight, _ in pairs], [of_threshold for _, of_threshold in pairs]
+    of_weights, of_thresholds = [each for each, _ in pairs], [each for _, each in pairs]
+    if out is None:
+        return of_weights, of_thresholds
+    return _written(out[0], of_weights), _written(out[1], of_thresholds)
+
+
+def _written(out: Sequence[Tensor], made: Sequence[Tensor]) -> list[Tensor]:
+    return [target.copy_(source) for target, source in zip(out, made, strict=True)]
