@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import os
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from .cases import AnyCase
+from .csv_rows import RowsFile, columns, read_rows
 from .environment import Environment
 from .errors import UsageError
 
@@ -50,51 +47,18 @@ class Row:
         return None if self.metric in (ERROR, SKIPPED) else float(self.value)
 
 
-COLUMNS = tuple(field.name.rstrip("_") for field in fields(Row))
+COLUMNS = columns(Row)
+_COMMAND = "run"
 
 
-class ResultsFile:
+class ResultsFile(RowsFile[Row]):
     """Appends rows to a CSV; a context manager.
 
     Raises UsageError where `path` holds something with another header.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> ResultsFile:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            text = self.path.read_bytes().decode("utf-8")
-        except FileNotFoundError:
-            text = ""
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{self.path} cannot be read: {error}") from error
-        if text:
-            _check_header(self.path, text)
-        complete = text.rfind("\n") + 1  # a run killed while writing leaves part of a row
-        if complete < len(text):
-            os.truncate(self.path, len(text[:complete].encode()))
-        self._file = open(self.path, "a", newline="", encoding="utf-8")
-        self._writer = csv.writer(self._file, lineterminator="\n")
-        if not complete:
-            self._write(COLUMNS)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._file.close()
-
-    def add(self, row: Row) -> None:
-        self._write([getattr(row, field.name) for field in fields(Row)])
-
-    def _write(self, values) -> None:
-        self._writer.writerow(values)
-        self._file.flush()
+        super().__init__(path, Row, _COMMAND)
 
 
 @dataclass(frozen=True)
@@ -136,25 +100,7 @@ def read_results(path: Path) -> list[Row]:
 
     Raises UsageError where it cannot be read or is none.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
-    _check_header(path, text)
-    complete = text[: text.rfind("\n") + 1]
-    rows = []
-    for number, values in enumerate(csv.reader(io.StringIO(complete)), start=1):
-        if number == 1:
-            continue
-        try:
-            if len(values) != len(COLUMNS):
-                raise ValueError(f"{len(values)} values for {len(COLUMNS)} columns")
-            row = Row(*values)
-            _ = row.figure
-        except ValueError as error:
-            raise UsageError(f"{path}, line {number}: {error}") from error
-        rows.append(row)
-    return rows
+    return read_rows(path, Row, _COMMAND)
 
 
 def read_all(paths: Iterable[Path]) -> list[Row]:
@@ -163,12 +109,3 @@ def read_all(paths: Iterable[Path]) -> list[Row]:
     if not rows:
         raise UsageError(f"no figures in {', '.join(map(str, paths))}. Accepted: a run's results.")
     return rows
-
-
-def _check_header(path: Path, text: str) -> None:
-    header, expected = text.split("\n", 1)[0].rstrip("\r"), ",".join(COLUMNS)
-    if header != expected:
-        raise UsageError(
-            f"{path} has the header {header[:200]!r}. Accepted: {expected!r}, as written by "
-            "python -m bench run; choose another folder or move the file away."
-        )
