@@ -39,7 +39,9 @@ class Problem:
 
     def __init__(self, case: LayerCase, device: torch.device) -> None:
         self.case, self.device, self.mode = case, device, case.mode
-        generator = torch.Generator(device).manual_seed(0)
+        # Meta tensors, which have sizes and no numbers, have no generator of their own.
+        source = torch.device("cpu") if device.type == "meta" else device
+        generator = torch.Generator(source).manual_seed(0)
 
         def random(shape: Shape, dtype: torch.dtype) -> Tensor:
             # Drawn in float32: 16-bit generators give many exact zeros.
