@@ -148,7 +148,8 @@ def _launch(row: dict[str, str], units: dict[str, str]) -> Launch:
 
 def _reason(*texts: str) -> str:
     """What ncu gave as one, in its own words, or the last line that there is."""
-    lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for text in texts for line in text.splitlines()]
+    lines = [line for line in lines if line and not line.startswith("$ ")]  # the command itself
     errors = [line for line in lines if line.startswith("==ERROR==")]
     chosen = (errors or lines[-1:])[:1]
     return "".join(f": {line}" for line in chosen)

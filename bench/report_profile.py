@@ -41,7 +41,9 @@ def profile_section(distance: Distance | None, launches: Sequence[Launch]) -> st
         ["shared memory a block", _shared_memory(launch)],
         ["stalls", _stalls(launch)],
     ]
-    return f"{markdown_table(['', 'figure'], lines)}\n\n{verdict(launch)}"
+    table = markdown_table(["", "figure"], lines)
+    mostly = "" if share is None or share >= 0.5 else "Other kernels take most of the call's time. "
+    return f"{table}\n\n{mostly}{verdict(launch)}"
 
 
 def _number(launch: Launch, metric: str, unit: str = "") -> str:
