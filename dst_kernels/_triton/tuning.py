@@ -71,7 +71,9 @@ _choose: Callable[[Any, Sequence[Any], Callable[[Any], object]], Any] | None = N
 
 
 @contextlib.contextmanager
-def choosing(choose: Callable[[Any, Sequence[Any], Callable[[Any], object]], Any]) -> Iterator[None]:
+def choosing(
+    choose: Callable[[Any, Sequence[Any], Callable[[Any], object]], Any],
+) -> Iterator[None]:
     """Inside, launchers take the tile that `choose(default, candidates, run)` returns.
 
     `run(tile)` launches what the launcher is about to launch, as often as it is called.

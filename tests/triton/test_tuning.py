@@ -19,9 +19,13 @@ from dst_kernels._triton.tiles import (
     conv_product_tiles,
     grad_weight_candidates,
     grad_weight_tile,
+    pack_tile,
+    post_tile,
     product_candidates,
     product_tile,
+    stream_candidates,
 )
+from dst_kernels._triton.weight import masked_weight, masked_weight_backward
 
 DEFAULT, FAST, SLOW = (ProductTile(16, 128, 32, 8, stages) for stages in (3, 2, 4))
 TRAITS = Traits(torch.bfloat16, tf32=False, hopper=True)
@@ -163,3 +167,51 @@ def test_tuned_convolutions_compute_the_same_in_tiles_the_gate_knows(timed, monk
     first = len(timed)
     results()
     assert len(timed) == first, "the answers are remembered"
+
+
+def test_a_choice_goes_before_everything_else(timed, monkeypatch):
+    asked = []
+
+    def choose(default, candidates, run):
+        asked.append((default, *candidates))
+        run(SLOW)
+        return SLOW
+
+    ran = []
+    with tuning.choosing(choose):
+        assert tuning.tuning_is_on()
+        assert tune(run=ran.append) == SLOW
+    assert asked == [(DEFAULT, SLOW, FAST)] and ran == [SLOW]
+    assert not timed and not tuning.tuning_is_on()
+    assert tune() == FAST
+
+
+def test_passes_over_a_weight_take_the_tile_that_is_chosen(poisoned):
+    weight, grad = torch.randn(5, 70), torch.randn(5, 70)
+    threshold = torch.rand(5)
+    arguments = {
+        masked_weight: (weight, threshold, 0.01, torch.float16),
+        masked_weight_backward: (grad, weight, threshold, "long_tailed", True),
+    }
+    for op, args in arguments.items():
+        plain, seen = op(*args), []
+
+        def choose(default, candidates, run, seen=seen):
+            seen.append(stream_candidates(default))
+            assert candidates == seen[0]
+            return candidates[len(seen) - 1]
+
+        with tuning.choosing(choose):
+            results = [op(*args), op(*args), op(*args)]
+        assert len(seen) == 3
+        for result in results:
+            torch.testing.assert_close(result, plain)
+
+
+@pytest.mark.parametrize("columns", [64, 3000, 100000])
+def test_candidates_of_passes_load_wide(columns):
+    for default in (pack_tile(columns, 1), post_tile(columns, 1), pack_tile(columns, columns)):
+        tiles = stream_candidates(default)
+        assert len({default, *tiles}) == len(tiles) + 1 >= 4
+        for tile in tiles:
+            assert tile.rows * tile.block * 2 >= 16 * 32 * tile.warps
