@@ -47,7 +47,10 @@ _SECTIONS = ("LaunchStats", "WarpStateStats")
 REGISTERS = "launch__registers_per_thread"
 WAVES = "launch__waves_per_multiprocessor"
 SHARED_MEMORY = ("launch__shared_mem_per_block_static", "launch__shared_mem_per_block_dynamic")
-_STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
+# Some versions tell cycles without any issue apart once more.
+_STALL = re.compile(
+    r"smsp__average_warps_issue_stalled_(\w+)(?<!_not_issued)_per_issue_active\.ratio"
+)
 _NO_STALLS = ("selected", "not_selected")  # issued, or ready while another was issued
 
 _NAME = "Kernel Name"

@@ -43,6 +43,7 @@ METRICS = {
     "launch__shared_mem_per_block_dynamic": ("byte/block", "98,304", "0"),
     STALL.format("long_scoreboard"): ("inst", "6", "1"),
     STALL.format("gmma"): ("inst", "3", "0"),
+    STALL.format("gmma_not_issued"): ("inst", "3", "0"),
     STALL.format("selected"): ("inst", "1", "1"),
 }
 KERNELS = (
