@@ -139,8 +139,9 @@ def record_failure(
         if fault is not None:
             add(name, ERROR, f"the device faulted: {reason}")
             raise DeviceLostError(first_line(fault)) from error
-        torch.cuda.empty_cache()
     add(name, SKIPPED, reason)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _fault(device: torch.device) -> Exception | None:

@@ -111,17 +111,30 @@ def one_stream(device: torch.device) -> Iterator[None]:
 
 def _capture(call: Callable[[], T], count: int) -> tuple[torch.cuda.CUDAGraph, T]:
     """A graph of `count` calls on the current stream, and what the last of them returns."""
-    graph = torch.cuda.CUDAGraph()
-    graph.capture_begin()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    graph.capture_begin(pool=pool)
     try:
         for _ in range(count):
             result = call()
+        graph.capture_end()
     except Exception:
         with contextlib.suppress(Exception):  # it only says that the capture failed
             graph.capture_end()
+        _forget_capture(pool)
         raise
-    graph.capture_end()
     return graph, result
+
+
+def _forget_capture(pool: tuple[int, int]) -> None:
+    """What torch does at the end of a capture, but not of one that failed.
+
+    Else its allocator would take the capture for going on, and never again empty its cache: it
+    raises, and what was allocated for the graph is lost.
+    """
+    device = torch.cuda.current_device()
+    with contextlib.suppress(RuntimeError):  # torch got that far
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
 
 
 def _between_events(work: Callable[[], object]) -> float:

@@ -12,7 +12,7 @@ from bench.list_providers import LIST_PASSES
 from bench.model_providers import MODEL_PROVIDERS, STEP
 from bench.models import MODELS
 from bench.modes import MODES
-from bench.timing import graph_time, one_stream, replayed
+from bench.timing import _capture, graph_time, one_stream, replayed
 from bench.training import LEARNING, Setup
 from bench.trajectory import TrajectoryExpectation
 
@@ -64,6 +64,15 @@ def test_one_captured_call_is_timed_again_and_again():
     count = torch.zeros((), device=CUDA)
     assert 0 < graph_time(lambda: count.add_(1), most=1).median < 1e-3
     assert count > 100
+
+
+def test_after_a_capture_that_failed_all_goes_on_as_before():
+    count = torch.zeros((), device=CUDA)
+
+    with one_stream(CUDA), pytest.raises(RuntimeError):
+        _capture(lambda: count.add_(1).item(), 1)
+    torch.cuda.empty_cache()  # raises as long as a capture goes on
+    assert graph_time(lambda: count.add_(1)).median > 0
 
 
 def test_launches_are_counted():
