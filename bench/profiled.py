@@ -6,12 +6,14 @@ Arguments: a case's name and its columns M, N, K, dtype and remaining_ratio, the
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
 
 from .cases import AnyCase, ListCase, case_of
+from .errors import first_line
 from .kinds import providers_for
 from .list_problem import ListProblem
 from .passes import prepare
@@ -70,7 +72,11 @@ def _synchronize(device: torch.device) -> None:
 def main() -> None:
     *columns, provider, pass_name = sys.argv[1:]
     device = torch.device("cuda")
-    call_once(case_of(*columns), provider, pass_name, device, torch.cuda.profiler.profile)
+    try:
+        call_once(case_of(*columns), provider, pass_name, device, torch.cuda.profiler.profile)
+    except Exception as error:
+        traceback.print_exc()
+        sys.exit(first_line(error))  # the last line, which is all that a report shows
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from conftest import ROOT
 from made_up_rows import MADE_UP, ceilings, environment, times, write_rows
 from typer.testing import CliRunner
 
-from bench import profiling
+from bench import profiled, profiling
 from bench.bounds import OURS, judged, share_of_time, verdict
 from bench.cases import Case, ListCase, ModelCase, case_of
 from bench.commands import app
@@ -357,20 +357,18 @@ def test_one_call_is_made_under_the_profiler(target, monkeypatch):
     seen, calls = [], []
 
     @contextlib.contextmanager
-    def profiling():
+    def window():
         before = len(calls)
         yield
         seen.append(len(calls) - before)
 
-    import bench.profiled
-
-    original = bench.profiled._call
+    original = profiled._call
 
     def counting(call, *more):
         original(lambda: (calls.append(1), call()), *more)
 
-    monkeypatch.setattr(bench.profiled, "_call", counting)
-    call_once(*target, torch.device("cpu"), profiling)
+    monkeypatch.setattr(profiled, "_call", counting)
+    call_once(*target, torch.device("cpu"), window)
     assert seen == [1]
     assert len(calls) > 1  # after some to warm up
 
@@ -379,3 +377,14 @@ def test_one_call_is_made_under_the_profiler(target, monkeypatch):
 def test_the_command_line_names_the_case(case):
     *columns, provider, pass_name = arguments(case, "fused", "forward")
     assert (case_of(*columns), provider, pass_name) == (case, "fused", "forward")
+
+
+def test_what_goes_wrong_is_the_last_line(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of memory\nand much advice")
+
+    monkeypatch.setattr(profiled, "call_once", fail)
+    monkeypatch.setattr(sys, "argv", ["profiled", *arguments(LINEAR, "fused", "forward")])
+    with pytest.raises(SystemExit) as exit:
+        profiled.main()
+    assert exit.value.code == "RuntimeError: out of memory"
