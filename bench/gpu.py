@@ -5,13 +5,14 @@ A kernel that faults takes its process down, not the parts after it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,10 +27,19 @@ __all__ = ["LOST", "SANITIZER_TESTS", "run_everything", "run_part"]
 LOST = 3
 """Exit code of a run that ended because the device faulted."""
 
-# Every kernel, at small sizes.
-SANITIZER_TESTS = (
-    "tests/triton/test_tiles.py tests/triton/test_conv_ops.py::test_small_and_split_tiles -m gpu"
+# Every kernel, at small sizes: Triton's, in the tiles of real layers too, and the library's.
+SANITIZER_TESTS = " ".join(
+    (
+        "tests/compiled/test_cuda_on_gpu.py::test_an_op_on_another_stream_waits_for_none",
+        "tests/triton/test_tiles.py::test_products_in_every_tile_that_is_chosen",
+        "tests/triton/test_tiles.py::test_weight_gradients_in_every_tile_that_is_chosen",
+        "tests/triton/test_tiles.py::test_pack_and_post",
+        "tests/triton/test_conv_ops.py::test_small_and_split_tiles",
+        "-m gpu",
+    )
 )
+# Without torch's cache of memory each tensor is an allocation, beyond whose end memcheck sees.
+_SANITIZERS = {"memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, "racecheck": {}}
 
 # Small things and those of most goals first; what takes long last, which is compiling. One run of
 # nine minutes ends somewhere among these; the next of the same commit goes on from there. The
@@ -53,12 +63,13 @@ _SUITES = {
 # On a GPU the kernels' own tests carry the mark too; the compile gate needs none of its time.
 _TESTS = {
     # Side by side, because nearly all of their time is Triton compiling.
-    "cuda": ["tests", "-m", "gpu", "-n", str(min(8, os.cpu_count() or 1))],
+    "cuda": ["tests", "-m", "gpu and not slow", "-n", str(min(16, os.cpu_count() or 1))],
     "cpu": ["tests/triton", "-m", "not slow"],
 }
 _SHARE_OF_TESTS = 0.35  # of the time left, and as much for the sanitizer; figures need the rest
 _REPORT_SECONDS = 15.0
-_GRACE = 45.0  # for what a part has begun when its time is up, such as a compilation
+_GRACE = 30.0  # for what a part has begun when its time is up, such as a compilation
+_LAST_WORDS = 20.0  # for a part to say what it has found when it is interrupted
 _NO_TESTS_COLLECTED = 5
 _MOST_FAULTS = 5
 _LINES_SHOWN = 15
@@ -103,8 +114,9 @@ def run_everything(
         note("tests", _pytest(_TESTS[device.type], folder, end - time.monotonic()), "tests.txt")
     if sanitizer is not None:
         end = time.monotonic() + _SHARE_OF_TESTS * (deadline - time.monotonic())
-        for tool in ("memcheck", "racecheck"):
-            note(f"sanitizer, {tool}", _sanitizer(tool, sanitizer, folder, end), f"{tool}.txt")
+        for left, tool in zip((2, 1), _SANITIZERS, strict=True):
+            share = (end - time.monotonic()) / left
+            note(f"sanitizer, {tool}", _sanitizer(tool, sanitizer, folder, share), f"{tool}.txt")
     begun = set()
     for suite, *options in _SUITES[device.type]:
         options += ["--resume"] if suite in begun else []
@@ -118,28 +130,43 @@ def run_everything(
 def run_part(command: list[str], log: Path, seconds: float, *, fresh: bool = False) -> str | None:
     """Run a command from the repository's root with its output appended to `log`.
 
-    After `seconds` it and what it started are ended. Returns what went wrong, or None.
+    After `seconds` it is interrupted; it and what it started are ended. Returns what went wrong, or
+    None.
     """
     code = _exit_code(command, log, seconds, fresh)
     return None if code == 0 else _reason(code, seconds)
 
 
-def _exit_code(command: list[str], log: Path, seconds: float, fresh: bool = False) -> int | None:
-    """None where the time was up."""
+def _exit_code(
+    command: list[str],
+    log: Path,
+    seconds: float,
+    fresh: bool = False,
+    variables: Mapping[str, str] | None = None,
+) -> int | None:
+    """None where the time was up. `variables`: of the environment, beside those there are."""
     with open(log, "w" if fresh else "a", encoding="utf-8") as file:
         file.write(f"$ {' '.join(command)}\n")
         file.flush()
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **(variables or {})},
         )
         try:
             return process.wait(timeout=max(seconds, 1.0))
         except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # pytest then says what has failed so far
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=_LAST_WORDS)
             return None
         finally:
-            if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
 
 
 def _reason(code: int | None, seconds: float) -> str:
@@ -151,8 +178,8 @@ def _pytest(arguments: list[str], folder: Path, seconds: float) -> str | None:
     if seconds < 1:
         return "no time left"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    command.append("--continue-on-collection-errors")
-    code = _exit_code(command, log, seconds, fresh=True)
+    command += ["--continue-on-collection-errors", "--tb", "short"]
+    code = _exit_code(command, log, seconds - _LAST_WORDS, fresh=True)
     if code == _NO_TESTS_COLLECTED:
         return f"no tests fit {' '.join(arguments)}"
     return None if code == 0 else _reason(code, seconds)
@@ -185,19 +212,19 @@ def _suite(
     return problem
 
 
-def _sanitizer(tool: str, tests: Sequence[str], folder: Path, end: float) -> str | None:
+def _sanitizer(tool: str, tests: Sequence[str], folder: Path, seconds: float) -> str | None:
     binary = shutil.which("compute-sanitizer")
     if binary is None:
         return "compute-sanitizer is not on the PATH"
-    left = end - time.monotonic()
-    if left < 5:
+    if seconds < 5:
         return "no time left"
     command = [binary, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
     command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    code = _exit_code(command, folder / f"{tool}.txt", left, fresh=True)
+    log, variables = folder / f"{tool}.txt", _SANITIZERS[tool]
+    code = _exit_code(command, log, seconds - _LAST_WORDS, fresh=True, variables=variables)
     if code == _NO_TESTS_COLLECTED:
         return f"no tests fit {' '.join(tests)}"
-    return None if code == 0 else _reason(code, left)
+    return None if code == 0 else _reason(code, seconds)
 
 
 def _tail(log: Path) -> str:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from bench import gpu, kinds
 from bench.baselines import authors_regularization
 from bench.commands import app
-from bench.gpu import run_part
+from bench.gpu import SANITIZER_TESTS, run_part
 from bench.kinds import providers_for
 from bench.providers import Provider
 from bench.results import ResultsFile, read_results
@@ -224,6 +224,23 @@ def test_a_part_that_takes_too_long_is_ended_with_what_it_started(tmp_path):
     pid = int(log.read_text().split("\n")[1])
     time.sleep(0.2)
     assert not _running(pid)
+
+
+def test_tests_that_take_too_long_say_what_has_failed_so_far(tmp_path, monkeypatch):
+    tests = tmp_path / "test_slow.py"
+    tests.write_text(
+        "import time\ndef test_wrong(): assert 1 == 2\ndef test_slow(): time.sleep(60)\n"
+    )
+    monkeypatch.setattr(gpu, "_LAST_WORDS", 10.0)
+    problem = gpu._pytest([str(tests), "-c", os.devnull], tmp_path, 16.0)
+    assert problem == "not finished after 16 s"
+    assert "FAILED" in (tmp_path / "tests.txt").read_text()
+
+
+def test_the_sanitizer_runs_tests_that_are_there():
+    files = {word for word in SANITIZER_TESTS.split() if "::" in word}
+    for file, _, test in (word.partition("::") for word in files):
+        assert f"def {test}(" in (ROOT / file).read_text()
 
 
 def _running(pid: int) -> bool:
