@@ -31,8 +31,8 @@ __all__ = [
 ]
 
 # Named alike on GPUs of compute capability 8.0 to 10.0: an unknown name could cost all others.
-# Shares of a peak are in percent. The tensor pipe's active cycles are those of wgmma, too, which
-# counters of operations named hmma leave out.
+# Shares of a peak are in percent. The active cycles of the tensor pipe are those of wgmma, too,
+# which sm__ops_path_tensor_op_hmma_* leave out.
 _TIME = "gpu__time_duration.sum"
 SM = "sm__throughput.avg.pct_of_peak_sustained_elapsed"
 TENSOR = "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed"
