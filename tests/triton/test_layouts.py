@@ -190,7 +190,6 @@ def test_offsets_beyond_32_bits(transposed, far_apart, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.slow
 def test_results_beyond_32_bits(device):
     """More than 2^31 weights, and more than 2^31 outputs; compared where 32 bits ran over."""
     N, K = 2**16 + 8, 2**15
