@@ -208,7 +208,7 @@ def test_a_failure_does_not_stop_the_others(tmp_path, csv, fake_ncu, monkeypatch
     text = (csv.parent / "profile.md").read_text()
     forbidden = "no kernel was profiled: ==ERROR== ERR_NVGPUCTRPERM - no permission."
     assert text.count(f"Not profiled: {forbidden}") == 2
-    assert "Not profiled: not finished after 4 s." in text
+    assert "Not profiled: not finished after 4 s" in text
     assert "Not profiled: exit code 1: RuntimeError: no such case." in text
     for case, pass_name in ((LINEAR, "grad_weight"), (LIST, "adamw"), (WEIGHT, "forward")):
         assert re.search(rf"Not profiled: .*{case.name}, \w+, {pass_name}: ", output)
