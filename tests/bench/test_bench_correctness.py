@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bench.baselines import BranchFreeLinear, authors_regularization, branch_free_masked_weight
-from bench.cases import Case
+from bench.cases import Case, ConvCase
 from bench.correctness import Expectation
 from bench.errors import WrongResultError
 from bench.kinds import providers_for
@@ -58,6 +58,17 @@ def test_right_providers_pass(op, dtype):
     for provider in providers_for(op):
         if provider.masked and not provider.compiled:
             expectation.verify(provider.build(problem))
+
+
+@pytest.mark.parametrize("op", ["linear", "conv"])
+def test_tf32_is_judged_by_what_tensor_cores_see(op):
+    """Whether torch uses it or, as on a CPU, does not."""
+    case = ConvCase(2, 5, 8, 6, 3, "tf32") if op == "conv" else Case("linear", 90, 70, 75, "tf32")
+    expectation = Expectation(Problem(case, CPU))
+    assert expectation._plain.keys() == expectation._exact.keys()
+    for name, exact in expectation._exact.items():
+        error = ((expectation._plain[name] - exact).abs().max() / exact.abs().max()).item()
+        assert name == "bias" or 1e-4 < error < 2e-3, name
 
 
 class _DenseForward(BranchFreeLinear):

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+
+# Where each product has its operands.
+_FACTORS = {
+    **{aten.mm.default: (0, 1), aten.addmm.default: (1, 2)},
+    **{aten.convolution.default: (0, 1), aten.convolution_backward.default: (0, 1, 2)},
+}
 
 
 def assert_as_accurate(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
@@ -28,3 +37,18 @@ def assert_as_accurate(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
     assert bool((error <= allowed).all()), (
         f"error {error.flatten()[worst]:.3e} at {worst}, allowed {allowed.flatten()[worst]:.3e}"
     )
+
+
+class TF32Products(TorchDispatchMode):
+    """torch's float32 products of what tensor cores see of their operands, 19 bits of 32.
+
+    torch may use TF32 or not: for odd and for small sizes its libraries do not, and for others they
+    round where the tensor cores cut off.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        args = list(args)
+        for i in _FACTORS.get(func, ()):
+            if args[i].dtype == torch.float32:
+                args[i] = (args[i].view(torch.int32) & -(1 << 13)).view(torch.float32)
+        return func(*args, **(kwargs or {}))

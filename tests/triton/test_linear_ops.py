@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ops.tolerance import TF32Products
+from torch.nn import functional as F
 from triton_cases import (
     SURROGATES,
     check,
@@ -78,6 +80,15 @@ def test_all_shapes_in_float32(shape, granularity, device):
 @pytest.mark.parametrize("shape", [(3, 17, 65), (17, 130, 40)], ids=str)
 def test_all_dtypes(shape, of_input, dtype, of_threshold, granularity, device):
     check_all(shape, granularity, (of_input, dtype, of_threshold), device)
+
+
+def test_the_yardstick_of_tf32_cuts_off_what_tensor_cores_do():
+    input, weight, bias = torch.full((2, 3), 1 + 2**-11), torch.ones(4, 3), torch.full((4,), 2**-20)
+    with TF32Products():
+        for product in (input @ weight.t(), F.conv1d(input[..., None], weight[..., None])[..., 0]):
+            assert bool((product == 3).all())
+        assert bool((F.linear(input, weight, bias) == 3 + 2**-20).all())
+        assert bool((input.double() @ weight.double().t() > 3).all())
 
 
 @pytest.mark.gpu

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
-from ops.tolerance import assert_as_accurate
+from ops.tolerance import TF32Products, assert_as_accurate
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dst_kernels import _ops, reference
+from dst_kernels._device import tf32_allowed
 
 pytest.importorskip("triton.language")  # not `triton`: this folder would pass for it
 
@@ -89,7 +92,9 @@ def exactly(name: str, *args):
 def check(name: str, *args) -> tuple[Tensor, ...]:
     """Run the op on Triton: as accurate as the reference, which is plain PyTorch."""
     ours = run(name, *args)
-    plain = getattr(reference, name)(*args)
+    tf32 = args[0].is_cuda and tf32_allowed(convolution=name.startswith("masked_conv"))
+    with TF32Products() if tf32 else contextlib.nullcontext():
+        plain = getattr(reference, name)(*args)
     plain = plain if isinstance(plain, tuple) else (plain,)
     for result, close, exact in zip(ours, plain, exactly(name, *args), strict=True):
         assert_as_accurate(result, close, exact)
