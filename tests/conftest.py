@@ -1,7 +1,8 @@
 """Shared by all tests: one thread, as the tensors are tiny, and reproducible random numbers.
 
 Without a GPU, Triton's kernels run in its interpreter. With one, tests that take the `device`
-fixture run there and are marked `gpu`, so that `pytest -m gpu` runs all that needs one.
+fixture run there and are marked `gpu`, so that `pytest -m gpu` runs all that needs one. After a
+fault of the device no test in that process could tell right from wrong: it ends.
 """
 
 from __future__ import annotations
@@ -45,3 +46,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("gpu")
         elif not GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    before = item.session.testsfailed
+    result = yield
+    if GPU and item.session.testsfailed > before and _device_is_lost():
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)  # another worker takes its place
+        pytest.exit("the device is lost after this failure", returncode=1)
+    return result
+
+
+def _device_is_lost() -> bool:
+    """After a fault, or a capture that failed: torch then takes it for going on."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return True
+    return False
