@@ -27,6 +27,9 @@ from .report import readme_table, write_report
 from .results import ResultsFile, Run, read_all, read_results
 from .runner import Outcome, already_measured, run_suite
 from .suites import SUITES, suite_named
+from .tile_rows import TilesFile, read_tiles
+from .tune import TUNED_SUITES, Sweep, check_device, processors, tuned_cases
+from .tune_report import write_tiles
 
 __all__ = ["app"]
 
@@ -256,3 +259,61 @@ def gpu(
     if failed:
         print("Failed: " + "; ".join(failed), file=sys.stderr)
         raise typer.Exit(WRONG)
+
+
+@app.command()
+@_usage_errors
+def tune(
+    out: Annotated[Path, typer.Option(help="Folder of tiles.csv, appended to, and tiles.md.")],
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(help=f"May be repeated; by default {', '.join(TUNED_SUITES)}."),
+    ] = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="Only cases whose name contains this; may be repeated."),
+    ] = None,
+    minutes: Minutes = None,
+    device: Device = None,
+    commit: Commit = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes that compile ahead; all by default.")
+    ] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume/--again", help="As of `run`, of tiles.csv.")
+    ] = None,
+) -> None:
+    """Time every tile that our fused products can run in, into OUT/tiles.csv and OUT/tiles.md."""
+    begin = time.monotonic()
+    where = choose_device(device)
+    check_device(where)
+    cases = tuned_cases(suite or TUNED_SUITES, where.type, case or ())
+    environment = Environment.now(where, commit)
+    with TilesFile(out / "tiles.csv") as file, Display() as display:
+        resume = environment.identifies_code if resume is None else resume
+        known = [row for row in read_tiles(file.path) if row.is_of(environment)] if resume else ()
+        deadline = begin + 60 * minutes if minutes is not None else float("inf")
+        sweep = Sweep(file, environment, where, display, deadline, known)
+        if where.type == "cuda":
+            sweep.compile_ahead(cases, jobs or processors())
+        sweep.measure(cases)
+    print(f"{sweep.timed} tiles timed, {sweep.without} without a time, in {file.path}")
+    if sweep.left_out:
+        print("Left out, the time was up:", *sweep.left_out, sep="\n  ")
+    if read_tiles(file.path):
+        write_tiles([file.path], out / "tiles.md")
+    if sweep.lost:
+        print(f"The device faulted and the sweep ended there: {sweep.lost}", file=sys.stderr)
+        raise typer.Exit(LOST)
+
+
+@app.command()
+@_usage_errors
+def tiles(
+    csv: Annotated[list[Path], typer.Argument(help="One or more tiles.csv.")],
+    out: Annotated[Path | None, typer.Option(help="By default tiles.md beside the first.")] = None,
+) -> None:
+    """Write Markdown of what `tune` found: how far the chosen tiles are from the fastest."""
+    path = out or csv[0].parent / "tiles.md"
+    write_tiles(csv, path)
+    print(path)
