@@ -99,12 +99,19 @@ def test_every_layer_packs_once(case, granularity, training, packs):
         assert len(packs) == 2
 
 
+@pytest.fixture
+def deterministic_convolutions():
+    """On a GPU their gradients need not repeat bit by bit."""
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        yield
+
+
 @every_layer
 @every_granularity
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_results_and_gradients_are_those_without_the_scope(
-    case, granularity, training, backend, device
+    case, granularity, training, backend, device, deterministic_convolutions
 ):
     options = {"granularity": granularity, "backend": backend, "device": device}
     layer = case.masked(*case.args, path="packed", **options).train(training)
