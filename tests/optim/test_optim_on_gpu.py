@@ -17,6 +17,13 @@ MODES = pytest.mark.parametrize("mode", ["layer by layer", "grouped", "deferred"
 RULES = pytest.mark.parametrize("rule", ["sgd", "adamw"])
 
 
+@pytest.fixture(autouse=True)
+def deterministic_convolutions():
+    """Else not even two eager runs are the same."""
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        yield
+
+
 class Run:
     """A small network, its optimizer and one training step with everything in it."""
 
