@@ -84,7 +84,8 @@ class Run:
         else:
             about = (case.name, *case.sizes, case.dtype, f"{case.remaining_ratio:g}")
         name, M, N, K, dtype, ratio = about
-        text = value if isinstance(value, str) else f"{value:.6g}"
+        # Bytes and launches are exact: a goal may compare them with what is allowed to the last.
+        text = str(value) if isinstance(value, (str, int)) else f"{value:.6g}"
         here = self.environment
         self.file.add(
             Row(

@@ -25,6 +25,12 @@ def test_columns_are_those_promised(tmp_path):
     ]
 
 
+def test_whole_numbers_are_exact(tmp_path):
+    figures = [(CASE, "auto", "forward", "saved", value) for value in (117_497_857, 117_497_857.0)]
+    rows = read_results(write_rows(tmp_path / "results.csv", figures))
+    assert [row.value for row in rows] == ["117497857", "1.17498e+08"]
+
+
 def test_a_row_is_in_the_file_as_soon_as_it_is_added(tmp_path):
     with ResultsFile(tmp_path / "results.csv") as file:
         Run(file, environment()).add("cpu", CASE, "auto", "forward", "time", 1.0, "s")
