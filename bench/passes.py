@@ -148,4 +148,4 @@ def saved_bytes(module: nn.Module, problem: Problem) -> int:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return tensor.untyped_storage()._cdata  # which fake tensors have, too

@@ -7,8 +7,9 @@ import math
 import torch
 
 from .cases import MASKED_WEIGHT, LayerCase, ListCase
+from .modes import Mode
 
-__all__ = ["bytes_of", "flops", "least_bytes", "list_bytes"]
+__all__ = ["bytes_of", "flops", "least_bytes", "list_bytes", "weight_bytes"]
 
 _PRODUCTS = {
     "forward": 1,
@@ -56,14 +57,18 @@ def list_bytes(case: ListCase, name: str) -> int:
     A step reads G, reads and writes W and the optimizer's state, and writes next step's masked
     weight.
     """
-    weight, compute = bytes_of(case.mode.weight), bytes_of(case.mode.compute)
-    per_weight = {
+    return case.numel * weight_bytes(case.mode, name)
+
+
+def weight_bytes(mode: Mode, name: str) -> int:
+    """Of one weight, in a pass over lists of them."""
+    weight, compute = bytes_of(mode.weight), bytes_of(mode.compute)
+    return {
         "pack": weight + compute,
         "post": compute + 2 * weight,
         "sgd": compute + 2 * weight + 2 * weight + compute,
         "adamw": compute + 2 * weight + 4 * weight + compute,
-    }
-    return case.numel * per_weight[name]
+    }[name]
 
 
 def bytes_of(dtype: torch.dtype) -> int:
