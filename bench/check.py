@@ -6,14 +6,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .environment import CPU
+from .environment import CPU, is_predicted
 from .errors import UsageError
 from .goal import MET, MISSED, NOT_MEASURED, Figure
 from .goals import GOALS
 from .measurements import Measurements, by_gpu
 from .results import Row
 
-__all__ = ["check_goals", "choose_devices", "choose_gpu"]
+__all__ = ["check_goals", "choose_devices", "choose_gpu", "choose_predicted"]
 
 _STYLES = {MET: "green", MISSED: "bold red", NOT_MEASURED: "yellow"}
 _MOST_NAMED = 3
@@ -40,12 +40,30 @@ def choose_devices(rows: list[Row], name: str | None) -> list[Measurements]:
     return [one for one in (gpu, cpu if name is None else None) if one is not None]
 
 
-def check_goals(measurements: Measurements, console: Console) -> dict[str, str]:
-    """Print the table of the goals for this kind of device; the verdict of each, by title."""
-    console.print(f"Goals, {measurements.gpu}", highlight=False)
+def choose_predicted(rows: list[Row]) -> Measurements:
+    """The predictions of one GPU. Raises UsageError for anything else."""
+    found = by_gpu(rows)
+    if len(found) != 1 or not is_predicted(next(iter(found))):
+        raise UsageError(
+            f"--predicted has rows of {', '.join(found)}. Accepted: those of one GPU, as written "
+            "by python -m bench predict."
+        )
+    return next(iter(found.values()))
+
+
+def check_goals(
+    measurements: Measurements, console: Console, predicted: Measurements | None = None
+) -> dict[str, str]:
+    """Print the table of the goals for this kind of device; the verdict of each, by title.
+
+    Beside the figures those that were `predicted`, where given.
+    """
+    beside = f" beside {predicted.gpu}" if predicted else ""
+    console.print(f"Goals, {measurements.gpu}{beside}", highlight=False)
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("verdict", "figure", "limit", "goal"):
-        number = column in ("figure", "limit")
+    columns = ("verdict", "figure", *(["predicted"] if predicted else []), "limit", "goal")
+    for column in columns:
+        number = column in ("figure", "predicted", "limit")
         table.add_column(column, justify="right" if number else "left", overflow="fold")
     verdicts = {}
     for goal in (goal for goal in GOALS if goal.is_about(measurements)):
@@ -54,12 +72,17 @@ def check_goals(measurements: Measurements, console: Console) -> dict[str, str]:
         note = _note(figure)
         table.add_row(
             f"[{_STYLES[verdict]}]{verdict}[/]",
-            "-" if figure.value is None else f"{figure.value:.3f}",
+            _text(figure),
+            *([_text(goal.figure(predicted))] if predicted else []),
             f"{'≥' if goal.at_least else '≤'} {goal.limit:.2f}",
             escape(goal.title) + (note and f"\n[dim]{escape(note)}[/]"),
         )
     console.print(table)
     return verdicts
+
+
+def _text(figure: Figure) -> str:
+    return "-" if figure.value is None else f"{figure.value:.3f}"
 
 
 def _note(figure: Figure) -> str:

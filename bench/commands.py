@@ -13,14 +13,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .check import check_goals, choose_devices, choose_gpu
+from .check import check_goals, choose_devices, choose_gpu, choose_predicted
 from .display import Display
-from .environment import ROOT, Environment, choose_device, slug
+from .environment import CPU, ROOT, Environment, choose_device, is_predicted, slug
 from .errors import UsageError
 from .goal import MISSED, NOT_MEASURED
 from .gpu import LOST, SANITIZER_TESTS, run_everything
+from .machine import MACHINES, machine_named
 from .measurements import by_gpu, only_gpu
 from .plan import write_plan
+from .predict import predict as write_predictions
 from .profiling import one_target, profile_all, worst_targets
 from .readme import has_markers, refresh
 from .report import readme_table, write_report
@@ -146,6 +148,8 @@ def report(
 ) -> None:
     """Write Markdown tables and plots, and refresh the README's table."""
     rows = read_all(csv)
+    if readme is not None and any(is_predicted(row.gpu) for row in rows):
+        raise UsageError("CSV has predicted rows. Accepted with --readme: measured ones alone.")
     written = write_report(rows, out or csv[0].parent)
     if readme is not None:
         refresh(readme, readme_table(by_gpu(rows).values()))
@@ -160,16 +164,39 @@ def report(
 
 @app.command()
 @_usage_errors
-def check(csv: Csv, gpu: Gpu = None, strict: Strict = False) -> None:
+def check(
+    csv: Csv,
+    gpu: Gpu = None,
+    strict: Strict = False,
+    predicted: Annotated[
+        Path | None, typer.Option(help="A results.csv of predictions, shown beside the figures.")
+    ] = None,
+) -> None:
     """Print each goal for the devices of CSV with its figure; fails where one is missed."""
     console = Console()
+    expected = None if predicted is None else choose_predicted(read_all([predicted]))
     verdicts = {
         verdict
         for measurements in choose_devices(read_all(csv), gpu)
-        for verdict in check_goals(measurements, console).values()
+        for verdict in check_goals(
+            measurements, console, None if measurements.gpu == CPU else expected
+        ).values()
     }
     if MISSED in verdicts or (strict and NOT_MEASURED in verdicts):
         raise typer.Exit(WRONG)
+
+
+@app.command()
+@_usage_errors
+def predict(
+    gpu: Annotated[str, typer.Option(help=f"One of {', '.join(MACHINES)}.")],
+    out: Annotated[Path, typer.Option(help="Folder of results.csv, written anew.")],
+    goals_only: Annotated[
+        bool, typer.Option("--goals-only", help="Leave out what no goal reads, which is most.")
+    ] = False,
+) -> None:
+    """Write what a GPU is expected to measure, by arithmetic; needs no GPU."""
+    print(write_predictions(machine_named(gpu), out, goals_only=goals_only))
 
 
 @app.command()

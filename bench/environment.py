@@ -13,9 +13,11 @@ import torch
 
 from .errors import UsageError
 
-__all__ = ["CPU", "ROOT", "Environment", "choose_device", "slug"]
+__all__ = ["CPU", "PREDICTED", "ROOT", "Environment", "choose_device", "is_predicted", "slug"]
 
 CPU = "cpu"
+PREDICTED = ", predicted"
+"""Ends the name of a device on which nothing of it was measured."""
 ROOT = Path(__file__).resolve().parent.parent
 _UNKNOWN = "unknown"
 _CODE = ("dst_kernels", "csrc", "bench", ":!bench/results")  # what a figure depends on
@@ -39,10 +41,12 @@ class Environment:
             triton = importlib.metadata.version("triton")
         except importlib.metadata.PackageNotFoundError:
             triton = "none"
-        date = datetime.datetime.now(datetime.timezone.utc)
-        return cls(
-            gpu, torch.__version__, triton, commit or _commit(), date.strftime("%Y-%m-%dT%H:%M:%SZ")
-        )
+        return cls(gpu, torch.__version__, triton, commit or _commit(), _now())
+
+    @classmethod
+    def of_prediction(cls, gpu: str, commit: str | None = None) -> Environment:
+        """For a GPU of that name: nothing runs, so there are no versions of what would run."""
+        return cls(gpu + PREDICTED, "none", "none", commit or _commit(), _now())
 
     @property
     def identifies_code(self) -> bool:
@@ -66,9 +70,18 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
+def is_predicted(gpu: str) -> bool:
+    """Whether rows of a device by that name were predicted."""
+    return gpu.endswith(PREDICTED)
+
+
 def slug(text: str) -> str:
     """A device's name as part of a file's name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _commit() -> str:

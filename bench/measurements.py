@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from .cases import AnyCase, case_of
 from .ceilings import CEILING
-from .environment import CPU
+from .environment import CPU, is_predicted
 from .results import ERROR, SKIPPED, Row
 
 __all__ = ["COMPILED_DST", "Measurements", "by_gpu", "geometric_mean", "only_gpu"]
@@ -28,7 +28,8 @@ def by_gpu(rows: Iterable[Row]) -> dict[str, Measurements]:
 
 
 def only_gpu(rows: Iterable[Row]) -> list[Row]:
-    return [row for row in rows if row.gpu != CPU]
+    """Measured on a GPU."""
+    return [row for row in rows if row.gpu != CPU and not is_predicted(row.gpu)]
 
 
 class Measurements:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from .cases import CONV, LINEAR, LayerCase
+from .environment import is_predicted
 from .errors import UsageError
 from .files import write_text
 from .measurements import Measurements
@@ -23,8 +24,13 @@ def plan_table(measurements: Measurements) -> dict:
     `convs`.
 
     Under a CUDA graph where both paths were, else as enqueued. Cases without some of these are left
-    out, as nothing can be chosen by half of the figures. Raises UsageError where none is left.
+    out, as nothing can be chosen by half of the figures. Raises UsageError where none is left, and
+    for predictions, which the planner can make itself.
     """
+    if is_predicted(measurements.gpu):
+        raise UsageError(
+            f"CSV has rows of {measurements.gpu!r}. Accepted: rows that were measured on a GPU."
+        )
     found, used = {name: [] for name in _LISTS.values()}, None
     for case in measurements.cases.values():
         entry = {name: _seconds(measurements, case, name) for name in _PASSES}

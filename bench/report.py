@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .cases import CONV, LINEAR
 from .ceilings import CEILING, COPY, GEMM
+from .environment import is_predicted
 from .files import write_text
 from .measurements import Measurements, by_gpu
 from .plots import write_plots
@@ -74,7 +75,8 @@ def _ceilings(measurements: Measurements) -> str:
     product = measurements.newest(GEMM, CEILING, "forward", "flops")
     parts = [f"copy {copy / 1e9:.4g} GB/s"] if copy else []
     parts += [f"matrix product {product / 1e12:.4g} TFLOP/s"] if product else []
-    return f"Ceilings, measured: {', '.join(parts) or 'none'}."
+    how = "predicted" if is_predicted(measurements.gpu) else "measured"
+    return f"Ceilings, {how}: {', '.join(parts) or 'none'}."
 
 
 def readme_table(found: Iterable[Measurements]) -> str:
