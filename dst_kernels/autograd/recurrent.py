@@ -73,7 +73,6 @@ class _MaskStacks(torch.autograd.Function):
         n = len(masked)
         ctx.options = options
         ctx.threshold_shapes = [threshold.shape for threshold in parameters[n : 2 * n]]
-        ctx.bias_dtypes = [bias.dtype for bias in parameters[2 * n :]]
         ctx.save_for_backward(*parameters[:n], *effective)
         return *masked, *copies
 
@@ -83,7 +82,7 @@ class _MaskStacks(torch.autograd.Function):
         counts, surrogate, structure_gradient, backend = ctx.options
         n, matrices = len(counts), sum(counts)
         weights, effective = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
-        of_biases = [grad.to(dtype) for grad, dtype in zip(grads[n:], ctx.bias_dtypes, strict=True)]
+        of_biases = grads[n:]  # autograd casts them to what the biases are
         if not any(ctx.needs_input_grad[4 : 4 + 2 * n]):
             return None, None, None, None, *[None] * (2 * n), *of_biases
         of_weights = [torch.empty_like(weight) for weight in weights]

@@ -64,7 +64,11 @@ def train(
     preset: Annotated[str | None, _opt("preset", _WHAT, _PRESET_HELP)] = None,
     model: Annotated[
         str | None,
-        _opt("model", _WHAT, "lenet-300-100, lenet-5 or a torchvision classifier (resnet18, ...)."),
+        _opt(
+            "model",
+            _WHAT,
+            "lenet-300-100, lenet-5, lstm-a, lstm-b or a torchvision classifier (resnet18, ...).",
+        ),
     ] = None,
     dataset: Annotated[
         str | None,

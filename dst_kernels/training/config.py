@@ -159,6 +159,20 @@ PRESETS: dict[str, Preset] = {
         "the paper's LeNet-5-Caffe on MNIST, 20 epochs",
         {"dataset": "mnist", "model": "lenet-5", "alpha": 5e-4, "epochs": 20},
     ),
+    # Its last layer is dense, as in the paper.
+    "mnist-lstm-a": Preset(
+        "the paper's LSTM-a on MNIST, an image row at a time, 20 epochs",
+        {
+            "dataset": "mnist",
+            "model": "lstm-a",
+            "optimizer": "adam",
+            "lr": 1e-3,
+            "batch_size": 100,
+            "alpha": 1e-3,
+            "epochs": 20,
+            "skip_last": True,
+        },
+    ),
     # The paper trains VGG-16 and wide ResNets, which torchvision lacks in these forms.
     "cifar10": Preset(
         "torchvision's ResNet-18 on CIFAR-10, on the paper's schedule (not its nets)",

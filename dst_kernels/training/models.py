@@ -1,7 +1,8 @@
-"""Classifiers by name: the paper's two LeNets, and every classifier of torchvision."""
+"""Classifiers by name: the paper's LeNets and LSTMs, and every classifier of torchvision."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from .config import RunConfig
 from .errors import UsageError, require_one_of
 
-__all__ = ["LeNet5", "LeNet300", "build_model", "input_channels", "load_model"]
+__all__ = ["LeNet5", "LeNet300", "RowLSTM", "build_model", "input_channels", "load_model"]
 
 
 class LeNet300(nn.Module):
@@ -49,20 +50,42 @@ class LeNet5(nn.Module):
         return self.fc4(F.relu(self.fc3(features.flatten(1))))
 
 
-_LENETS = {"lenet-300-100": LeNet300, "lenet-5": LeNet5}
+class RowLSTM(nn.Module):
+    """Two LSTM layers that read an image row by row, and a linear layer on what is left at the end.
+
+    The paper's LSTM-a has 128 units, LSTM-b 256.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], classes: int, units: int) -> None:
+        super().__init__()
+        channels, _, width = shape
+        self.lstm = nn.LSTM(channels * width, units, num_layers=2, batch_first=True)
+        self.fc = nn.Linear(units, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        output, _ = self.lstm(images.transpose(1, 2).flatten(2))
+        return self.fc(output[:, -1])
+
+
+_PAPERS = {
+    "lenet-300-100": LeNet300,
+    "lenet-5": LeNet5,
+    "lstm-a": functools.partial(RowLSTM, units=128),
+    "lstm-b": functools.partial(RowLSTM, units=256),
+}
 
 
 def input_channels(name: str) -> int | None:
     """The channels a model insists on, None where it takes any; UsageError for an unknown name."""
-    if name in _LENETS:
+    if name in _PAPERS:
         return None
     import torchvision.models as zoo
 
     require_one_of(
         "--model",
         name,
-        (*_LENETS, *zoo.list_models(module=zoo)),
-        note=f"{', '.join(_LENETS)} or a name from torchvision.models.list_models(), "
+        (*_PAPERS, *zoo.list_models(module=zoo)),
+        note=f"{', '.join(_PAPERS)} or a name from torchvision.models.list_models(), "
         "such as resnet18 or vgg16_bn",
     )
     return 3
@@ -103,8 +126,8 @@ def build_model(config: RunConfig, shape: tuple[int, int, int], classes: int) ->
 
 
 def _dense_model(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
-    if name in _LENETS:
-        return _LENETS[name](shape, classes)
+    if name in _PAPERS:
+        return _PAPERS[name](shape, classes)
     import torchvision.models as zoo
 
     options: dict[str, object] = {}

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import dst_kernels
+from dst_kernels.nn import MaskedModule
+from dst_kernels.nn._layers import named_masked_weights
 
 from . import plots
 from .checkpoint import write_atomically
@@ -99,12 +101,9 @@ def write_comparison(directory: Path) -> dict[str, Any]:
 
 
 def thresholds_by_layer(model: nn.Module) -> dict[str, Tensor]:
-    """The threshold parameters of a model under their layers' names."""
-    return {
-        name.removesuffix(".threshold"): parameter
-        for name, parameter in model.named_parameters()
-        if name.endswith(".threshold")
-    }
+    """The threshold parameters of a model under the names that the report has; {} if dense."""
+    dense = not any(isinstance(module, MaskedModule) for module in model.modules())
+    return {} if dense else {name: part.threshold for name, part in named_masked_weights(model)}
 
 
 def count_parameters(model: nn.Module) -> int:

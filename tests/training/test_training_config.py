@@ -23,6 +23,9 @@ def test_mnist_presets_are_the_papers():
         config = RunConfig.from_preset(name)
         assert (config.dataset, config.model) == ("mnist", model)
         assert (config.alpha, config.epochs, config.lr, config.batch_size) == (5e-4, 20, 0.01, 64)
+    config = RunConfig.from_preset("mnist-lstm-a")
+    assert (config.model, config.optimizer, config.skip_last) == ("lstm-a", "adam", True)
+    assert (config.alpha, config.epochs, config.lr, config.batch_size) == (1e-3, 20, 1e-3, 100)
 
 
 def test_every_preset_is_valid_and_survives_json():

@@ -12,10 +12,16 @@ from dst_kernels.training.results import thresholds_by_layer
 
 @pytest.mark.parametrize(
     ("name", "weights", "thresholds"),
-    [("lenet-300-100", 266_200, 410), ("lenet-5", 430_500, 580)],
+    [
+        ("lenet-300-100", 266_200, 410),
+        ("lenet-5", 430_500, 580),
+        ("lstm-a", 210_944, 2_048),
+        ("lstm-b", 815_104, 4_096),
+    ],
 )
-def test_lenets_have_the_papers_numbers_of_masked_weights_and_thresholds(name, weights, thresholds):
-    model = build_model(RunConfig(model=name), (1, 28, 28), 10)
+def test_masked_weights_and_thresholds_are_as_many_as_the_papers(name, weights, thresholds):
+    config = RunConfig(model=name, skip_last=name.startswith("lstm"))
+    model = build_model(config, (1, 28, 28), 10)
     report = dst_kernels.sparsity_report(model)
     assert report.total == weights
     assert sum(t.numel() for t in thresholds_by_layer(model).values()) == thresholds
@@ -31,6 +37,15 @@ def test_dense_twin_starts_from_the_same_weights_and_has_no_thresholds():
     assert set(sparse) - set(dense) == {f"{n}.threshold" for n in ("conv1", "conv2", "fc3", "fc4")}
     for name, weight in dense.items():
         assert torch.equal(weight, sparse[name])
+
+
+def test_an_lstm_reads_rows_from_top_to_bottom():
+    model = build_model(RunConfig(model="lstm-a", dense=True), (3, 6, 4), 10).eval()
+    images = torch.randn(2, 3, 6, 4)
+    rows = images.permute(2, 0, 1, 3).flatten(2)  # height first, then all of a row's channels
+    wanted = model.fc(model.lstm(rows.transpose(0, 1))[0][:, -1])
+    torch.testing.assert_close(model(images), wanted)
+    assert model.lstm.input_size == 12
 
 
 def test_options_reach_the_masked_layers():
