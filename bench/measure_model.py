@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import warnings
@@ -30,6 +31,10 @@ def load_model_case(case: ModelCase, device: torch.device) -> Measure:
     """What measures a provider: after its verification, eagerly and as a CUDA graph."""
     setup = Setup(case.model, case.batch, case.remaining_ratio, device, case.mode, AT_REST)
     expectation = functools.cache(lambda: TrajectoryExpectation(setup))
+    if device.type == "cuda":
+        # From its first use on the profiler costs each launch a little: let all pay alike.
+        with contextlib.suppress(RuntimeError):
+            count_launches(lambda: None, device)
 
     def measure(provider: ModelProvider, add: Add) -> None:
         try:
