@@ -277,14 +277,15 @@ def _one_kernel(run: list[Kernel], last: dict[int, int], end: int) -> list[Kerne
     if not run:
         return []
     reads: dict[int, int] = {}
-    writes: dict[int, int] = {}
+    writes: dict[int, tuple[int, int]] = {}  # position and size
     launches = 1
-    for kernel in run:
+    for i, kernel in enumerate(run, end - len(run)):
         passes = 2 if kernel.name in _TWO_PASSES else 1
         launches += passes - 1
         for tensor, size in kernel.reads:
             if tensor not in writes:
                 reads[tensor] = max(passes * size, reads.get(tensor, 0))
-        writes |= dict(kernel.writes)
-    kept = [size for tensor, size in writes.items() if last.get(tensor, end) >= end]
+        writes |= {tensor: (i, size) for tensor, size in kernel.writes}
+    # Results, which nobody reads, and what is read behind the run.
+    kept = [size for tensor, (i, size) in writes.items() if not i < last.get(tensor, -1) < end]
     return [Kernel("fused", sum(reads.values()) + sum(kept), launches=launches)]
