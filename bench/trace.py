@@ -7,6 +7,7 @@ kernel that reads its operands and writes its results once.
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -144,11 +145,12 @@ class _Counter(TorchDispatchMode):
     def _kernels(self, op, name, args, kwargs, result, read, written) -> Iterator[Kernel]:
         flops, dtype, share = _arithmetic(op, name, args, kwargs, result)
         about = Kernel(name, 0, flops, dtype, self._tf32, share, _LAUNCHES.get(name, 1))
+        if name.startswith("masked_") and name.endswith(("linear_grad_weight", "conv_grad_weight")):
+            whole = self._with_operands(about, read, written)
+            yield from _with_its_epilogue(whole, _by_name(op, args, kwargs), self._tf32)
+            return
         if name != "convolution_backward":
             yield self._with_operands(about, read, written)
-            if name.startswith("masked_") and name.endswith("_grad_weight"):
-                weight = _bytes(_by_name(op, args, kwargs)["weight"])
-                yield Kernel("epilogue", EPILOGUE * 2 * weight, launches=0)
             return
         grad, input, weight = read[:3]
         of_input, of_weight, of_bias = result
@@ -243,6 +245,35 @@ def _of_convolution(values: dict, output: Tensor, dtype: torch.dtype):
     if values["groups"] > 1:
         return flops, torch.float32, DEPTHWISE
     return flops, dtype, 1.0 if _is_product(values) else CONVOLUTION
+
+
+def _with_its_epilogue(product: Kernel, values: dict, tf32: bool) -> Iterator[Kernel]:
+    """A fused dW: W is read and dW written behind the sums of a tile; or, where a weight has too
+    few tiles for the GPU, behind a pass over float32 slabs of G, one for each share of tokens.
+    """
+    weight = values["weight"]
+    slabs = _slabs(values, tf32)
+    if slabs == 1:
+        yield product
+        yield Kernel("epilogue", EPILOGUE * 2 * _bytes(weight), launches=0)
+        return
+    moved = slabs * weight.numel() * 4
+    yield replace(product, bytes=product.bytes - 2 * _bytes(weight) + moved, launches=1)
+    yield Kernel("slabs", moved + 2 * _bytes(weight), launches=2)
+
+
+def _slabs(values: dict, tf32: bool) -> int:
+    """As the tile for these sizes has it on Hopper."""
+    from dst_kernels._triton.tiles import Traits, conv_grad_weight_tile, grad_weight_tile
+
+    grad, weight = values["grad"], values["weight"]
+    rows, channels, *taps = weight.shape
+    positions, traits = grad.numel() // rows, Traits(grad.dtype, tf32, hopper=True)
+    if not taps or _is_product(values):
+        return grad_weight_tile(positions, rows, channels, traits, element_wise=False).split
+    groups = values["groups"]
+    sizes = positions, rows // groups, channels, math.prod(taps) * groups
+    return conv_grad_weight_tile(*sizes, traits).split
 
 
 def _is_product(convolution: dict) -> bool:

@@ -187,6 +187,17 @@ def test_fused_products_reach_their_shares():
     assert _figures(same)["fused", "forward", "time"] < found["fused", "forward", "time"]
 
 
+def test_a_fused_gradient_of_few_tiles_goes_through_slabs():
+    """1024²: 64 tiles of 128x128 share 132 multiprocessors, so two slabs of G."""
+    found = _figures(Case("linear", 8192, 1024, 1024, "bf16-autocast"))
+    weights = 1024**2
+    product = 2 * 8192 * weights / (0.9 * 788e12) + FLOOR
+    slabs = (2 * 4 + 8) * weights / 4.3e12 + 2 * FLOOR
+    zeros = 4 * 1024 / 4.3e12 + FLOOR  # for the effective threshold, which has no gradient
+    seconds = found["fused", "grad_weight", "time"]
+    assert seconds == pytest.approx(product + slabs + zeros, rel=1e-3)
+
+
 @pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
 def test_a_pack_is_bound_by_memory(machine):
     case = Case("masked_weight", 0, 8192, 8192, "bf16-autocast")
