@@ -31,7 +31,6 @@ TUNED_SUITES = ("linear", "conv", "streaming")
 """The most valuable first."""
 
 _SHARE_OF_COMPILING = 0.5  # of the time: what is not compiled by then is where it is timed
-_WHOLE_CASE = "-"  # in place of a tile
 # What another order of a float32 sum may change, in the unit of the largest result.
 _FLOAT32_SUMS = 1e-4
 
@@ -153,7 +152,7 @@ class Sweep:
             except Exception as error:  # usually too big for the device
                 for name in PRODUCTS[case.op]:
                     about = _Product(case, name)
-                    self._add(about, _WHOLE_CASE, False, reason=f"no data: {first_line(error)}")
+                    self._add(about, None, False, reason=f"no data: {first_line(error)}")
                     self.display.advance()
                 return
             for name, call in products.items():
@@ -171,8 +170,8 @@ class Sweep:
     def _measure_product(self, about: _Product, call: Call) -> None:
         launches = launches_of(call)
         if launches.error is not None:
-            tile = launches.chosen or _WHOLE_CASE
-            self._add_failure(about, tile, launches.chosen is not None, launches.error)
+            chosen = launches.chosen
+            self._add_failure(about, chosen, chosen is not None, launches.error)
             return
         for tile in launches.tiles:
             if self._key(about, tile) in self._done:
@@ -210,6 +209,7 @@ class Sweep:
         timing: Timing | None = None,
         reason: str = "",
     ) -> None:
+        """A row; `tile` is None where it is about all of them."""
         here, key = self.environment, self._key(about, tile)
         case, product, text, split = key
         times = ("", "") if timing is None else (f"{timing.median:.6g}", f"{timing.spread:.6g}")
@@ -230,7 +230,8 @@ class Sweep:
 
     @staticmethod
     def _key(about: _Product | Compilation, tile: Any) -> tuple[str, str, str, str]:
-        return about.case.name, about.product, str(tile), str(split_of(tile))
+        text = "-" if tile is None else str(tile)
+        return about.case.name, about.product, text, str(split_of(tile))
 
     def _leave_out(self, case: LayerCase, products: Iterable[str]) -> None:
         for product in products:
