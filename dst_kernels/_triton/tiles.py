@@ -17,6 +17,8 @@ __all__ = [
     "FLOAT32_GRAD_WEIGHT_TILES",
     "FLOAT32_PRODUCT_TILES",
     "GRAD_WEIGHT_TILES",
+    "MORE_GRAD_WEIGHT_TILES",
+    "MORE_PRODUCT_TILES",
     "PRODUCT_TILES",
     "SLAB_TILE",
     "TF32_GRAD_WEIGHT_TILES",
@@ -168,10 +170,32 @@ _AMPERE = {m: ProductTile(m, 128, 32, 8, 3) for m in (16, 64)}
 # Exact float32 runs on the ordinary cores.
 _FLOAT32 = {m: ProductTile(m, 64, 16, 4, 2) for m in (16, 32)}
 
+# More that tuning may try for 16-bit products on Hopper. With a threshold for each row all compile
+# clean, for float32 and 16-bit weights, split or not, but those that are only whole: split, they
+# spill or wait for each wgmma. With one for each weight the largest spill, or do not fit in shared
+# memory, and tuning passes over them. Left out is a step of 64 without unrolling: with 16-bit
+# weights ptxas then runs wgmma one instruction at a time, whatever the tile.
+_MORE = (
+    ProductTile(16, 128, 32, 8, 4, unroll=2),
+    ProductTile(16, 64, 64, 4, 4, unroll=2),
+    ProductTile(128, 128, 32, 8, 4, unroll=2),
+)
+_MORE_WHOLE = (
+    ProductTile(64, 64, 32, 4, 4, unroll=2),
+    ProductTile(256, 128, 32, 8, 3, unroll=2),
+)
+
 _SMALL, _MIDDLE, _LARGE = (
     GradWeightTile(64, 64, 64, 4, 4, pieces=2),
     GradWeightTile(128, 128, 64, 8, 3, pieces=4),
     GradWeightTile(128, 256, 64, 8, 3, pieces=4),
+)
+# As above; not split. The last spills with element-wise thresholds, as the large one does.
+_MORE_GRAD_WEIGHT = (
+    GradWeightTile(64, 128, 64, 4, 4, pieces=2),
+    GradWeightTile(128, 128, 64, 8, 4, pieces=4),
+    GradWeightTile(128, 128, 128, 8, 2, pieces=4),
+    GradWeightTile(128, 256, 64, 8, 4, pieces=4),
 )
 _SMALL_TF32 = GradWeightTile(64, 64, 32, 4, 3)
 _MIDDLE_TF32 = GradWeightTile(128, 128, 32, 8, 3, pieces=4)
@@ -210,8 +234,16 @@ def _least_covering(M: int, tiles: Sequence[ProductTile]) -> ProductTile:
 def product_candidates(default: ProductTile, traits: Traits) -> list[ProductTile]:
     """What else is worth trying."""
     splits = {1, max(default.split // 2, 1), default.split, 2 * default.split}
-    tiles = _product_tiles(traits).values()
-    return [dataclasses.replace(tile, split=split) for tile in tiles for split in sorted(splits)]
+    more, whole = (_MORE, _MORE_WHOLE) if _takes_more(traits) else ((), ())
+    tiles = (*_product_tiles(traits).values(), *more)
+    return [
+        *(dataclasses.replace(tile, split=split) for tile in tiles for split in sorted(splits)),
+        *whole,
+    ]
+
+
+def _takes_more(traits: Traits) -> bool:
+    return traits.hopper and traits.dtype != torch.float32
 
 
 def _product_tiles(traits: Traits) -> dict[int, ProductTile]:
@@ -243,6 +275,8 @@ def grad_weight_candidates(
     whole = [dataclasses.replace(tile, split=1) for tile in tiles]
     if len(tiles) == 1:
         return whole
+    if _takes_more(traits):
+        whole += _MORE_GRAD_WEIGHT[:-1] if element_wise else _MORE_GRAD_WEIGHT
     splits = {max(default.split // 2, 2), max(default.split, 2), 2 * default.split}
     return whole + [dataclasses.replace(tiles[1], split=split) for split in sorted(splits)]
 
@@ -292,3 +326,6 @@ GRAD_WEIGHT_TILES = {90: (_SMALL, _MIDDLE, _LARGE), 80: (_SMALL, _MIDDLE)}
 TF32_GRAD_WEIGHT_TILES = (_SMALL_TF32, _MIDDLE_TF32)
 FLOAT32_GRAD_WEIGHT_TILES = (_GRAD_FLOAT32,)
 SLAB_TILE, TF32_SLAB_TILE = _MIDDLE, _MIDDLE_TF32
+# What tuning can choose besides, on Hopper.
+MORE_PRODUCT_TILES = (*_MORE, *_MORE_WHOLE)
+MORE_GRAD_WEIGHT_TILES = _MORE_GRAD_WEIGHT

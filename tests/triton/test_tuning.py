@@ -12,6 +12,10 @@ pytest.importorskip("triton.language")
 
 from dst_kernels._triton import conv, tuning
 from dst_kernels._triton.tiles import (
+    GRAD_WEIGHT_TILES,
+    MORE_GRAD_WEIGHT_TILES,
+    MORE_PRODUCT_TILES,
+    PRODUCT_TILES,
     GradWeightTile,
     ProductTile,
     Traits,
@@ -127,7 +131,8 @@ def test_token_buckets(M, bucket):
 
 
 def test_candidates_are_tiles_the_gate_knows():
-    from dst_kernels._triton.tiles import GRAD_WEIGHT_TILES, PRODUCT_TILES
+    products = {*PRODUCT_TILES[90], *MORE_PRODUCT_TILES}
+    gradients = {*GRAD_WEIGHT_TILES[90], *MORE_GRAD_WEIGHT_TILES}
 
     def whole(tile):
         return type(tile)(**{**vars(tile), "split": 1})
@@ -136,11 +141,33 @@ def test_candidates_are_tiles_the_gate_knows():
         product = product_tile(size, 1024, 4096, TRAITS)
         for tile in product_candidates(product, TRAITS):
             assert isinstance(tile, ProductTile) and tile.split >= 1
-            assert whole(tile) in PRODUCT_TILES[90]
+            assert whole(tile) in products
         gradient = grad_weight_tile(size, 1024, 1024, TRAITS, False)
         for tile in grad_weight_candidates(gradient, TRAITS, False):
             assert isinstance(tile, GradWeightTile) and tile.split >= 1
-            assert whole(tile) in GRAD_WEIGHT_TILES[90]
+            assert whole(tile) in gradients
+
+
+def test_only_16_bit_products_on_hopper_have_more_candidates():
+    for dtype, tf32, hopper in (
+        (torch.bfloat16, False, True),
+        (torch.float16, False, True),
+        (torch.bfloat16, False, False),
+        (torch.float32, True, True),
+        (torch.float32, False, True),
+    ):
+        traits = Traits(dtype, tf32, hopper)
+        product = product_tile(16, 1024, 4096, traits)
+        gradient = grad_weight_tile(300, 1024, 1024, traits, False)
+        products = set(product_candidates(product, traits))
+        gradients = set(grad_weight_candidates(gradient, traits, False))
+        if dtype != torch.float32 and hopper:
+            assert products >= set(MORE_PRODUCT_TILES) and gradients >= set(MORE_GRAD_WEIGHT_TILES)
+            element_wise = set(grad_weight_candidates(gradient, traits, True))
+            assert element_wise & set(MORE_GRAD_WEIGHT_TILES) == set(MORE_GRAD_WEIGHT_TILES[:-1])
+        else:
+            assert not products & set(MORE_PRODUCT_TILES)
+            assert not gradients & set(MORE_GRAD_WEIGHT_TILES)
 
 
 def test_tuned_convolutions_compute_the_same_in_tiles_the_gate_knows(timed, monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import triton.language as tl
@@ -14,6 +14,8 @@ from ..tiles import (
     FLOAT32_GRAD_WEIGHT_TILES,
     FLOAT32_PRODUCT_TILES,
     GRAD_WEIGHT_TILES,
+    MORE_GRAD_WEIGHT_TILES,
+    MORE_PRODUCT_TILES,
     PRODUCT_TILES,
     SLAB_TILE,
     TF32_GRAD_WEIGHT_TILES,
@@ -28,10 +30,12 @@ __all__ = ["linear"]
 
 def linear(architecture: int) -> Iterator[Variant]:
     """All of them."""
-    yield from _products(architecture)
+    yield from _products(_product_cases(architecture))
     yield from _finishes(architecture)
-    yield from _grad_weights(architecture)
+    yield from _grad_weights(_grad_weight_cases(architecture))
     yield from _slabs()
+    if architecture == 90:
+        yield from _more()
 
 
 class _ProductCase(NamedTuple):
@@ -85,9 +89,9 @@ def _product_constants(tile: ProductTile, precision: str, transposed: bool) -> d
     }
 
 
-def _products(architecture: int) -> Iterator[Variant]:
+def _products(cases: Iterable[_ProductCase]) -> Iterator[Variant]:
     """Forward with and without the guard's count, and dX; whole sums and split ones."""
-    for tile, weight, x, precision, tensor_cores, largest in _product_cases(architecture):
+    for tile, weight, x, precision, tensor_cores, largest in cases:
         for purpose in ("forward", "unguarded", "grad_input"):
             if purpose == "unguarded" and not largest:
                 continue
@@ -158,8 +162,8 @@ def _finishes(architecture: int) -> Iterator[Variant]:
             )
 
 
-def _grad_weights(architecture: int) -> Iterator[Variant]:
-    for tile, weight, x, precision, tensor_cores in _grad_weight_cases(architecture):
+def _grad_weights(cases: Iterable[tuple]) -> Iterator[Variant]:
+    for tile, weight, x, precision, tensor_cores in cases:
         for granularity, (axis, unit) in granularities(False).items():
             for surrogate, code in SURROGATE_CODES.items():
                 special = granularity != "row" or surrogate != "long_tailed"
@@ -221,3 +225,13 @@ def _slabs() -> Iterator[Variant]:
             stages=tile.stages,
             tensor_cores=True,
         )
+
+
+def _more() -> Iterator[Variant]:
+    """What only tuning can choose, as it is used most: under autocast, with a threshold a row."""
+    dtypes = "fp32", "bf16", "ieee", True
+    products = (_ProductCase(tile, *dtypes, largest=False) for tile in MORE_PRODUCT_TILES)
+    gradients = ((tile, *dtypes) for tile in MORE_GRAD_WEIGHT_TILES)
+    for found in (*_products(products), *_grad_weights(gradients)):
+        if " row " in found.name and ("grad_weight" not in found.name or "long_t" in found.name):
+            yield found
