@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from made_up_rows import environment
 from typer.testing import CliRunner
 
@@ -18,6 +17,7 @@ from bench import tune
 from bench.cases import Case, ConvCase
 from bench.commands import app
 from bench.display import Display
+from bench.environment import ROOT
 from bench.errors import UsageError
 from bench.problem import Problem
 from bench.suites import SUITES, Suite
