@@ -14,6 +14,7 @@ __all__ = [
     "AuthorsLinear",
     "BranchFreeConv2d",
     "BranchFreeLinear",
+    "MaskedBaseline",
     "authors_masked_weight",
     "authors_regularization",
     "branch_free_masked_weight",
@@ -76,7 +77,7 @@ def branch_free_masked_weight(weight: Tensor, threshold: Tensor) -> Tensor:
     return weight * _mask(weight, branch_free_threshold(weight, threshold))
 
 
-class _MaskedBaseline:
+class MaskedBaseline:
     """Goes before a `torch.nn` layer.
 
     Thresholds are at least float32, so that every provider prunes the same weights in any dtype.
@@ -89,20 +90,29 @@ class _MaskedBaseline:
         self.add_threshold_()
 
     def add_threshold_(self) -> None:
-        """Zeros, one for each row of the weight."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        self.threshold = nn.Parameter(self.weight.new_zeros(self.weight.shape[0], dtype=dtype))
+        """Zeros, one for each row of every weight."""
+        for name in self.weight_names():
+            weight = getattr(self, name)
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            threshold = nn.Parameter(weight.new_zeros(weight.shape[0], dtype=dtype))
+            setattr(self, name.replace("weight", "threshold"), threshold)
+
+    def weight_names(self) -> list[str]:
+        return ["weight"]
+
+    def thresholds(self) -> list[Tensor]:
+        return [getattr(self, name.replace("weight", "threshold")) for name in self.weight_names()]
 
     def _masked(self) -> Tensor:
         return type(self).masked_weight(self.weight, self.threshold)
 
 
-class _Linear(_MaskedBaseline, nn.Linear):
+class _Linear(MaskedBaseline, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self._masked(), self.bias)
 
 
-class _Conv2d(_MaskedBaseline, nn.Conv2d):
+class _Conv2d(MaskedBaseline, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self._masked(), self.bias)
 
@@ -132,20 +142,26 @@ class BranchFreeConv2d(_Conv2d):
 
 
 def with_authors_layers_(model: nn.Module) -> nn.Module:
-    """The model with its linear layers and convolutions as the authors would run them."""
-    return _convert_(model, {nn.Linear: AuthorsLinear, nn.Conv2d: AuthorsConv2d})
+    """The model with its layers as the authors would run them."""
+    from .recurrent_baselines import AuthorsLSTM
+
+    types = {nn.Linear: AuthorsLinear, nn.Conv2d: AuthorsConv2d, nn.LSTM: AuthorsLSTM}
+    return _convert_(model, types)
 
 
 def with_branch_free_layers_(model: nn.Module) -> nn.Module:
-    """The same for `BranchFreeLinear` and `BranchFreeConv2d`."""
-    return _convert_(model, {nn.Linear: BranchFreeLinear, nn.Conv2d: BranchFreeConv2d})
+    """The same for `BranchFreeLinear` and its kin."""
+    from .recurrent_baselines import BranchFreeLSTM
+
+    types = {nn.Linear: BranchFreeLinear, nn.Conv2d: BranchFreeConv2d, nn.LSTM: BranchFreeLSTM}
+    return _convert_(model, types)
 
 
-def _convert_(model: nn.Module, types: dict[type[nn.Module], type[_MaskedBaseline]]) -> nn.Module:
+def _convert_(model: nn.Module, types: dict[type[nn.Module], type[MaskedBaseline]]) -> nn.Module:
     """In place. A head that shares its weight with an embedding stays dense."""
     shared = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
     for layer in model.modules():
-        if type(layer) in types and id(layer.weight) not in shared:
+        if type(layer) in types and id(getattr(layer, "weight", None)) not in shared:
             layer.__class__ = types[type(layer)]
             layer.add_threshold_()
     return model
@@ -153,5 +169,9 @@ def _convert_(model: nn.Module, types: dict[type[nn.Module], type[_MaskedBaselin
 
 def authors_regularization(model: nn.Module) -> Tensor:
     """Layer by layer, as there."""
-    layers = [module for module in model.modules() if isinstance(module, _MaskedBaseline)]
-    return sum(torch.exp(-layer.threshold).sum() for layer in layers)
+    return sum(
+        torch.exp(-threshold).sum()
+        for layer in model.modules()
+        if isinstance(layer, MaskedBaseline)
+        for threshold in layer.thresholds()
+    )

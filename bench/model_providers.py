@@ -13,7 +13,12 @@ from torch import nn
 
 import dst_kernels
 
-from .baselines import authors_regularization, with_authors_layers_, with_branch_free_layers_
+from .baselines import (
+    MaskedBaseline,
+    authors_regularization,
+    with_authors_layers_,
+    with_branch_free_layers_,
+)
 from .models import ADAMW
 from .training import MOMENTUM, Hyper, Setup, Training
 
@@ -105,7 +110,8 @@ def _theirs(
 ) -> Callable[[Setup], Training]:
     def train(setup: Setup) -> Training:
         model = setup.network(convert_)
-        thresholds = [p for name, p in model.named_parameters() if name.endswith("threshold")]
+        layers = [module for module in model.modules() if isinstance(module, MaskedBaseline)]
+        thresholds = [threshold for layer in layers for threshold in layer.thresholds()]
         ids = set(map(id, thresholds))
         others = [p for p in model.parameters() if id(p) not in ids]
         groups = [{"params": others}, {"params": thresholds, "weight_decay": 0.0}]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .modes import Mode
-from .networks import GPT, VGG, WideResNet, lenet_5, lenet_300_100
+from .networks import GPT, VGG, RowLSTM, WideResNet, lenet_5, lenet_300_100
 from .torchvision_networks import (
     convnext_small,
     convnext_t,
@@ -125,6 +125,7 @@ _CIFAR = _images(3, 32, 32)
 MODELS = {
     "lenet-300-100": _classifier(lenet_300_100, _images(784), "lenet-300-100"),
     "lenet-5": _classifier(lenet_5, _images(1, 28, 28), "lenet-5"),
+    "lstm-a": _classifier(RowLSTM, _images(28, 28), "lstm-small", ADAMW),
     "vgg-16": _classifier(VGG, _CIFAR, "vgg-small"),
     "wrn-28-8": _classifier(WideResNet, _CIFAR, "wrn-small"),
     "resnet-50": _classifier(resnet_50, _IMAGENET, "resnet-small"),
@@ -135,6 +136,7 @@ MODELS = {
     "vgg-small": _classifier(
         lambda: VGG((8, None, 8, None, 16, None, 16, None, 16)), _CIFAR, "vgg-small"
     ),
+    "lstm-small": _classifier(lambda: RowLSTM(6, 8), _images(5, 6), "lstm-small", ADAMW),
     "wrn-small": _classifier(lambda: WideResNet(10, 1), _images(3, 16, 16), "wrn-small"),
     "resnet-small": _classifier(resnet_small, _CIFAR, "resnet-small"),
     "convnext-small": _classifier(convnext_small, _CIFAR, "convnext-small", ADAMW),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["GPT", "VGG", "WideResNet", "lenet_5", "lenet_300_100"]
+__all__ = ["GPT", "VGG", "RowLSTM", "WideResNet", "lenet_5", "lenet_300_100"]
 
 _VGG_16 = (64, 64, None, 128, 128, None, 256, 256, 256, None, 512, 512, 512, None, 512, 512, 512)
 
@@ -32,6 +32,18 @@ def lenet_5() -> nn.Sequential:
         nn.ReLU(),
         nn.Linear(500, 10),
     )
+
+
+class RowLSTM(nn.Module):
+    """Reads images row by row: two LSTM layers, then a linear layer on their last output."""
+
+    def __init__(self, width: int = 28, units: int = 128, classes: int = 10) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(width, units, num_layers=2, batch_first=True)
+        self.fc = nn.Linear(units, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.lstm(images)[0][:, -1])
 
 
 class VGG(nn.Sequential):

@@ -129,6 +129,7 @@ SUITES = {
                 ModelCase("vit-b-16", 128, _AMP),
                 ModelCase("lenet-5", 128, _AMP),
                 ModelCase("lenet-300-100", 128, _AMP),
+                ModelCase("lstm-a", 100, _AMP),
             ),
             small=(
                 ModelCase("lenet-300-100", 64, "fp32"),
@@ -139,6 +140,7 @@ SUITES = {
                 ModelCase("convnext-small", 8, "fp32"),
                 ModelCase("vit-small", 8, "fp32"),
                 ModelCase("gpt-small", 4, "fp32"),
+                ModelCase("lstm-small", 8, "fp32"),
             ),
             compiled_small=1,
         ),

@@ -79,10 +79,10 @@ class Setup:
         model = convert_(dense).train()
         with torch.no_grad():
             for layer in model.modules():
-                threshold = getattr(layer, "threshold", None)
-                if isinstance(threshold, nn.Parameter):
-                    rows = layer.weight.flatten(1)
-                    threshold.copy_(thresholds_for(rows, self.remaining_ratio))
+                for name, threshold in layer.named_parameters(recurse=False):
+                    if name.startswith("threshold"):
+                        rows = getattr(layer, name.replace("threshold", "weight")).flatten(1)
+                        threshold.copy_(thresholds_for(rows, self.remaining_ratio))
         return model
 
 

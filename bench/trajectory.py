@@ -52,7 +52,7 @@ class _Trajectory:
         after = _parameters(training)
         moved = {name: after[name] - value for name, value in before.items()}
         both = [
-            torch.cat([moved[n] for n in sorted(moved) if n.endswith("threshold") == wanted])
+            torch.cat([moved[n] for n in sorted(moved) if ("threshold" in n) == wanted])
             for wanted in (False, True)
         ]
         return cls(torch.tensor(losses, dtype=torch.float64), *both)

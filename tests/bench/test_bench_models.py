@@ -37,6 +37,7 @@ SMALL = (
     "convnext-small",
     "vit-small",
     "gpt-small",
+    "lstm-small",
     "linear-64",
 )
 
@@ -50,6 +51,8 @@ SIZES = {
     "convnext-t": (28_589_128, 28_524_000, 42_184),
     "vit-b-16": (86_567_656, 57_980_928, 47_848),
     "gpt": (124_439_808, 84_934_656, 82_944),
+    # Of the masked ones 210,944 and 2,048 are the LSTM's.
+    "lstm-a": (214_282, 212_224, 2_058),
     "linear-4096": (4096 * 4096 + 4096, 4096 * 4096, 4096),
 }
 
@@ -59,10 +62,9 @@ def _setup(model="lenet-300-100", dtype="fp32", hyper=None):
 
 
 def _masked_sizes(model):
-    layers = [layer for layer in model.modules() if hasattr(layer, "threshold")]
-    return tuple(
-        sum(getattr(layer, name).numel() for layer in layers) for name in ("weight", "threshold")
-    )
+    thresholds = {name: p for name, p in model.named_parameters() if "threshold" in name}
+    weights = [model.get_parameter(name.replace("threshold", "weight")) for name in thresholds]
+    return tuple(sum(p.numel() for p in those) for those in (weights, thresholds.values()))
 
 
 @pytest.mark.parametrize("name", SIZES)
