@@ -96,7 +96,8 @@ def weights_unchanged(model: nn.Module) -> Iterator[None]:
 
     Optimizer steps, `load_state_dict`, in-place operations and new tensors inside the scope are
     noticed and lead to new copies. Writes through `.data` or from outside PyTorch are not: leave
-    the scope before them. Layers sharded by FSDP2 and compiled ones pack at every forward.
+    the scope before them. Layers sharded by FSDP2, compiled ones and recurrent modules pack at
+    every forward.
     """
     from ._masked import MaskedLayer
 
