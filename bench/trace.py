@@ -162,8 +162,7 @@ class _Counter(TorchDispatchMode):
             yield self._with_operands(replace(about, flops=0), [grad], [of_bias])
 
     def _with_operands(self, kernel: Kernel, read: list[Tensor], written: list[Tensor]) -> Kernel:
-        reads = {self._number(each): _bytes(each) for each in read}
-        writes = {self._number(each): _bytes(each) for each in written}
+        reads, writes = self._sizes(read), self._sizes(written)
         passes = 2 if kernel.name in _TWO_PASSES else 1
         return replace(
             kernel,
@@ -172,6 +171,15 @@ class _Counter(TorchDispatchMode):
             reads=tuple(reads.items()),
             writes=tuple(writes.items()),
         )
+
+    def _sizes(self, tensors: list[Tensor]) -> dict[int, int]:
+        """Bytes by storage: of several views of one, together no more than it has."""
+        sizes: dict[int, int] = {}
+        for each in tensors:
+            number = self._number(each)
+            both = sizes.get(number, 0) + _bytes(each)
+            sizes[number] = min(both, each.untyped_storage().nbytes())
+        return sizes
 
     def _allocate(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
