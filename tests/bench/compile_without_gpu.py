@@ -30,12 +30,18 @@ CASES = (
     Case("masked_weight", 0, 256, 512, "bf16-autocast"),
 )
 launchers = []
+
+
+def launched(*_) -> None:
+    raise AssertionError("nothing is launched")
+
+
 driver.set_active(
     SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 0,
-        launcher_cls=lambda source, metadata: launchers.append(metadata) or (lambda *_: None),
+        launcher_cls=lambda source, metadata: launchers.append(metadata) or launched,
         utils=SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": 232448},
             load_binary=lambda *_: (object(), 0, 0, 0, 1024),

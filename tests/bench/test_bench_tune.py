@@ -282,8 +282,8 @@ def test_the_command(tmp_path, device, monkeypatch):
     assert "3 tiles timed" in _invoke(*command)[1]
     assert "0 tiles timed" in _invoke(*command)[1]
     assert f"{len(rows)} tiles timed" in _invoke(*command, "--again")[1]
-    assert f"{len(rows)} tiles timed" in _invoke(*command[:-1], "abc-dirty")[1]
-    assert f"{len(rows)} tiles timed" in _invoke(*command[:-1], "abc-dirty")[1]
+    for commit in ("def", "abc-dirty", "abc-dirty"):
+        assert f"{len(rows)} tiles timed" in _invoke(*command[:-1], commit)[1]
 
 
 def test_cases_are_those_asked_for():

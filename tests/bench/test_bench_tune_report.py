@@ -102,8 +102,8 @@ def test_only_the_last_code_counts_and_the_last_time_of_a_tile():
     rows = [
         _row(A, "small", 1, 7e-6, "yes", **newer),
         *ROWS[:4],
-        _row(A, "large", 1, 9e-6, **newer),
         _row(A, "large", 1, 5e-6, **newer | {"date": "2000-01-03T00:00:00Z"}),
+        _row(A, "large", 1, 9e-6, **newer),
     ]
     text = tiles_markdown(rows)
     assert "| linear-a | large | 5 µs | small | 7 µs | 1.40 |" in text
