@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .cases import AnyCase, ListCase, ModelCase
+from .cases import LINEAR, AnyCase, ListCase, ModelCase
 from .ceilings import CEILING, COPY, GEMM
 from .environment import Environment, is_predicted
 from .errors import UsageError
 from .goals import GOALS
+from .kinds import providers_for
 from .machine import Figure, Machine
 from .measurements import Measurements
 from .predict_layers import predict_layer, predict_list
@@ -23,9 +24,8 @@ from .suites import SUITES
 __all__ = ["predict", "predict_case"]
 
 _SUITES = ("model", "steps", "streaming", "linear", "conv")
-_NOT_PREDICTED = {
-    "linear": ("dst_compiled_forced_prologue", "no estimate of the product Inductor would make"),
-}
+_NO_PROLOGUE = "no estimate of the product that Inductor would make"
+_NO_RECURRENT = "nothing to count: cuDNN runs a sequence in kernels of its own"
 
 
 def predict(machine: Machine, folder: Path, *, goals_only: bool = False) -> Path:
@@ -49,14 +49,25 @@ def predict(machine: Machine, folder: Path, *, goals_only: bool = False) -> Path
             run.add(name, COPY, CEILING, "forward", "bandwidth", machine.copy, "B/s")
             run.add(name, GEMM, CEILING, "forward", "flops", machine.bf16, "FLOP/s")
             for case in SUITES[name].cases:
-                for figure in predict_case(case, machine):
-                    run.add(name, case, *figure)
-                if name in _NOT_PREDICTED:
-                    provider, reason = _NOT_PREDICTED[name]
+                for provider, reason in _not_predicted(case).items():
                     run.add(name, case, provider, "", SKIPPED, reason)
+                if not _is_recurrent(case):
+                    for figure in predict_case(case, machine):
+                        run.add(name, case, *figure)
     if goals_only:
         _keep_what_goals_read(path)
     return path
+
+
+def _not_predicted(case: AnyCase) -> dict[str, str]:
+    """Providers that somebody might look for, and why they are not there."""
+    if _is_recurrent(case):
+        return dict.fromkeys((one.name for one in providers_for(case.op)), _NO_RECURRENT)
+    return {"dst_compiled_forced_prologue": _NO_PROLOGUE} if case.op == LINEAR else {}
+
+
+def _is_recurrent(case: AnyCase) -> bool:
+    return isinstance(case, ModelCase) and case.model.startswith("lstm-")
 
 
 def predict_case(case: AnyCase, machine: Machine) -> Iterator[Figure]:
@@ -85,8 +96,10 @@ def _keep_what_goals_read(path: Path) -> None:
     found = _Read(rows[0].gpu, rows)
     for goal in GOALS:
         goal.figure(found)
+    whose = {key[:2] for key in found.asked}
     path.unlink()
     with ResultsFile(path) as file:
         for row in rows:
-            if (row.case, row.provider, row.pass_, row.metric) in found.asked:
+            asked = (row.case, row.provider, row.pass_, row.metric) in found.asked
+            if asked or (row.metric == SKIPPED and (row.case, row.provider) in whose):
                 file.add(row)
