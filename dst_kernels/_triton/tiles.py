@@ -255,15 +255,14 @@ def _product_tiles(traits: Traits) -> dict[int, ProductTile]:
 @functools.lru_cache(maxsize=4096)
 def grad_weight_tile(M: int, R: int, C: int, traits: Traits, element_wise: bool) -> GradWeightTile:
     """For a weight [R, C], M tokens and thresholds that may be element-wise."""
-    tiles = _grad_weight_tiles(traits, element_wise)
-    if len(tiles) == 1:
-        return tiles[0]
-    small, middle, *large = tiles
+    small, *larger = _grad_weight_tiles(traits, element_wise)
+    middle, *large = larger or (small,)
     programs = -(-R // middle.block_r) * -(-C // middle.block_c)
     if 2 * programs < MULTIPROCESSORS and M // middle.block_m < 8:
         return small  # neither weights nor tokens to share out
     if large and programs >= 4 * MULTIPROCESSORS:
         return large[0]
+    # A sum in several shares is also the more accurate: each is one chain of additions.
     return _split(middle, programs, M // (8 * middle.block_m), most=8)
 
 
@@ -319,7 +318,7 @@ def _split(tile, programs: int, steps: int, most: int, wanted: int = MULTIPROCES
 
 
 # What the choices above can return, by compute capability, for the gate. Split or not; of the
-# weight's gradient only the middle one is.
+# weight's gradient only the middle one is, or the only one.
 PRODUCT_TILES = {90: tuple(_HOPPER.values()), 80: tuple(_AMPERE.values())}
 FLOAT32_PRODUCT_TILES = tuple(_FLOAT32.values())
 GRAD_WEIGHT_TILES = {90: (_SMALL, _MIDDLE, _LARGE), 80: (_SMALL, _MIDDLE)}

@@ -203,10 +203,11 @@ def _grad_weights(cases: Iterable[tuple]) -> Iterator[Variant]:
 
 
 def _slabs() -> Iterator[Variant]:
-    for tile, x, precision in (
-        (SLAB_TILE, "bf16", "ieee"),
-        (SLAB_TILE, "fp16", "ieee"),
-        (TF32_SLAB_TILE, "fp32", "tf32"),
+    for tile, x, precision, tensor_cores in (
+        (SLAB_TILE, "bf16", "ieee", True),
+        (SLAB_TILE, "fp16", "ieee", True),
+        (TF32_SLAB_TILE, "fp32", "tf32", True),
+        *((tile, "fp32", "ieee", False) for tile in FLOAT32_GRAD_WEIGHT_TILES),
     ):
         yield variant(
             f"slabs {x} {precision} {tile}",
@@ -223,7 +224,7 @@ def _slabs() -> Iterator[Variant]:
             },
             warps=tile.warps,
             stages=tile.stages,
-            tensor_cores=True,
+            tensor_cores=tensor_cores,
         )
 
 
