@@ -56,6 +56,8 @@ def pytest_runtest_protocol(item):
         if "PYTEST_XDIST_WORKER" in os.environ:
             os._exit(1)  # another worker takes its place
         pytest.exit("the device is lost after this failure", returncode=1)
+    if GPU and torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 2**30:
+        torch.cuda.empty_cache()  # other processes may run tests on the same device
     return result
 
 

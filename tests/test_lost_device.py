@@ -23,6 +23,7 @@ def synchronize():
 
 torch.cuda.is_available = torch.cuda.is_initialized = lambda: True
 torch.cuda.synchronize, torch.cuda.empty_cache = synchronize, lambda: None
+torch.cuda.memory_reserved = lambda: 2**31
 torch.manual_seed = lambda seed: None
 """
 TESTS = """
