@@ -34,6 +34,10 @@ class MaskedLayer(MaskedModule):
         """The one, as modules with several name theirs."""
         return (MaskedWeight(self),)
 
+    def gathered(self) -> tuple[Tensor, Tensor]:
+        """(weight, threshold), output rows first, whole where FSDP2 keeps them sharded."""
+        return MaskedWeight(self).gathered()
+
     @torch.no_grad()
     def mask(self) -> Tensor:
         """Boolean tensor of the weight's shape, True where a weight is kept; no synchronisation."""
@@ -42,7 +46,7 @@ class MaskedLayer(MaskedModule):
     @torch.no_grad()
     def remaining_ratio(self) -> Tensor:
         """Kept weights / all weights, a 0-dim float32 tensor on the layer's device."""
-        weight, threshold = MaskedWeight(self).gathered()
+        weight, threshold = self.gathered()
         return F.remaining_ratio(weight, threshold, reset_ratio=self.reset_ratio)
 
     # -- for forward ---------------------------------------------------------------------------
