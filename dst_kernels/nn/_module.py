@@ -75,7 +75,8 @@ class MaskedWeight:
     def mask(self) -> Tensor:
         """Boolean tensor of the weight's shape, True where a weight is kept; no synchronisation."""
         weight, threshold = self.effective()
-        return self.module._rows(F.threshold_mask(weight, self.each_row(threshold)))
+        mask = F.threshold_mask(weight, self.each_row(threshold), reset_ratio=None)
+        return self.module._rows(mask)
 
     @torch.no_grad()
     def baked(self) -> Tensor:

@@ -138,6 +138,9 @@ def test_evaluation_and_no_guard_commit_nothing():
     module(sequence())
     assert module.threshold_hh_l0.max() == 7
     assert not module.mask()["weight_hh_l0"].chunk(4)[1].any()
+    module.reset_threshold(7.0)
+    assert module.remaining_ratio() == 0
+    torch.testing.assert_close(module(sequence()), dense_twin(module)(sequence()), **CLOSE)
 
 
 # -- other ways to call it ---------------------------------------------------------------------
