@@ -24,6 +24,8 @@ class MaskedFunction(Function):
 
     def __init_subclass__(cls) -> None:
         def forward(ctx, *inputs):
+            if not torch.compiler.is_compiling():  # it knows no such method
+                ctx.set_materialize_grads(False)  # of the effective threshold, zeros each time
             output = cls.compute(*inputs)
             cls.save(ctx, inputs, output)
             return output
@@ -66,6 +68,8 @@ def _once_differentiable(backward):
 
     @functools.wraps(backward)
     def wrapper(ctx, grad, *others):
+        if grad is None:  # as nothing is made of it
+            return (None,) * len(ctx.needs_input_grad)
         if not torch.is_grad_enabled():  # unless create_graph was given
             return backward(ctx, grad, *others)
         with torch.no_grad():

@@ -78,6 +78,18 @@ class _MaskedProduct(MaskedFunction):
         product, backend = ctx.product, ctx.options[-1]
         grad_input = grad_bias = None
         grads = (None, None)
+        # The weight's first: its G is gone again when the input's gradient is made.
+        if any(ctx.needs_input_grad[1:3]):
+            if ctx.grad_weight_path == FUSED:
+                operands = grad, input, weight, effective
+                arguments = *operands, *ctx.geometry, *ctx.options
+                grads = _ops.call(product.fused_grad_weight, *arguments)
+            else:
+                grads = product.dense_gradient(grad, input, weight, *ctx.geometry), None
+                if ctx.grad_weight_path != _DENSE:
+                    operands = grads[0], weight, effective
+                    grads = _ops.call(_ops.masked_weight_backward, *operands, *ctx.options)
+                    del operands
         if ctx.needs_input_grad[0]:
             if ctx.grad_input_path == FUSED:
                 operands = grad, *ctx.shape, weight, effective
@@ -89,17 +101,6 @@ class _MaskedProduct(MaskedFunction):
                 if input is None and ctx.geometry:
                     like = grad.new_empty(*ctx.shape)
                 grad_input = product.grad_input(grad, like, packed, *ctx.geometry)
-        if any(ctx.needs_input_grad[1:3]):
-            if ctx.grad_weight_path == FUSED:
-                operands = grad, input, weight, effective
-                arguments = *operands, *ctx.geometry, *ctx.options
-                grads = _ops.call(product.fused_grad_weight, *arguments)
-            else:
-                dense = product.dense_gradient(grad, input, weight, *ctx.geometry)
-                grads = dense, None
-                if ctx.grad_weight_path != _DENSE:
-                    operands = dense, weight, effective
-                    grads = _ops.call(_ops.masked_weight_backward, *operands, *ctx.options)
         if ctx.needs_input_grad[3]:
             grad_bias = product.grad_bias(grad, ctx.bias_dtype)
         none = [None] * (10 + len(ctx.geometry))

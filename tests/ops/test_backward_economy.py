@@ -181,3 +181,37 @@ def test_the_gradient_of_a_convolutions_input_takes_no_scratch_of_its_size():
     with ConvolutionBackwards() as seen:
         output.sum().backward()
     assert seen.inputs == [leaves["input"].data_ptr()] * 2
+
+
+class EveryOp(TorchDispatchMode):
+    """Names of all ops, in the order they ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function._schema.name.split("::")[1])
+        return function(*args, **(kwargs or {}))
+
+
+@PATHS
+@OPS
+def test_a_backward_makes_no_gradient_of_the_effective_threshold(run, input, weight, name, path):
+    leaves = leaves_of(input, weight, {"input", "weight", "threshold", "bias"})
+    output = run(**leaves, path=path)
+    with EveryOp() as ops:
+        output.backward(torch.ones_like(output))
+    assert not any(name.startswith(("zeros", "new_zeros")) for name in ops.names)
+
+
+@OPS
+def test_the_dense_gradient_is_gone_before_the_inputs_is_made(run, input, weight, name):
+    """Else both lie in memory beside the packed weight at once."""
+    leaves = leaves_of(input, weight, {"input", "weight", "threshold"})
+    output = run(**leaves, path="packed")
+    with EveryOp() as ops:
+        output.backward(torch.ones_like(output))
+    made = ops.names.index("masked_weight_backward")
+    after = [name for name in ops.names[made:] if "backward" in name or name in ("mm", "addmm")]
+    assert len(after) == 2, ops.names  # dW and dt from G, then the input's

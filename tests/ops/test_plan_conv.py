@@ -172,7 +172,7 @@ def run(convolution, input, weight, path="auto", **options):
 
 
 PACKED_OPS = ["masked_weight", "masked_weight_backward"]
-FUSED_OPS = ["masked_conv", "masked_conv_grad_input", "masked_conv_grad_weight"]
+FUSED_OPS = ["masked_conv", "masked_conv_grad_weight", "masked_conv_grad_input"]
 
 
 def test_auto_asks_the_planner(table, on_a_gpu):
