@@ -7,6 +7,7 @@ what each does for its weights is added.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -69,7 +70,7 @@ class _Step:
 
 def predict_model(case: ModelCase, machine: Machine) -> Iterator[Figure]:
     """Time, launches and peak memory of each provider's step; time as a CUDA graph."""
-    steps = _Steps(case)
+    steps = _steps(case)
     units, unit = steps.setup.about.units * case.batch, f"{steps.setup.about.unit}/s"
     for provider, step in steps.all().items():
         eager = max(gpu_time(step.kernels, machine), step.host) + step.syncs * HOST_PER_SYNC
@@ -82,6 +83,12 @@ def predict_model(case: ModelCase, machine: Machine) -> Iterator[Figure]:
             graph = gpu_time(step.kernels, machine, warm=True)
             yield provider, STEP, "graph_time", graph, "s"
             yield provider, STEP, "graph_throughput", units / graph, unit
+
+
+@functools.cache
+def _steps(case: ModelCase) -> _Steps:
+    """Traced once for all machines."""
+    return _Steps(case)
 
 
 class _GradientsOnly:
