@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .cases import CONV, LINEAR, MASKED_WEIGHT, AnyCase
+from .cases import CONV, LINEAR, MASKED_WEIGHT
 from .problem import Problem
 
-__all__ = ["PRODUCTS", "Call", "Launches", "calls", "in_tile", "launches_of", "split_of", "tunable"]
+__all__ = ["PRODUCTS", "Call", "Launches", "calls", "in_tile", "launches_of", "split_of"]
 
 Call = Callable[[], tuple[Tensor, ...]]
 """Makes a product's results anew."""
@@ -111,8 +111,3 @@ def _choosing(choose: Callable) -> contextlib.AbstractContextManager:
 def split_of(tile: Any) -> int:
     """How many programs share a sum; passes over a weight have none to share."""
     return getattr(tile, "split", 1)
-
-
-def tunable(case: AnyCase) -> bool:
-    """Whether there are tiles to choose for it."""
-    return case.op in PRODUCTS
