@@ -116,6 +116,6 @@ def expected_gradients(module: nn.Module, twin: nn.Module) -> dict[str, Tensor]:
 def objective(outputs) -> Tensor:
     """Of all that a recurrent module returns."""
     if isinstance(outputs, Tensor):
-        weights = torch.arange(1, outputs.numel() + 1, dtype=outputs.dtype).cos()
-        return (outputs * weights.to(outputs.device).view_as(outputs)).sum()
+        numbers = torch.arange(1, outputs.numel() + 1, dtype=outputs.dtype, device=outputs.device)
+        return (outputs * numbers.cos().view_as(outputs)).sum()
     return sum(objective(each) for each in outputs if isinstance(each, (Tensor, tuple)))
