@@ -312,13 +312,21 @@ def test_the_cast_of_cuda_comes_back_in_float32():
 # -- rows --------------------------------------------------------------------------------------
 
 
+LARGE = ("wrn-28-8", "resnet-50", "gpt", "convnext-t", "vit-b-16")  # seconds each to trace
+
+
 @pytest.fixture(scope="module")
 def predicted(tmp_path_factory):
-    """Whole predictions for both machines."""
-    return {
-        name: predict(machine, tmp_path_factory.mktemp(name), goals_only=True)
-        for name, machine in MACHINES.items()
-    }
+    """Predictions for both machines, of all but large models."""
+    every = {case.name: case for case in SUITES["model"].cases}
+    few = tuple(case for case in every.values() if case.model not in LARGE)
+    with pytest.MonkeyPatch.context() as patch:
+        suites = {**SUITES, "model": dataclasses.replace(SUITES["model"], cases=few)}
+        patch.setattr(predictions, "SUITES", suites)
+        return {
+            name: predict(machine, tmp_path_factory.mktemp(name), goals_only=True)
+            for name, machine in MACHINES.items()
+        }
 
 
 @pytest.mark.slow
@@ -329,10 +337,11 @@ def test_each_goal_of_gpus_has_a_predicted_figure(predicted, name):
     # What has a reason has no other rows; compiled DST has another contender.
     with_reasons = {case for case, provider, *_ in found.reasons if provider == "dense"}
     assert with_reasons == {case.name for case in SUITES["model"].cases if case.model == "lstm-a"}
+    left_out = {case.name for case in SUITES["model"].cases if case.model in LARGE}
     for goal in GOALS:
         if goal.device != CPU:
             figure = goal.figure(found)
-            assert with_reasons.issuperset(figure.missing), goal.title
+            assert (with_reasons | left_out).issuperset(figure.missing), goal.title
             assert (figure.value is None) == (len(figure.missing) == figure.cases)
     assert _command("check", predicted[name])[0] == 1  # some are expected to be missed
 
@@ -341,7 +350,7 @@ def test_each_goal_of_gpus_has_a_predicted_figure(predicted, name):
 def test_a_slower_memory_takes_longer(predicted):
     slow, fast = (by_gpu(read_results(predicted[name])) for name in ("h100", "h200"))
     (slow,), (fast,) = slow.values(), fast.values()
-    for case in (*SUITES["steps"].cases, *SUITES["model"].cases[:6]):
+    for case in (*SUITES["steps"].cases, SUITES["model"].cases[0]):
         times = [found.newest(case.name, "dense", "step", "graph_time") for found in (slow, fast)]
         assert times[0] > times[1]
 
