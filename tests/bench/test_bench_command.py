@@ -42,6 +42,7 @@ def _measured(path):
     return {(row.case, row.provider) for row in read_results(path) if row.metric == "time"}
 
 
+@pytest.mark.slow
 def test_run_report_check(tmp_path):
     more = ["--provider", "packed", "--provider", "dst_eager", "--commit", "abc"]
     code, output = _invoke("run", *QUICK, *more, "--out", tmp_path)
@@ -91,6 +92,7 @@ def test_no_time_says_what_was_left_out(tmp_path):
     assert read_results(tmp_path / "results.csv") == []
 
 
+@pytest.mark.slow
 def test_a_killed_run_keeps_what_it_has(tmp_path):
     path = tmp_path / "results.csv"
     command = [sys.executable, "-m", "bench", "run", *QUICK, "--out", str(tmp_path)]
@@ -166,6 +168,7 @@ def test_another_table_is_not_appended_to(tmp_path):
     assert code == 2 and "has the header 'epoch,loss'" in output
 
 
+@pytest.mark.slow
 def test_everything_in_one_command(tmp_path):
     """Half a minute is enough for all but the compiled providers; the tests are run below."""
     command = ["gpu", "--device", "cpu", "--skip-tests", "--minutes", "0.5", "--out", tmp_path]
@@ -177,6 +180,7 @@ def test_everything_in_one_command(tmp_path):
     assert len(_measured(tmp_path / "results.csv")) > 10
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_reported_and_the_others_go_on(tmp_path):
     (tmp_path / "results.csv").write_text("epoch,loss\n")
     command = ["gpu", "--device", "cpu", "--skip-tests", "--minutes", "0.5", "--out", tmp_path]
@@ -209,6 +213,7 @@ def test_a_part_reports_how_it_ended(tmp_path):
     assert "fine" in log.read_text()
 
 
+@pytest.mark.slow
 def test_a_part_that_takes_too_long_is_ended_with_what_it_started(tmp_path):
     log = tmp_path / "log.txt"
     child = "import time; time.sleep(60)"
@@ -226,6 +231,7 @@ def test_a_part_that_takes_too_long_is_ended_with_what_it_started(tmp_path):
     assert not _running(pid)
 
 
+@pytest.mark.slow
 def test_tests_that_take_too_long_say_what_has_failed_so_far(tmp_path, monkeypatch):
     tests = tmp_path / "test_slow.py"
     tests.write_text(

@@ -197,6 +197,7 @@ def test_ncu_is_called_for_one_call_of_the_pass(csv, fake_ncu):
     assert (case_of(*columns), provider, pass_name) == (LINEAR, "fused", "forward")
 
 
+@pytest.mark.slow
 def test_a_failure_does_not_stop_the_others(tmp_path, csv, fake_ncu, monkeypatch):
     monkeypatch.setattr(profiling, "_LONGEST", 4.0)
     calls = fake_ncu(forward="forbidden", grad_weight="hang", adamw="crash")

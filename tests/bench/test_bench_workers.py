@@ -25,6 +25,7 @@ def test_each_task_says_how_it_ended_and_a_death_costs_only_its_own():
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_what_is_under_way_at_the_deadline_is_ended():
     begin = time.monotonic()
     found = list(run_each(act, ["sleep", "fine"], 2, deadline=begin + 4))

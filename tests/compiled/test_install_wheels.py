@@ -176,7 +176,8 @@ def test_without_cuda(variables, sources, tmp_path):
 @pytest.mark.timeout(1800)
 def test_with_cuda(sources, tmp_path):
     path = os.pathsep.join([os.path.dirname(NVCC), os.environ["PATH"]])
-    built = wheel(sources, PATH=path)
+    # For one of the architectures: `test_cuda_compile.py` compiles for all.
+    built = wheel(sources, PATH=path, TORCH_CUDA_ARCH_LIST="9.0a")
     assert re.search(r"-py3-none-linux_\w+\.whl$", built.name)
     assert libraries(built) == ["libdst_kernels_cpu.so", "libdst_kernels_cuda.so"]
     check_symbols(built, "libdst_kernels_cuda.so", tmp_path)
@@ -185,7 +186,7 @@ def test_with_cuda(sources, tmp_path):
     assert "backend='cuda' cannot serve: " in said and "was not built" not in said
     if torch.version.cuda is not None:
         assert "needs tensors on a CUDA device, but these are on cpu" in said
-        found = r"\(CUDA \d+\.\d+, sm_80 compute_80 sm_90a\)"
+        found = r"\(CUDA \d+\.\d+, sm_90a\)"
         assert re.search(rf"library cuda +/.+/libdst_kernels_cuda.so {found}", report)
     # Switched off again: nothing is left over from this build.
     assert libraries(wheel(sources, DST_KERNELS_BUILD_CUDA="0", PATH=path)) == [

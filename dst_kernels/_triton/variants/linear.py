@@ -130,10 +130,13 @@ def _products(cases: Iterable[_ProductCase]) -> Iterator[Variant]:
 
 
 def _finishes(architecture: int) -> Iterator[Variant]:
-    """Of the forward pass: guard alone, guard and split; of dX: split alone."""
+    """Of the forward pass: guard alone, guard and split; of dX: split alone.
+
+    Its product runs where a layer has collapsed, so rarely that the largest tile stands for all.
+    """
     for tile, weight, x, precision, tensor_cores, largest in _product_cases(architecture):
         for guard, split in ((True, False), (True, True), (False, True)):
-            if x == "fp16" or (not guard and (weight == x == "bf16" or not largest)):
+            if x == "fp16" or not largest or (not guard and weight == x == "bf16"):
                 continue
             purpose = " ".join(["finish", *["guard"] * guard, *["split"] * split])
             yield variant(
