@@ -318,7 +318,7 @@ def tune(
     environment = Environment.now(where, commit)
     with TilesFile(out / "tiles.csv") as file, Display() as display:
         resume = environment.identifies_code if resume is None else resume
-        known = [row for row in read_tiles(file.path) if row.is_of(environment)] if resume else ()
+        known = [row for row in read_tiles(file.path) if environment.made(row)] if resume else ()
         deadline = begin + 60 * minutes if minutes is not None else float("inf")
         sweep = Sweep(file, environment, where, display, deadline, known)
         if where.type == "cuda":

@@ -48,6 +48,11 @@ class Environment:
         """For a GPU of that name: nothing runs, so there are no versions of what would run."""
         return cls(gpu + PREDICTED, "none", "none", commit or _commit(), _now())
 
+    def made(self, row: object) -> bool:
+        """Whether a row was measured on this device, with these versions, at this commit."""
+        columns = ("gpu", "torch", "triton", "commit")
+        return all(getattr(row, name) == getattr(self, name) for name in columns)
+
     @property
     def identifies_code(self) -> bool:
         """Whether another run with the same commit ran the same code."""

@@ -47,13 +47,7 @@ def already_measured(rows: Iterable[Row], suite: Suite, here: Environment) -> se
     """(case, provider) that these rows hold whole, for this device, these versions, this commit."""
     reached: dict[tuple[str, str], set[str]] = {}
     for row in rows:
-        same = (row.gpu, row.torch, row.triton, row.commit) == (
-            here.gpu,
-            here.torch,
-            here.triton,
-            here.commit,
-        )
-        if same and row.metric in ("time", ERROR, SKIPPED):
+        if here.made(row) and row.metric in ("time", ERROR, SKIPPED):
             reached.setdefault((row.case, row.provider), set()).add(row.pass_)
     return {
         (case.name, provider.name)

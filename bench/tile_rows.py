@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .csv_rows import RowsFile, read_rows
-from .environment import Environment
 
 __all__ = ["TileRow", "TilesFile", "read_tiles"]
 
@@ -53,15 +52,6 @@ class TileRow:
     def key(self) -> tuple[str, str, str, str]:
         """What was measured."""
         return self.case, self.product, self.tile, self.split
-
-    def is_of(self, here: Environment) -> bool:
-        """Whether it was measured on this device, with these versions, at this commit."""
-        return (self.gpu, self.torch, self.triton, self.commit) == (
-            here.gpu,
-            here.torch,
-            here.triton,
-            here.commit,
-        )
 
 
 class TilesFile(RowsFile[TileRow]):

@@ -207,8 +207,8 @@ def test_nothing_is_begun_after_the_deadline(sweep, monkeypatch):
 
 def test_a_sweep_goes_on_where_another_ended(sweep):
     rows = _rows(sweep(), WEIGHT)
-    assert {row.is_of(environment()) for row in rows} == {True}
-    assert {row.is_of(environment(gpu="another")) for row in rows} == {False}
+    assert {environment().made(row) for row in rows} == {True}
+    assert {environment(gpu="another").made(row) for row in rows} == {False}
     again = sweep(known=rows[:-2])
     assert _rows(again, WEIGHT)[len(rows) :] == [
         type(row)(**{**vars(row), "seconds": f"{len(rows) + 1 + index}"})
