@@ -102,7 +102,7 @@ def masked_weight(
         surrogate=surrogate,
         structure_gradient=structure_gradient,
         backend=backend,
-    )
+    )[0]
 
 
 def masked_linear(

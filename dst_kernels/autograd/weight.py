@@ -62,10 +62,10 @@ def masked_weight(
     surrogate: str,
     structure_gradient: bool,
     backend: str,
-) -> Tensor:
-    """W * M, with gradients to `weight` and `threshold`."""
+) -> tuple[Tensor, Tensor]:
+    """(W * M, effective threshold), the first with gradients to `weight` and `threshold`."""
     check_surrogate(surrogate)
     dtype = weight.dtype if dtype is None else dtype
     return _MaskedWeight.apply(
         weight, threshold, reset_ratio, dtype, surrogate, structure_gradient, backend
-    )[0]
+    )

@@ -35,8 +35,8 @@ def group_(model: nn.Module, bucket_mb: float = 25) -> nn.Module:
 
     Layers with more than `bucket_mb` MB of weights, layers with path="fused" and those that FSDP2
     shards go on one by one, as do all inside compiled code; recurrent modules are groups of their
-    own. Each bucket's gradients arrive
-    together, so buckets like those of DistributedDataParallel (25 MB) keep its overlap.
+    own. Each bucket's gradients arrive together, so buckets like those of DistributedDataParallel
+    (25 MB) keep its overlap.
 
     In place; returns `model`. Calling it again changes `bucket_mb`; `ungroup_` undoes it. Works
     on the module that is called in training: `model(input)` must run the hooks of `model`.

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import autograd
-from .. import functional as F
 from .._autocast import autocast_enabled
 from .._dtensor import is_dtensor, reset_rows
 from ._flat import cudnn_takes, empty_parameters
@@ -124,7 +123,7 @@ class MaskedRecurrent(MaskedModule):
         for part, stack in zip(self.masked_weights(), stacks, strict=True):
             weights = stack.weight.chunk(stack.matrices)
             thresholds = stack.threshold.chunk(stack.matrices)
-            matrices = [
+            made = [
                 autograd.masked_weight(
                     weight,
                     threshold,
@@ -136,9 +135,9 @@ class MaskedRecurrent(MaskedModule):
                 )
                 for weight, threshold in zip(weights, thresholds, strict=True)
             ]
-            masked.append(torch.cat(matrices))
+            masked.append(torch.cat([matrix for matrix, _ in made]))
             if self._commits:
-                self._commit(part)
+                self._commit(part, torch.cat([effective for _, effective in made]))
         return masked, [bias.to(dtype) for bias in _biases(parameters)]
 
     @property
@@ -146,13 +145,9 @@ class MaskedRecurrent(MaskedModule):
         return self.training and self.reset_ratio is not None
 
     @torch.no_grad()
-    def _commit(self, part: MaskedWeight) -> None:
+    def _commit(self, part: MaskedWeight, effective: Tensor) -> None:
         """Write resets by the guard into the thresholds."""
         threshold = part.threshold
-        pairs = zip(part.weight.chunk(part.matrices), threshold.chunk(part.matrices), strict=True)
-        effective = torch.cat(
-            [F.effective_threshold(*pair, reset_ratio=self.reset_ratio) for pair in pairs]
-        )
         shard = self._sharded_thresholds.get(part.threshold_name)
         if shard is not None:
             reset_rows(shard, (effective == 0) & (threshold != 0))
