@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import dst_kernels
 from dst_kernels.nn import MaskedModule
 from dst_kernels.nn._layers import named_masked_weights
+from dst_kernels.nn._module import MaskedWeight
 
 from . import plots
 from .checkpoint import write_atomically
@@ -31,7 +32,13 @@ from .files import (
 )
 from .loop import State
 
-__all__ = ["count_parameters", "thresholds_by_layer", "write_comparison", "write_results"]
+__all__ = [
+    "count_parameters",
+    "thresholds_by_layer",
+    "weights_by_layer",
+    "write_comparison",
+    "write_results",
+]
 
 
 def write_results(
@@ -100,10 +107,15 @@ def write_comparison(directory: Path) -> dict[str, Any]:
     return comparison
 
 
-def thresholds_by_layer(model: nn.Module) -> dict[str, Tensor]:
-    """The threshold parameters of a model under the names that the report has; {} if dense."""
+def weights_by_layer(model: nn.Module) -> dict[str, MaskedWeight]:
+    """The masked weights of a model under the names that the report has; {} if dense."""
     dense = not any(isinstance(module, MaskedModule) for module in model.modules())
-    return {} if dense else {name: part.threshold for name, part in named_masked_weights(model)}
+    return {} if dense else dict(named_masked_weights(model))
+
+
+def thresholds_by_layer(model: nn.Module) -> dict[str, Tensor]:
+    """Their threshold parameters."""
+    return {name: part.threshold for name, part in weights_by_layer(model).items()}
 
 
 def count_parameters(model: nn.Module) -> int:

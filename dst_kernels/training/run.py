@@ -29,7 +29,7 @@ from .files import (
 )
 from .loop import State, new_state, train
 from .models import input_channels
-from .results import count_parameters, thresholds_by_layer, write_comparison, write_results
+from .results import count_parameters, weights_by_layer, write_comparison, write_results
 
 __all__ = ["Interrupted", "compare", "resume", "start"]
 
@@ -164,8 +164,7 @@ def _run(
         device, parameters = select_device(config.device), count_parameters(state.model)
         display.show_header(console, config, parameters, directory, device_name(device))
         shapes = {
-            name: tuple(state.model.get_submodule(name).weight.shape)
-            for name in thresholds_by_layer(state.model)
+            name: tuple(part.weight.shape) for name, part in weights_by_layer(state.model).items()
         }
         with display.watch(console, config, state.history, len(data.train), shapes) as observer:
             train(state, config, data, observer, save)

@@ -88,6 +88,15 @@ def test_piped_output_is_plain_lines_and_a_closing_table(finished):
     assert re.search(r"test accuracy\s+[\d.]+ %", output)
 
 
+def test_an_lstm_with_a_dense_last_layer(cli, tmp_path):
+    options = ("--model", "lstm-a", "--optimizer", "adam", "--lr", 1e-3, "--skip-last")
+    result = cli("train", *options, "--epochs", 2, "--out", "run")
+    assert result.exit_code == 0, result.output
+    assert "lstm.weight_hh_l1" in result.output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["masked_weights"], summary["thresholds"]) == (210_944, 2_048)
+
+
 @pytest.mark.slow
 def test_a_terminal_gets_a_live_view_of_every_layer(tmp_path):
     """Under a real pseudo-terminal, where rich draws."""
