@@ -203,7 +203,7 @@ def predict(
 @_usage_errors
 def plan(
     csv: Csv,
-    out: Annotated[Path, typer.Option(help="The JSON file, usually below dst_kernels/tables/.")],
+    out: Annotated[Path, typer.Option(help="The JSON file, usually in dst_kernels/plan/tables.")],
     gpu: Gpu = None,
 ) -> None:
     """Write the planner's table for a GPU from what was measured on it."""

@@ -10,7 +10,7 @@ from torch import nn
 
 import dst_kernels
 from dst_kernels import reference
-from dst_kernels._backends import implementation
+from dst_kernels.backends import implementation
 
 from .correctness import distance
 from .errors import WrongResultError

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dst_kernels._plan import (
+from dst_kernels.plan.estimate import (
     _FLOAT32_FLOPS,
     _GRADIENT_PRODUCT,
     _LAUNCH,

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from dst_kernels._plan import PACKED, PLANS, Plan, plan_linear
+from dst_kernels.plan import PACKED, PLANS, Plan, plan_linear
 
 from .cases import CONV, LINEAR, MASKED_WEIGHT, LayerCase, ListCase
 from .kinds import providers_for

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dst_kernels._compiled.library import BUILT, unavailable
+from dst_kernels.backends.compiled.library import BUILT, unavailable
 
 pytestmark = pytest.mark.skipif(not BUILT["cpu"], reason="the CPU library was not built")
 

@@ -272,7 +272,7 @@ def _with_its_epilogue(product: Kernel, values: dict, tf32: bool) -> Iterator[Ke
 
 def _slabs(values: dict, tf32: bool) -> int:
     """As the tile for these sizes has it on Hopper."""
-    from dst_kernels._triton.tiles import Traits, conv_grad_weight_tile, grad_weight_tile
+    from dst_kernels.backends.triton.tiles import Traits, conv_grad_weight_tile, grad_weight_tile
 
     grad, weight = values["grad"], values["weight"]
     rows, channels, *taps = weight.shape

@@ -67,7 +67,7 @@ def _any_tuned(cases: Iterable[AnyCase]) -> bool:
 
 def check_device(device: torch.device) -> None:
     """Raise UsageError where Triton's kernels cannot run."""
-    from dst_kernels._backends import unavailable
+    from dst_kernels.backends import unavailable
 
     reason = unavailable("triton", device)
     if reason is not None:

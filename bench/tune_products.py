@@ -26,7 +26,7 @@ _GRADIENT = "long_tailed", True
 
 def calls(problem: Problem) -> dict[str, Call]:
     """The products of a case by name, each as Triton's kernels make it."""
-    from dst_kernels import _triton as ours
+    from dst_kernels.backends import triton as ours
 
     weight, threshold, grad = problem.weight, problem.threshold, problem.grad_output
     case = problem.case
@@ -103,7 +103,7 @@ def in_tile(call: Call, tile: Any) -> tuple[Tensor, ...]:
 
 
 def _choosing(choose: Callable) -> contextlib.AbstractContextManager:
-    from dst_kernels._triton.tuning import choosing
+    from dst_kernels.backends.triton.tuning import choosing
 
     return choosing(choose)
 

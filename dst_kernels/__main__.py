@@ -10,8 +10,8 @@ import sys
 import torch
 
 from . import __version__
-from ._backends import BACKENDS, ENVIRONMENT_VARIABLE, unavailable
-from ._compiled import library
+from .backends import BACKENDS, ENVIRONMENT_VARIABLE, unavailable
+from .backends.compiled import library
 
 
 def main() -> None:

@@ -21,8 +21,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from . import _ops, autograd, reference
-from ._dtensor import is_dtensor, sum_over_shards
+from . import autograd, ops, reference
+from .ops.dtensor import is_dtensor, sum_over_shards
 
 __all__ = [
     "effective_threshold",
@@ -53,7 +53,7 @@ def effective_threshold(
     the device, without a synchronisation.
     """
     weight, threshold = weight.detach(), threshold.detach()
-    return _ops.call(_ops.effective_threshold, weight, threshold, reset_ratio, backend)
+    return ops.call(ops.effective_threshold, weight, threshold, reset_ratio, backend)
 
 
 def threshold_mask(

@@ -19,8 +19,8 @@ from .libraries import LIBRARIES, SOURCES, SUFFIX, build
 __all__ = ["COMMANDS", "extensions", "wanted"]
 
 ROOT = SOURCES.parent
-PACKAGE = "dst_kernels._compiled"
-FOLDER = Path("dst_kernels/_compiled")
+PACKAGE = "dst_kernels.backends.compiled"
+FOLDER = Path("dst_kernels/backends/compiled")
 OBJECTS = ROOT / "build" / "compiled"  # kept between builds, for all Pythons
 
 

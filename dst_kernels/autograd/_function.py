@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .._autocast import autocast_enabled
-from .._checks import check_same_dtype
+from ..ops.autocast import autocast_enabled
+from ..ops.checks import check_same_dtype
 
 __all__ = ["MaskedFunction", "cast_for_autocast", "product_dtype", "wanted"]
 

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _ops
-from .._checks_conv import check_conv
-from .._conv_arguments import per_dimension, resolve_padding
-from .._device import gpu_name, tf32_allowed
-from .._plan import Plan, plan_conv
+from .. import ops
+from ..backends.device import gpu_name, tf32_allowed
+from ..ops.conv_checks import check_conv
+from ..ops.geometry import per_dimension, resolve_padding
+from ..plan import Plan, plan_conv
 from ..reference.conv import conv, conv_dense_weight_gradient, conv_grad_input, conv_output_shape
-from ._product import Product, masked_product
+from .product import Product, masked_product
 
 __all__ = ["conv_grad_bias", "masked_conv"]
 
@@ -29,9 +29,9 @@ class _Conv(Product):
     grad_input = staticmethod(conv_grad_input)
     dense_gradient = staticmethod(conv_dense_weight_gradient)
     grad_bias = staticmethod(conv_grad_bias)
-    fused_forward = _ops.masked_conv
-    fused_grad_input = _ops.masked_conv_grad_input
-    fused_grad_weight = _ops.masked_conv_grad_weight
+    fused_forward = ops.masked_conv
+    fused_grad_input = ops.masked_conv_grad_input
+    fused_grad_weight = ops.masked_conv_grad_weight
 
     @staticmethod
     def fastest(

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._checks_conv import check_conv_transpose
-from .._conv_arguments import per_dimension
-from .._plan import CONV_TRANSPOSE_PATHS, check_path
+from ..ops.conv_checks import check_conv_transpose
+from ..ops.geometry import per_dimension
+from ..plan import CONV_TRANSPOSE_PATHS, check_path
 from ..reference.conv_transpose import (
     by_group,
     conv_transpose,
@@ -17,8 +17,8 @@ from ..reference.conv_transpose import (
     conv_transpose_grad_input,
     not_by_group,
 )
-from ._product import Product, masked_product
 from .conv import conv_grad_bias
+from .product import Product, masked_product
 
 __all__ = ["masked_conv_transpose"]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._backends import implementation
-from .._ops import Plainly
+from ..backends import implementation
+from ..ops import Plainly
 
 __all__ = ["mask_weights", "pack_weights", "with_dense_gradients"]
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _ops
-from .._checks import check_linear
-from .._device import gpu_name, tf32_allowed
-from .._plan import Plan, plan_linear
+from .. import ops
+from ..backends.device import gpu_name, tf32_allowed
+from ..ops.checks import check_linear
+from ..plan import Plan, plan_linear
 from ..reference.linear import dense_weight_gradient, flatten_batch, linear
-from ._product import Product, masked_product
+from .product import Product, masked_product
 
 __all__ = ["masked_linear"]
 
 
 class _Linear(Product):
     forward = staticmethod(linear)
-    fused_forward = _ops.masked_linear
-    fused_grad_input = _ops.masked_linear_grad_input
-    fused_grad_weight = _ops.masked_linear_grad_weight
+    fused_forward = ops.masked_linear
+    fused_grad_input = ops.masked_linear_grad_input
+    fused_grad_weight = ops.masked_linear_grad_weight
 
     @staticmethod
     def grad_input(grad: Tensor, like: Tensor | None, masked: Tensor) -> Tensor:

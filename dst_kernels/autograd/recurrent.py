@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._backends import implementation
-from .._ops import Plainly
+from ..backends import implementation
+from ..ops import Plainly
 
 __all__ = ["Stack", "mask_stacks"]
 

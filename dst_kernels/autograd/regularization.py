@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._backends import implementation
+from ..backends import implementation
 from ..reference import regularization
 from ._function import MaskedFunction
 

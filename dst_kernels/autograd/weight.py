@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _ops
-from .._checks import check_surrogate
+from .. import ops
+from ..ops.checks import check_surrogate
 from ._function import MaskedFunction, wanted
 
 __all__ = ["Packed", "masked_weight", "pack"]
@@ -30,13 +30,13 @@ def pack(
 ) -> Packed:
     """Mask and cast in one pass, outside autograd."""
     arguments = weight.detach(), threshold.detach(), reset_ratio, dtype, backend
-    return Packed(*_ops.call(_ops.masked_weight, *arguments))
+    return Packed(*ops.call(ops.masked_weight, *arguments))
 
 
 class _MaskedWeight(MaskedFunction):
     @staticmethod
     def compute(weight, threshold, reset_ratio, dtype, surrogate, structure_gradient, backend):
-        return _ops.call(_ops.masked_weight, weight, threshold, reset_ratio, dtype, backend)
+        return ops.call(ops.masked_weight, weight, threshold, reset_ratio, dtype, backend)
 
     @staticmethod
     def save(ctx, inputs, output):
@@ -49,7 +49,7 @@ class _MaskedWeight(MaskedFunction):
     @staticmethod
     def gradients(ctx, grad, *_):
         weight, effective = ctx.saved_tensors
-        grads = _ops.call(_ops.masked_weight_backward, grad, weight, effective, *ctx.options)
+        grads = ops.call(ops.masked_weight_backward, grad, weight, effective, *ctx.options)
         return *wanted(ctx, 0, grads), None, None, None, None, None
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from .._backends import check_backend
-from .._checks import check_surrogate
-from .._plan import check_path
+from ..backends import check_backend
 from ..nn import GRANULARITIES
+from ..ops.checks import check_surrogate
+from ..plan import check_path
 
 __all__ = ["SparsifyConfig"]
 

@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
-from .._dtensor import is_dtensor
 from ..nn import (
     MaskedConv1d,
     MaskedConv2d,
@@ -26,6 +25,7 @@ from ..nn import (
     MaskedModule,
     MaskedRNN,
 )
+from ..ops.dtensor import is_dtensor
 from ._bypass import bypassed_layers
 from ._encoder import avoid_fast_path
 from ._replace import replace_modules

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..nn._layers import named_masked_weights
+from ..nn.find import named_masked_weights
 
 __all__ = ["parameter_groups", "sparse_regularization"]
 

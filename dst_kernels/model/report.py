@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn._layers import named_masked_weights
-from ..nn._module import MaskedWeight
+from ..nn.find import named_masked_weights
+from ..nn.module import MaskedWeight
 from ..reference import threshold_mask
 
 __all__ = ["LayerSparsity", "SparsityReport", "remaining_ratio", "sparsity_report"]

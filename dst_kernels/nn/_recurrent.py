@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import autograd
-from .._autocast import autocast_enabled
-from .._dtensor import is_dtensor, reset_rows
-from ._flat import cudnn_takes, empty_parameters
-from ._module import MaskedModule, MaskedWeight
+from ..ops.autocast import autocast_enabled
+from ..ops.dtensor import is_dtensor, reset_rows
+from ._cudnn_buffer import cudnn_takes, empty_parameters
+from .module import MaskedModule, MaskedWeight
 
 __all__ = ["RECURRENT_PATHS", "MaskedRecurrent"]
 

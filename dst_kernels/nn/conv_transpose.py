@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from .. import autograd
-from .._plan import CONV_TRANSPOSE_PATHS
-from ._masked import MaskedLayer
+from ..plan import CONV_TRANSPOSE_PATHS
+from .layer import MaskedLayer
 
 __all__ = ["MaskedConvTranspose1d", "MaskedConvTranspose2d", "MaskedConvTranspose3d"]
 

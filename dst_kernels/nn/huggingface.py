@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import autograd
-from ._masked import MaskedLayer
+from .layer import MaskedLayer
 
 __all__ = ["MaskedTransformersConv1D"]
 

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import autograd
-from ._group import attached_weight
-from ._masked import MaskedLayer
+from .layer import MaskedLayer
+from .sources.group import attached_weight
 
 __all__ = ["MaskedLinear"]
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._dtensor import is_dtensor
 from ..nn import MaskedLayer
-from ..nn._deferral import Deferral
+from ..nn.sources.deferral import Deferral
+from ..ops.dtensor import is_dtensor
 from ..reference.surrogate import SURROGATES
 from ..reference.weight import largest_collapsed_count
 from ._pairs import Pair

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .._dtensor import is_dtensor
 from ..nn import MaskedLayer
+from ..ops.dtensor import is_dtensor
 
 __all__ = ["Pair", "deferrable_pairs"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._deferred import DeferredOptimizer
+from .deferred import DeferredOptimizer
 
 __all__ = ["DSTSGD"]
 

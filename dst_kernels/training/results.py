@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import dst_kernels
 from dst_kernels.nn import MaskedModule
-from dst_kernels.nn._layers import named_masked_weights
-from dst_kernels.nn._module import MaskedWeight
 
+from ..nn.find import named_masked_weights
+from ..nn.module import MaskedWeight
 from . import plots
 from .checkpoint import write_atomically
 from .config import RunConfig

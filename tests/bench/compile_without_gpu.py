@@ -19,7 +19,7 @@ from bench.cases import Case, ConvCase
 from bench.problem import Problem
 from bench.tune_compile import _launching_by, compilations, compile_kernels
 from bench.tune_products import PRODUCTS, calls, in_tile, launches_of
-from dst_kernels._triton.post import post_kernel
+from dst_kernels.backends.triton.post import post_kernel
 
 CASES = (
     Case("linear", 64, 256, 128, "bf16-autocast"),

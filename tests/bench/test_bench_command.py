@@ -11,13 +11,13 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
 from torch import nn
 from typer.testing import CliRunner
 
 from bench import gpu, kinds
 from bench.baselines import authors_regularization
 from bench.commands import app
+from bench.environment import ROOT
 from bench.gpu import SANITIZER_TESTS, run_part
 from bench.kinds import providers_for
 from bench.providers import Provider

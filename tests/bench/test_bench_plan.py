@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from bench.cases import Case, ConvCase
 from bench.commands import app
-from dst_kernels import _plan_table
+from dst_kernels.plan import table as plan_table
 
 CONV = ConvCase(256, 56, 256, 512, 1, "bf16-autocast", stride=2)
 CASE = Case("linear", 128, 1024, 2048, "bf16-autocast")
@@ -100,10 +100,10 @@ def test_the_planner_reads_it(tmp_path, monkeypatch):
     ]
     _, out = _plan(tmp_path, write_rows(tmp_path / "results.csv", rows))
     table = json.loads(out.read_text())
-    monkeypatch.setattr(_plan_table, "_tables", lambda: {table["gpu"]: table})
+    monkeypatch.setattr(plan_table, "_tables", lambda: {table["gpu"]: table})
     dtypes = torch.bfloat16, torch.float32
-    linear = _plan_table.measured_costs(table["gpu"], 128, 1024, 2048, *dtypes)
-    conv = _plan_table.measured_conv_costs(
+    linear = plan_table.measured_costs(table["gpu"], 128, 1024, 2048, *dtypes)
+    conv = plan_table.measured_conv_costs(
         table["gpu"], 256 * 28 * 28, 512, 256, *dtypes, (1, 1), (2, 2), 1
     )
     for costs, seconds in ((linear, 1.0), (conv, 3.0)):

@@ -10,7 +10,6 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
 from made_up_rows import MADE_UP, ceilings, environment, times, write_rows
 from typer.testing import CliRunner
 
@@ -18,6 +17,7 @@ from bench import profiled, profiling
 from bench.bounds import OURS, judged, share_of_time, verdict
 from bench.cases import Case, ListCase, ModelCase, case_of
 from bench.commands import app
+from bench.environment import ROOT
 from bench.ncu import DRAM, L2, SM, TENSOR, WAVES, Launch, launches_in
 from bench.profiled import arguments, call_once
 
@@ -313,7 +313,9 @@ def test_ours_is_judged_the_longest_of_several():
 
 
 def test_kernels_of_ours_are_all_those_in_the_sources():
-    triton = "\n".join(path.read_text() for path in (ROOT / "dst_kernels/_triton").glob("*.py"))
+    triton = "\n".join(
+        path.read_text() for path in (ROOT / "dst_kernels/backends/triton").glob("*.py")
+    )
     cuda = "\n".join(path.read_text() for path in (ROOT / "csrc/cuda").glob("*.cu*"))
     names = re.findall(r"@triton\.jit\ndef (\w+_kernel)\(", triton)
     names += re.findall(r"__global__[^;{]*?(\w+)\(const __grid_constant__", cuda)

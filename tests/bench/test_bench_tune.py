@@ -30,7 +30,7 @@ from bench.workers import Finished
 
 pytest.importorskip("triton.language")
 
-from dst_kernels._triton import conv, linear, tiles
+from dst_kernels.backends.triton import conv, linear, tiles
 
 LINEAR = Case("linear", 20, 24, 40, "fp32")
 CONV = ConvCase(2, 5, 4, 8, 3, "fp32", stride=2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dst_kernels import reference
-from dst_kernels._compiled.library import BUILT, unavailable
+from dst_kernels.backends.compiled.library import BUILT, unavailable
 
 needs_library = pytest.mark.skipif(not BUILT["cpu"], reason="the CPU library was not built")
 

@@ -34,7 +34,7 @@ def emulated() -> Library:
 
 @functools.cache
 def on_gpu() -> Library:
-    from dst_kernels._compiled.library import unavailable
+    from dst_kernels.backends.compiled.library import unavailable
 
     reason = unavailable("cuda")
     if reason is not None:

@@ -125,7 +125,7 @@ def libraries(wheel: Path) -> list[str]:
 
 def check_symbols(wheel: Path, name: str, folder: Path) -> None:
     """Nothing of Python, nothing of torch but its C shim, and nothing given away."""
-    library = zipfile.ZipFile(wheel).extract(f"dst_kernels/_compiled/{name}", folder)
+    library = zipfile.ZipFile(wheel).extract(f"dst_kernels/backends/compiled/{name}", folder)
     symbols = [line.split() for line in run("nm", "-D", library).splitlines()]
     undefined = [words[-1] for words in symbols if words[-2] == "U"]
     for symbol in undefined:

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import dst_kernels.functional as dst
-from dst_kernels import _backends, reference
-from dst_kernels._compiled import library
+from dst_kernels import reference
+from dst_kernels.backends import choice
+from dst_kernels.backends.compiled import library
 from dst_kernels.nn import MaskedLinear
 
 CPU = torch.device("cpu")
@@ -22,7 +23,7 @@ needs_cuda = pytest.mark.skipif(not library.BUILT["cuda"], reason="the CUDA libr
 @pytest.fixture
 def afresh(monkeypatch, tmp_path):
     """As in a new process, with the libraries in an empty folder; files that a test names there."""
-    monkeypatch.delenv(_backends.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(choice.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(library, "_FOLDER", tmp_path)
 
     def there(**files: bytes):
@@ -54,7 +55,7 @@ def test_a_library_that_was_not_built_is_said_with_how_to_build_it(afresh):
             "Use backend='auto' or 'reference'",
         ):
             assert said in str(error.value)
-    assert _backends.serving("auto", CPU) == ("reference",)
+    assert choice.serving("auto", CPU) == ("reference",)
 
 
 def test_one_that_cannot_be_loaded_is_warned_of_once_and_auto_goes_on(afresh):
@@ -123,8 +124,8 @@ def test_what_a_library_says_of_itself():
 
 @needs_cpu
 def test_auto_on_a_cpu_is_the_library(monkeypatch):
-    monkeypatch.delenv(_backends.ENVIRONMENT_VARIABLE, raising=False)
-    from dst_kernels._compiled import ops
+    monkeypatch.delenv(choice.ENVIRONMENT_VARIABLE, raising=False)
+    from dst_kernels.backends.compiled import ops
 
-    assert _backends.implementation("auto", CPU, "masked_weight") is ops.masked_weight
+    assert choice.implementation("auto", CPU, "masked_weight") is ops.masked_weight
     assert set(ops.__all__) <= set(reference.__all__), "the same names as the reference's"

@@ -12,13 +12,13 @@ import torch
 from ops.tolerance import assert_as_accurate
 
 from dst_kernels import reference
-from dst_kernels._compiled import library
+from dst_kernels.backends.compiled import library
 
 NAME = "cuda" if torch.cuda.is_available() else "cpu"
 if library.unavailable(NAME) is not None:
     pytest.skip(f"the {NAME} library: {library.unavailable(NAME)}", allow_module_level=True)
 
-from dst_kernels._compiled import ops  # noqa: E402
+from dst_kernels.backends.compiled import ops  # noqa: E402
 
 F64 = torch.float64
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] + ([F64] if NAME == "cpu" else [])

@@ -16,7 +16,7 @@ from zoo import UNet, convnext_tiny, masked_layers, mobilenet_v3_small, prune_ha
 
 import dst_kernels
 from dst_kernels import optim
-from dst_kernels._compiled import library
+from dst_kernels.backends.compiled import library
 
 CPU_LIBRARY = pytest.mark.skipif(library.unavailable("cpu") is not None, reason="it is not built")
 LR, MOMENTUM, ALPHA = 0.1, 0.9, 1e-3

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dst_kernels
 import dst_kernels.autograd.group as grouping
-from dst_kernels._backends import unavailable
+from dst_kernels.backends import unavailable
 from dst_kernels.nn import MaskedLayer, MaskedLinear
 
 BACKENDS = [name for name in ("reference", "cpu") if unavailable(name, torch.device("cpu")) is None]

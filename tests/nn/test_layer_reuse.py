@@ -13,9 +13,9 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.optim.swa_utils import AveragedModel
 
-from dst_kernels import _ops, autograd, weights_unchanged
+from dst_kernels import autograd, ops, weights_unchanged
 from dst_kernels.nn import MaskedConv2d, MaskedLinear
-from dst_kernels.nn._reuse import packs_of
+from dst_kernels.nn.sources.reuse import packs_of
 
 # The paths on which a layer has a use for the copy.
 packing = pytest.mark.parametrize("path", ["packed", "mixed"])
@@ -25,14 +25,14 @@ packing = pytest.mark.parametrize("path", ["packed", "mixed"])
 def packs(monkeypatch):
     """The dtypes of all packs so far."""
     made = []
-    run = _ops.call
+    run = ops.call
 
     def call(op, *args):
-        if op is _ops.masked_weight:
+        if op is ops.masked_weight:
             made.append(args[3])
         return run(op, *args)
 
-    monkeypatch.setattr(_ops, "call", call)
+    monkeypatch.setattr(ops, "call", call)
     return made
 
 

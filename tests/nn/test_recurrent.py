@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
-from dst_kernels.nn import MaskedGRU, MaskedLSTM, MaskedRNN, _flat, _recurrent
+from dst_kernels.nn import MaskedGRU, MaskedLSTM, MaskedRNN, _cudnn_buffer, _recurrent
 from tests.nn.layer_cases import every_granularity
 from tests.nn.recurrent_cases import (
     BATCH,
@@ -262,10 +262,10 @@ def test_masked_weights_go_straight_into_one_buffer(monkeypatch, options):
         seen.append((buffer, made(buffer, offsets, shapes)))
         return seen[-1][1]
 
-    made = _flat._tensors_in
-    monkeypatch.setattr(_flat, "cudnn_takes", lambda dtype, device: True)
-    monkeypatch.setattr(_flat, "_cudnn_layout", layout)
-    monkeypatch.setattr(_flat, "_tensors_in", tensors_in)
+    made = _cudnn_buffer._tensors_in
+    monkeypatch.setattr(_cudnn_buffer, "cudnn_takes", lambda dtype, device: True)
+    monkeypatch.setattr(_cudnn_buffer, "_cudnn_layout", layout)
+    monkeypatch.setattr(_cudnn_buffer, "_tensors_in", tensors_in)
     module = build(MaskedLSTM, options)
     check_step(module, options, sequence())
     (buffer, tensors), masks = seen[0], expected_masks(module)

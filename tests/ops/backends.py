@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 import torch
 
-from dst_kernels._compiled import library
+from dst_kernels.backends.compiled import library
 
 HAS_TRITON = importlib.util.find_spec("triton.language") is not None
 TRITON = pytest.param(

@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from dst_kernels import _plan, _plan_table
-from dst_kernels._backends import ENVIRONMENT_VARIABLE
-from dst_kernels._compiled import library
+from dst_kernels.backends import ENVIRONMENT_VARIABLE
+from dst_kernels.backends.compiled import library
+from dst_kernels.plan import estimate
+from dst_kernels.plan import table as plan_table
 
 from .plan_tables import GPU
 
@@ -30,8 +31,8 @@ def each_backend(request):
 
 
 def forget_costs():
-    _plan._costs.cache_clear()
-    _plan._conv_costs.cache_clear()
+    estimate._costs.cache_clear()
+    estimate._conv_costs.cache_clear()
 
 
 @pytest.fixture
@@ -55,13 +56,13 @@ def table(tmp_path, monkeypatch, fresh_costs):
         }
         (folder / "test.json").write_text(json.dumps(content))
         (folder / "README.md").write_text("not a table")
-        monkeypatch.setattr(_plan_table.resources, "files", lambda package: tmp_path)
-        _plan_table._tables.cache_clear()
+        monkeypatch.setattr(plan_table.resources, "files", lambda package: tmp_path)
+        plan_table._tables.cache_clear()
         forget_costs()
 
     yield write
     monkeypatch.undo()
-    _plan_table._tables.cache_clear()
+    plan_table._tables.cache_clear()
 
 
 @pytest.fixture

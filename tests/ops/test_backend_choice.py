@@ -6,15 +6,15 @@ import pytest
 import torch
 
 import dst_kernels.functional as dst
-from dst_kernels import _backends, reference
-from dst_kernels._backends import ENVIRONMENT_VARIABLE, implementation, serving, unavailable
-from dst_kernels._compiled import library
+from dst_kernels import reference
+from dst_kernels.backends import ENVIRONMENT_VARIABLE, choice, implementation, serving, unavailable
+from dst_kernels.backends.compiled import library
 from dst_kernels.nn import MaskedConv2d, MaskedLinear
 
 try:
-    from dst_kernels import _triton  # before a fixture takes TRITON_INTERPRET away
+    from dst_kernels.backends import triton  # before a fixture takes TRITON_INTERPRET away
 except ImportError:
-    _triton = None
+    triton = None
 
 CPU, CUDA, META = (torch.device(name) for name in ("cpu", "cuda", "meta"))
 UNAVAILABLE = ["triton", "cuda"]  # to tensors on a CPU
@@ -142,9 +142,9 @@ def test_auto_takes_the_best_that_is_there(monkeypatch, libraries):
 
 
 @pytest.mark.skipif(BEST != "cpu", reason="the library for the CPU is not built")
-@pytest.mark.skipif(_triton is None, reason="Triton is not installed")
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
 def test_auto_takes_the_best_for_each_op(libraries):
-    from dst_kernels._compiled import ops
+    from dst_kernels.backends.compiled import ops
 
     for device in (CPU, CUDA):
         for op in ("masked_weight", "masked_weight_backward", "effective_threshold"):
@@ -152,7 +152,7 @@ def test_auto_takes_the_best_for_each_op(libraries):
         for op in ("masked_weights", "masked_weights_backward"):
             assert implementation("auto", device, op) is getattr(ops, op)
     for op in ("masked_linear", "masked_conv"):
-        assert implementation("auto", CUDA, op) is getattr(_triton, op)
+        assert implementation("auto", CUDA, op) is getattr(triton, op)
         assert implementation("auto", CPU, op) is getattr(reference, op)
 
 
@@ -193,7 +193,7 @@ def test_path_auto_serves_with_the_cpu_backend_and_a_fused_one_is_refused(compil
 
 
 def test_a_gpu_that_is_too_old_is_refused_with_its_capability(monkeypatch, libraries):
-    monkeypatch.setattr(_backends, "capability", lambda device: (7, 5))
+    monkeypatch.setattr(choice, "capability", lambda device: (7, 5))
     device = torch.device("cuda:1")
     for name in ("triton", "cuda"):
         assert "8.0 or higher, but cuda:1 has 7.5" in unavailable(name, device)

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dst_kernels.functional as dst
-from dst_kernels._backends import resolve
+from dst_kernels.backends import resolve
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 

@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 import dst_kernels.functional as dst
-from dst_kernels import _ops, reference
+from dst_kernels import ops, reference
 from dst_kernels.nn import MaskedConvTranspose2d
 
 from . import naive
@@ -203,7 +203,7 @@ def test_gradients_against_finite_differences(geometry):
 def test_masking_moves_no_weight():
     """The ops see the stored weight itself, whatever the groups; one op each way."""
     seen = []
-    run = _ops.call
+    run = ops.call
 
     def call(op, *args):
         seen.append((op, [a.data_ptr() for a in args if isinstance(a, torch.Tensor)]))
@@ -212,9 +212,9 @@ def test_masking_moves_no_weight():
     for layer in (MaskedConvTranspose2d(4, 6, 3), MaskedConvTranspose2d(4, 6, 3, groups=2)):
         seen.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_ops, "call", call)
+            patch.setattr(ops, "call", call)
             layer(torch.randn(2, 4, 3, 3, requires_grad=True)).sum().backward()
-        assert [op for op, _ in seen] == [_ops.masked_weight, _ops.masked_weight_backward]
+        assert [op for op, _ in seen] == [ops.masked_weight, ops.masked_weight_backward]
         assert all(layer.weight.data_ptr() in pointers for _, pointers in seen)
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from dst_kernels import _ops
-from dst_kernels._compiled import library
+from dst_kernels import ops
+from dst_kernels.backends.compiled import library
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = {"row": [4], "scalar": [], "layer": [1], "element": [4, 6]}
@@ -24,14 +24,14 @@ def rand(*shape, dtype=torch.float32):
 
 
 def check_weight_ops(weight, threshold, ratio, dtype, backend):
-    opcheck(_ops.effective_threshold, (weight, threshold, ratio, backend))
-    opcheck(_ops.masked_weight, (weight, threshold, ratio, dtype, backend))
+    opcheck(ops.effective_threshold, (weight, threshold, ratio, backend))
+    opcheck(ops.masked_weight, (weight, threshold, ratio, dtype, backend))
     grad = torch.randn(weight.shape).to(weight.dtype)
-    opcheck(_ops.masked_weight_backward, (grad, weight, threshold, *SURROGATE, backend))
+    opcheck(ops.masked_weight_backward, (grad, weight, threshold, *SURROGATE, backend))
 
 
 def test_every_op_is_checked_here():
-    defined = set(_ops.__all__) - {"NAMESPACE", "Plainly", "call"}
+    defined = set(ops.__all__) - {"NAMESPACE", "Plainly", "call"}
     assert defined == {
         "effective_threshold",
         "masked_weight",
@@ -52,8 +52,8 @@ def test_weight_ops(dtype, granularity, backend):
     weight, threshold = rand(4, 6, dtype=dtype), torch.rand(SHAPES[granularity])
     check_weight_ops(weight, threshold, 0.01, dtype, backend)
     for ratio in (None, 1.0):
-        opcheck(_ops.effective_threshold, (weight, threshold, ratio, backend))
-    opcheck(_ops.masked_weight, (weight, threshold, 1.0, torch.float32, backend))
+        opcheck(ops.effective_threshold, (weight, threshold, ratio, backend))
+    opcheck(ops.masked_weight, (weight, threshold, 1.0, torch.float32, backend))
 
 
 LAYOUTS = {
@@ -70,15 +70,15 @@ def test_layouts_of_weight_and_threshold(layout):
     weight, grad = arrange(rand(4, 6)), arrange(rand(4, 6))
     for threshold in (torch.rand(4), arrange(torch.rand(4, 6)), torch.rand(8)[::2]):
         for backend in BACKENDS:
-            opcheck(_ops.effective_threshold, (weight, threshold, 0.01, backend))
-            opcheck(_ops.masked_weight, (weight, threshold, None, torch.float32, backend))
-            opcheck(_ops.masked_weight_backward, (grad, weight, threshold, *SURROGATE, backend))
+            opcheck(ops.effective_threshold, (weight, threshold, 0.01, backend))
+            opcheck(ops.masked_weight, (weight, threshold, None, torch.float32, backend))
+            opcheck(ops.masked_weight_backward, (grad, weight, threshold, *SURROGATE, backend))
     input = arrange(rand(5, 6))
     threshold = torch.rand(8)[::2]
-    opcheck(_ops.masked_linear, (input, weight, threshold, None, 0.01, BACKEND))
+    opcheck(ops.masked_linear, (input, weight, threshold, None, 0.01, BACKEND))
     grad = arrange(rand(5, 4))
-    opcheck(_ops.masked_linear_grad_input, (grad, weight, threshold, BACKEND))
-    opcheck(_ops.masked_linear_grad_weight, (grad, input, weight, threshold, *SURROGATE, BACKEND))
+    opcheck(ops.masked_linear_grad_input, (grad, weight, threshold, BACKEND))
+    opcheck(ops.masked_linear_grad_weight, (grad, input, weight, threshold, *SURROGATE, BACKEND))
 
 
 @pytest.mark.parametrize("batch", [(), (5,), (2, 3), (0,)])
@@ -87,9 +87,9 @@ def test_linear(dtype, batch):
     input, weight = rand(*batch, 6, dtype=dtype), rand(4, 6, dtype=dtype)
     grad, threshold = rand(*batch, 4, dtype=dtype), torch.rand(4)
     for bias in (None, rand(4, dtype=dtype)):
-        opcheck(_ops.masked_linear, (input, weight, threshold, bias, None, BACKEND))
-    opcheck(_ops.masked_linear_grad_input, (grad, weight, threshold, BACKEND))
-    opcheck(_ops.masked_linear_grad_weight, (grad, input, weight, threshold, *SURROGATE, BACKEND))
+        opcheck(ops.masked_linear, (input, weight, threshold, bias, None, BACKEND))
+    opcheck(ops.masked_linear_grad_input, (grad, weight, threshold, BACKEND))
+    opcheck(ops.masked_linear_grad_weight, (grad, input, weight, threshold, *SURROGATE, BACKEND))
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(0, 6), (4, 0), (0, 0)])
@@ -97,10 +97,10 @@ def test_linear_without_features(rows, columns):
     input, weight, threshold = rand(5, columns), rand(rows, columns), torch.rand(rows)
     for backend in BACKENDS:
         check_weight_ops(weight, threshold, 0.01, torch.float32, backend)
-    opcheck(_ops.masked_linear, (input, weight, threshold, rand(rows), 0.01, BACKEND))
-    opcheck(_ops.masked_linear_grad_input, (rand(5, rows), weight, threshold, BACKEND))
+    opcheck(ops.masked_linear, (input, weight, threshold, rand(rows), 0.01, BACKEND))
+    opcheck(ops.masked_linear_grad_input, (rand(5, rows), weight, threshold, BACKEND))
     opcheck(
-        _ops.masked_linear_grad_weight,
+        ops.masked_linear_grad_weight,
         (rand(5, rows), input, weight, threshold, *SURROGATE, BACKEND),
     )
 
@@ -116,14 +116,14 @@ CONVOLUTIONS = {
 
 def check_convolution(input, weight, threshold, bias, geometry, arrange_grad=lambda t: t):
     arguments = (input, weight, threshold, bias, 0.01, *geometry, BACKEND)
-    grad = arrange_grad(torch.randn_like(_ops.masked_conv(*arguments)[0]))
-    opcheck(_ops.masked_conv, arguments)
+    grad = arrange_grad(torch.randn_like(ops.masked_conv(*arguments)[0]))
+    opcheck(ops.masked_conv, arguments)
     opcheck(
-        _ops.masked_conv_grad_input,
+        ops.masked_conv_grad_input,
         (grad, list(input.shape), weight, threshold, *geometry, BACKEND),
     )
     opcheck(
-        _ops.masked_conv_grad_weight,
+        ops.masked_conv_grad_weight,
         (grad, input, weight, threshold, *geometry, *SURROGATE, BACKEND),
     )
 

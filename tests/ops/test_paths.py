@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 import dst_kernels
 import dst_kernels.functional as dst
-from dst_kernels import _plan
 from dst_kernels.nn import MaskedConv2d, MaskedLinear
+from dst_kernels.plan import estimate
 
 from . import naive
 from .backends import TRITON, every_backend
@@ -162,7 +162,7 @@ def test_an_unknown_path_is_refused_with_the_accepted_names(path):
         lambda: MaskedConv2d(3, 4, 1, path=path),
         lambda: MaskedLinear.from_dense(torch.nn.Linear(3, 4), path=path),
         lambda: dst_kernels.SparsifyConfig(path=path),
-        lambda: _plan.check_path(path),
+        lambda: estimate.check_path(path),
     ):
         with pytest.raises(ValueError, match=expected):
             run()

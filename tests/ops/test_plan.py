@@ -8,9 +8,9 @@ import itertools
 import pytest
 import torch
 
-from dst_kernels import _plan, _plan_table
-from dst_kernels._plan import PATHS, PLANS, Plan, plan_linear
-from dst_kernels._plan_table import measured_costs
+from dst_kernels.plan import PATHS, PLANS, Plan, estimate, plan_linear
+from dst_kernels.plan import table as plan_table
+from dst_kernels.plan.table import measured_costs
 
 from .plan_tables import GPU, PACKED_WINS, PRODUCTS, case
 
@@ -48,7 +48,7 @@ def test_every_choice_is_a_plan_and_the_same_each_time():
     for arguments, options in every_case():
         plan = plan_linear(*arguments, **options)
         assert plan in VALID
-        _plan._costs.cache_clear()
+        estimate._costs.cache_clear()
         assert plan_linear(*arguments, **options) == plan
 
 
@@ -218,7 +218,7 @@ def test_an_empty_batch_finds_a_plan(table):
 
 
 def test_the_shipped_tables_have_the_format():
-    for gpu, table in _plan_table._tables().items():
+    for gpu, table in plan_table._tables().items():
         assert gpu and table["cases"]
         for name, sizes in (("cases", "MNK"), ("convs", "MNC")):
             for one in table.get(name, ()):

@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dst_kernels.functional as dst
-from dst_kernels._plan import PLANS, Plan, plan_conv
-from dst_kernels.autograd import _product, conv
+from dst_kernels.autograd import conv, product
+from dst_kernels.plan import PLANS, Plan, plan_conv
 
 from .plan_tables import GPU, PACKED_WINS, case, conv_case
 
@@ -158,7 +158,7 @@ class OpsRun(TorchDispatchMode):
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """As if Triton served and the GPU were that of the tables."""
-    monkeypatch.setattr(_product, "serving", lambda backend, device: ("cuda", "triton"))
+    monkeypatch.setattr(product, "serving", lambda backend, device: ("cuda", "triton"))
     monkeypatch.setattr(conv, "gpu_name", lambda device: GPU)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dst_kernels._backends import ENVIRONMENT_VARIABLE, unavailable
+from dst_kernels.backends import ENVIRONMENT_VARIABLE, unavailable
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import torch
 from networks import linear
 from torch import nn
 
-from dst_kernels import _backends
+from dst_kernels.backends import choice
 from dst_kernels.nn import MaskedLinear
 from dst_kernels.optim import DSTSGD, DSTAdamW
 
@@ -131,7 +131,7 @@ def test_the_backend_for_gpus_on_a_cpu():
 
 def test_no_compiled_library(monkeypatch):
     """The reason is in the message; "auto" does without."""
-    monkeypatch.setattr(_backends.library, "unavailable", lambda name: "it was not built")
+    monkeypatch.setattr(choice.library, "unavailable", lambda name: "it was not built")
     layer = MaskedLinear(4, 3)
     DSTSGD(layer, lr=0.1).release()
     with pytest.raises(RuntimeError, match="backend='cpu' cannot serve: it was not built"):

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from twins import RULES, Twins, batches, masked_layers
 
 from dst_kernels import autograd
-from dst_kernels.nn import _group
-from dst_kernels.optim import _deferred
+from dst_kernels.nn.sources import group
+from dst_kernels.optim import deferred
 
 WAITING = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "_to_copy_to_cpu"}
 OPTIONS = {
@@ -92,8 +92,8 @@ def test_a_compiled_step_is_one_call(rule, network, backend):
 def test_lists_are_collected_once(rule, backend, count):
     """Again after first steps; not for other numbers, and not for a norm."""
     twins, data = make(with_dense_layers, rule, backend)
-    collected = count(_deferred, "collect")
-    grouped = count(_group.Group, "_new_buckets")
+    collected = count(deferred, "collect")
+    grouped = count(group.Group, "_new_buckets")
     optimizer = twins.ours.optimizer
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
     for i in range(6):
@@ -109,7 +109,7 @@ def test_lists_are_collected_once(rule, backend, count):
 
 def test_lists_are_collected_anew_where_it_matters(backend, count):
     twins, data = make(linear, "sgd", backend)
-    collected = count(_deferred, "collect")
+    collected = count(deferred, "collect")
     twins.train(data, 3)
     layer = masked_layers(twins.ours.model)[0]
     for change in (

@@ -21,8 +21,8 @@ from triton_cases import (
 )
 
 from dst_kernels import reference
-from dst_kernels._triton import conv, linear
-from dst_kernels._triton.tiles import GradWeightTile, ProductTile
+from dst_kernels.backends.triton import conv, linear
+from dst_kernels.backends.triton.tiles import GradWeightTile, ProductTile
 from dst_kernels.reference.conv import conv_output_shape
 
 pytestmark = pytest.mark.usefixtures("poisoned", "exact_convolutions")

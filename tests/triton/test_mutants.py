@@ -17,6 +17,7 @@ pytest.importorskip("triton.language")
 pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 
 # file, what is right, what is wrong, the test that must notice
 MUTANTS = {
@@ -136,7 +137,17 @@ def run_tests(root: Path, tests: str) -> int:
     environment = {name: value for name, value in os.environ.items() if name not in options}
     environment["PYTHONPATH"] = str(root)
     file, _, test = tests.partition("::")
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        f"pythonpath={root} {ROOT}",
+    ]
     result = subprocess.run(
         [*command, str(HERE / f"test_{file}.py::{test}")],
         cwd=root,
@@ -151,7 +162,7 @@ def run_tests(root: Path, tests: str) -> int:
 def copied(root: Path) -> Path:
     package = Path(dst_kernels.__file__).parent
     shutil.copytree(package, root / package.name, ignore=shutil.ignore_patterns("__pycache__"))
-    return root / package.name / "_triton"
+    return root / package.name / "backends" / "triton"
 
 
 @pytest.mark.parametrize("name", list(MUTANTS))

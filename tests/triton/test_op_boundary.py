@@ -9,7 +9,7 @@ import torch
 from torch.library import opcheck
 from triton_cases import check, every_granularity, normal, thresholds
 
-from dst_kernels import _ops
+from dst_kernels import ops
 from dst_kernels.nn import MaskedConv1d, MaskedConv2d, MaskedLinear
 
 F16, F32 = torch.float16, torch.float32
@@ -29,10 +29,10 @@ LAYOUTS = {
 @pytest.mark.parametrize("shape", [(4, 6), (3, 2, 3, 2)], ids=str)
 def test_weight_ops(shape, granularity, ratio, device):
     weight, threshold = normal(*shape, device=device), thresholds(shape, granularity, device=device)
-    opcheck(_ops.effective_threshold, (weight, threshold, ratio, BACKEND))
-    opcheck(_ops.masked_weight, (weight, threshold, ratio, F16, BACKEND))
+    opcheck(ops.effective_threshold, (weight, threshold, ratio, BACKEND))
+    opcheck(ops.masked_weight, (weight, threshold, ratio, F16, BACKEND))
     grad = normal(*shape, dtype=F16, device=device)
-    opcheck(_ops.masked_weight_backward, (grad, weight, threshold, *OPTIONS, BACKEND))
+    opcheck(ops.masked_weight_backward, (grad, weight, threshold, *OPTIONS, BACKEND))
 
 
 @pytest.mark.parametrize(
@@ -49,9 +49,9 @@ def test_linear_ops(batch, of_threshold, layout, device):
     if len(batch) == 1:
         input, grad = arrange(input), arrange(grad)
     bias = normal(4, device=device)
-    opcheck(_ops.masked_linear, (input, weight, threshold, bias, 0.01, BACKEND))
-    opcheck(_ops.masked_linear_grad_input, (grad, weight, threshold, BACKEND))
-    opcheck(_ops.masked_linear_grad_weight, (grad, input, weight, threshold, *OPTIONS, BACKEND))
+    opcheck(ops.masked_linear, (input, weight, threshold, bias, 0.01, BACKEND))
+    opcheck(ops.masked_linear_grad_input, (grad, weight, threshold, BACKEND))
+    opcheck(ops.masked_linear_grad_weight, (grad, input, weight, threshold, *OPTIONS, BACKEND))
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
@@ -66,11 +66,11 @@ def test_conv_ops(kernel, of_threshold, layout, device):
     grad = arrange(normal(2, 4, *(5 - k for k in kernel), dtype=F16, device=device))
     geometry = [1] * dimensions, [0] * dimensions, [1] * dimensions, 1
     bias = normal(4, device=device)
-    opcheck(_ops.masked_conv, (input, weight, threshold, bias, 0.01, *geometry, BACKEND))
+    opcheck(ops.masked_conv, (input, weight, threshold, bias, 0.01, *geometry, BACKEND))
     shape = list(input.shape)
-    opcheck(_ops.masked_conv_grad_input, (grad, shape, weight, threshold, *geometry, BACKEND))
+    opcheck(ops.masked_conv_grad_input, (grad, shape, weight, threshold, *geometry, BACKEND))
     opcheck(
-        _ops.masked_conv_grad_weight,
+        ops.masked_conv_grad_weight,
         (grad, input, weight, threshold, *geometry, *OPTIONS, BACKEND),
     )
 
@@ -89,8 +89,8 @@ def test_pointwise_convs_over_images_that_are_channels_last_in_one_way_or_anothe
     geometry = [1] * len(kernel), [0] * len(kernel), [1] * len(kernel), 1
     for x, dy in ((input, grad), (input.contiguous(), grad.contiguous())):
         arguments = dy, list(x.shape), weight, threshold, *geometry
-        opcheck(_ops.masked_conv, (x, weight, threshold, None, 0.01, *geometry, BACKEND))
-        opcheck(_ops.masked_conv_grad_input, (*arguments, BACKEND))
+        opcheck(ops.masked_conv, (x, weight, threshold, None, 0.01, *geometry, BACKEND))
+        opcheck(ops.masked_conv_grad_input, (*arguments, BACKEND))
         check("masked_conv", x, weight, threshold, None, 0.01, *geometry)
         check("masked_conv_grad_input", *arguments)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from triton_cases import normal, run, thresholds
 
-from dst_kernels._triton import linear
-from dst_kernels._triton.tiles import GradWeightTile, ProductTile
+from dst_kernels.backends.triton import linear
+from dst_kernels.backends.triton.tiles import GradWeightTile, ProductTile
 
 F16, F32 = torch.float16, torch.float32
 

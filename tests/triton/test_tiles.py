@@ -10,9 +10,9 @@ import torch
 from triton_cases import check, gradient_along, normal, run, same, thresholds
 
 from dst_kernels import reference
-from dst_kernels._triton import linear, tiles
-from dst_kernels._triton import weight as weight_ops
-from dst_kernels._triton.tiles import (
+from dst_kernels.backends.triton import linear, tiles
+from dst_kernels.backends.triton import weight as weight_ops
+from dst_kernels.backends.triton.tiles import (
     GradWeightTile,
     ProductTile,
     StreamTile,

@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("triton.language")
 
-from dst_kernels._triton import conv, tuning
-from dst_kernels._triton.tiles import (
+from dst_kernels.backends.triton import conv, tuning
+from dst_kernels.backends.triton.tiles import (
     GRAD_WEIGHT_TILES,
     MORE_GRAD_WEIGHT_TILES,
     MORE_PRODUCT_TILES,
@@ -29,7 +29,7 @@ from dst_kernels._triton.tiles import (
     product_tile,
     stream_candidates,
 )
-from dst_kernels._triton.weight import masked_weight, masked_weight_backward
+from dst_kernels.backends.triton.weight import masked_weight, masked_weight_backward
 
 DEFAULT, FAST, SLOW = (ProductTile(16, 128, 32, 8, stages) for stages in (3, 2, 4))
 TRAITS = Traits(torch.bfloat16, tf32=False, hopper=True)

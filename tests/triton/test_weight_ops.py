@@ -17,9 +17,9 @@ from triton_cases import (
 )
 
 from dst_kernels import reference
-from dst_kernels._triton import pack
-from dst_kernels._triton import weight as weight_ops
-from dst_kernels._triton.tiles import StreamTile
+from dst_kernels.backends.triton import pack
+from dst_kernels.backends.triton import weight as weight_ops
+from dst_kernels.backends.triton.tiles import StreamTile
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

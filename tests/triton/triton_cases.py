@@ -10,8 +10,8 @@ from ops.tolerance import TF32Products, assert_as_accurate
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dst_kernels import _ops, reference
-from dst_kernels._device import tf32_allowed
+from dst_kernels import ops, reference
+from dst_kernels.backends.device import tf32_allowed
 
 pytest.importorskip("triton.language")  # not `triton`: this folder would pass for it
 
@@ -51,7 +51,7 @@ def gradient_along(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
 
 def run(name: str, *args, backend: str = "triton"):
     """The op's results as a tuple; the arguments stay as they were, fakes say what comes out."""
-    op = getattr(_ops, name)
+    op = getattr(ops, name)
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     before = [(tensor.clone(), tensor._version) for tensor in tensors]
     results = op(*args, backend)

@@ -1,0 +1,25 @@
+"""Who serves a call: the Triton kernels, the compiled libraries for CPU and GPU, or the reference.
+
+`choice` decides, `triton` and `compiled` have the same functions under the same names as the
+reference. Importing this package imports neither Triton nor a library.
+"""
+
+from .choice import (
+    BACKENDS,
+    ENVIRONMENT_VARIABLE,
+    check_backend,
+    implementation,
+    resolve,
+    serving,
+    unavailable,
+)
+
+__all__ = [
+    "BACKENDS",
+    "ENVIRONMENT_VARIABLE",
+    "check_backend",
+    "implementation",
+    "resolve",
+    "serving",
+    "unavailable",
+]

@@ -1,0 +1,158 @@
+"""Which implementation serves a call.
+
+`"auto"` takes, op by op, the best that is there (the environment variable DST_KERNELS_BACKEND names
+another choice for it); a backend asked for by name is used or the call fails, never replaced in
+silence.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+
+from .. import reference
+from .compiled import library
+from .device import capability
+
+__all__ = [
+    "BACKENDS",
+    "ENVIRONMENT_VARIABLE",
+    "check_backend",
+    "implementation",
+    "resolve",
+    "serving",
+    "unavailable",
+]
+
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+ENVIRONMENT_VARIABLE = "DST_KERNELS_BACKEND"
+
+# Best first; the reference has every op and comes last. Only Triton has fused products.
+_PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+_MODULES = {"cpu": ".compiled.ops", "cuda": ".compiled.ops", "triton": ".triton"}
+_PRODUCTS = ("masked_linear", "masked_conv")  # that only a path needs
+_LEAST_CAPABILITY = (8, 0)  # bfloat16 on tensor cores; older GPUs are not tested
+
+
+def unavailable(
+    name: str, device: torch.device | None = None, *, double: bool = False
+) -> str | None:
+    """Why the backend `name` cannot serve tensors on `device`, or None where it can.
+
+    `double` says that float64 is among the dtypes. Without a device: why it can serve none at all.
+    """
+    if name == "reference":
+        return None
+    if name == "triton":
+        if not _triton_is_installed():
+            return "Triton is not installed"
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # slow, for tests
+        if device is not None and device.type == "cpu" and interpreted:
+            return None
+        return _gpu_refuses(device)
+    reason = library.unavailable(name)
+    if reason is not None or device is None:
+        return reason
+    if name == "cpu":
+        return None if device.type == "cpu" else f"it needs tensors on a CPU, not on {device}"
+    if double:
+        return "its kernels take float16, bfloat16 and float32, but not float64"
+    return _gpu_refuses(device)
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _gpu_refuses(device: torch.device | None) -> str | None:
+    if device is None:
+        return None
+    if device.type != "cuda":
+        return f"it needs tensors on a CUDA device, but these are on {device}"
+    if torch.version.hip is not None:
+        return "its kernels are written for NVIDIA GPUs"
+    found = capability(device)
+    # None for a fake tensor, which may be on a GPU that is not there.
+    if found is None or found >= _LEAST_CAPABILITY:
+        return None
+    return (
+        f"it needs a GPU of compute capability {_dotted(_LEAST_CAPABILITY)} or higher, "
+        f"but {device} has {_dotted(found)}"
+    )
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
+
+
+def check_backend(name: str, argument: str = "backend") -> None:
+    """Raise ValueError for an unknown name."""
+    if name not in BACKENDS:
+        raise ValueError(f"{argument} must be one of {', '.join(BACKENDS)}, but is {name!r}")
+
+
+def serving(backend: str, device: torch.device | None, *, double: bool = False) -> tuple[str, ...]:
+    """The names of the backends that serve `backend` for tensors on `device`, best first.
+
+    One for a name, or RuntimeError where it cannot serve; several for "auto", the reference among
+    them where no other serves. Raises ValueError for an unknown name. Without a device, whatever
+    could serve some device passes. `double` says that float64 is among the dtypes.
+    """
+    argument, backend = _asked_for(backend)
+    check_backend(backend, argument)
+    if backend == "auto":
+        preferred = () if device is None else _PREFERRED.get(device.type, ())
+        found = [name for name in preferred if unavailable(name, device, double=double) is None]
+        return tuple(found) or ("reference",)
+    reason = unavailable(backend, device, double=double)
+    if reason is not None:
+        raise RuntimeError(
+            f"{argument}={backend!r} cannot serve: {reason}. Use backend='auto' or 'reference'."
+        )
+    return (backend,)
+
+
+def _asked_for(backend: str) -> tuple[str, str]:
+    """(who says so, what "auto" means by the environment or the name itself)."""
+    if backend != "auto":
+        return "backend", backend
+    return ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or backend
+
+
+def resolve(backend: str, device: torch.device | None = None) -> str:
+    """The first of those that `serving` names."""
+    return serving(backend, device)[0]
+
+
+def implementation(
+    backend: str, device: torch.device, op: str, *, double: bool = False
+) -> Callable:
+    """The function that serves `op` for `backend` on `device`.
+
+    Errors as in `serving`; RuntimeError also where a backend asked for by name has no such op.
+    """
+    names = serving(backend, device, double=double)
+    for name in names:
+        function = getattr(_module(name), op, None)
+        if function is not None:
+            return function
+    if _asked_for(backend)[1] == "auto":
+        return getattr(reference, op)
+    if op.startswith(_PRODUCTS):
+        what = f"fused {op}: use path='packed' or path='auto'"
+    else:
+        what = f"{op.rstrip('_')}: use another backend"
+    raise RuntimeError(f"the {names[0]} backend has no {what}")
+
+
+@functools.cache
+def _module(name: str):
+    if name == "reference":
+        return reference
+    return importlib.import_module(_MODULES[name], __package__)

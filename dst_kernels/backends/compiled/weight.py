@@ -1,0 +1,182 @@
+"""Ops on weights alone, one or many at a time, over the libraries' pack and post.
+
+The libraries take weights whose rows are dense in memory, thresholds of the arithmetic's dtype
+and outputs that are allocated already. What is not so goes in as a copy, and comes back with the
+layout and dtype that the caller's tensors have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...reference.surrogate import SURROGATES
+from ...reference.weight import largest_collapsed_count
+
+__all__ = [
+    "effective_threshold",
+    "masked_weight",
+    "masked_weight_backward",
+    "masked_weights",
+    "masked_weights_backward",
+]
+
+_pack = torch.ops.dst_kernels_compiled.pack.default
+_post = torch.ops.dst_kernels_compiled.post.default
+_CODES = {name: code for code, name in enumerate(SURROGATES)}
+_NO_GUARD = -1
+
+
+def effective_threshold(weight: Tensor, threshold: Tensor, reset_ratio: float | None) -> Tensor:
+    """As the reference's."""
+    if reset_ratio is None:
+        return threshold.clone()
+    return masked_weight(weight, threshold, reset_ratio, torch.bfloat16)[1]
+
+
+def masked_weight(
+    weight: Tensor, threshold: Tensor, reset_ratio: float | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """As the reference's."""
+    (masked,), (effective,) = masked_weights([weight], [threshold], [reset_ratio], [False], dtype)
+    return masked, effective
+
+
+def masked_weights(
+    weights: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    reset_ratios: Sequence[float | None],
+    commit: Sequence[bool],
+    dtype: torch.dtype,
+    out: Sequence[Tensor] | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """As the reference's."""
+    taken_weights, taken_thresholds = _operands(weights, thresholds)
+    masked = _results(taken_weights, weights, out, dtype)
+    effective = [torch.empty_like(threshold) for threshold in taken_thresholds]
+    settings = []
+    for weight, reset_ratio, committed in zip(weights, reset_ratios, commit, strict=True):
+        size = weight.numel()
+        guarded = reset_ratio is not None and size
+        settings.append(largest_collapsed_count(size, reset_ratio) if guarded else _NO_GUARD)
+        settings.append(int(committed))
+    kept = weights[0].new_empty(len(masked), dtype=torch.int64)
+    _pack(taken_weights, taken_thresholds, settings, masked, effective, kept)
+    for i, weight in enumerate(weights):
+        if taken_weights[i] is not weight:
+            masked[i] = _handed_back(masked[i], weight, out and out[i], dtype)
+    for i, threshold in enumerate(thresholds):
+        if taken_thresholds[i] is not threshold:
+            effective[i] = _like(threshold, effective[i])
+            if commit[i]:
+                threshold.copy_(taken_thresholds[i])
+    return masked, effective
+
+
+def masked_weight_backward(
+    grad: Tensor, weight: Tensor, threshold: Tensor, surrogate: str, structure_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """As the reference's."""
+    (of_weight,), (of_threshold,) = masked_weights_backward(
+        [grad], [weight], [threshold], [surrogate], [structure_gradient]
+    )
+    return of_weight, of_threshold
+
+
+def masked_weights_backward(
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    surrogates: Sequence[str],
+    structure_gradients: Sequence[bool],
+    out: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """As the reference's."""
+    taken_weights, taken_thresholds = _operands(weights, thresholds)
+    taken_grads = [_laid_out_as(*pair) for pair in zip(taken_weights, grads, strict=True)]
+    for_weights, for_thresholds = (None, None) if out is None else out
+    of_weights = _results(taken_weights, weights, for_weights)
+    of_thresholds = _results(taken_thresholds, thresholds, for_thresholds)
+    settings = []
+    for surrogate, structure in zip(surrogates, structure_gradients, strict=True):
+        settings += _CODES[surrogate], int(structure)
+    _post(taken_grads, taken_weights, taken_thresholds, settings, of_weights, of_thresholds)
+    for i, weight in enumerate(weights):
+        if taken_weights[i] is not weight:
+            of_weights[i] = _handed_back(of_weights[i], weight, for_weights and for_weights[i])
+    for i, threshold in enumerate(thresholds):
+        if taken_thresholds[i] is not threshold:
+            target = for_thresholds and for_thresholds[i]
+            of_thresholds[i] = _handed_back(of_thresholds[i], threshold, target)
+    return of_weights, of_thresholds
+
+
+def _results(
+    taken: Sequence[Tensor],
+    given: Sequence[Tensor],
+    out: Sequence[Tensor] | None,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """What the libraries write into: `out` where the caller's own tensors were taken."""
+    if out is None:
+        return [torch.empty_like(each, dtype=dtype) for each in taken]
+    return [
+        target if mine is theirs else torch.empty_like(mine, dtype=dtype)
+        for mine, theirs, target in zip(taken, given, out, strict=True)
+    ]
+
+
+def _handed_back(
+    made: Tensor, original: Tensor, target: Tensor | None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """In `target`, or with the layout of `original`."""
+    return _like(original, made, dtype) if target is None else target.copy_(made)
+
+
+def _operands(
+    weights: Sequence[Tensor], thresholds: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Both as the libraries take them: themselves where they are so."""
+    taken_weights, taken_thresholds = list(weights), list(thresholds)
+    for i, (weight, threshold) in enumerate(zip(weights, thresholds, strict=True)):
+        usual = weight.dtype is torch.float32 is threshold.dtype
+        if not (usual and weight.is_contiguous() and threshold.is_contiguous()):
+            taken_weights[i], taken_thresholds[i] = _converted(weight, threshold)
+    return taken_weights, taken_thresholds
+
+
+def _converted(weight: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    double = torch.float64 in (weight.dtype, threshold.dtype)
+    if double:
+        weight = weight.to(torch.float64)
+    if not _rows_are_dense(weight):
+        weight = weight.contiguous()
+    arithmetic = torch.float64 if double else torch.float32
+    if threshold.shape == weight.shape:
+        return weight, _laid_out_as(weight, threshold.to(arithmetic))
+    return weight, threshold.to(arithmetic).contiguous()
+
+
+def _rows_are_dense(weight: Tensor) -> bool:
+    if weight.is_contiguous():
+        return True
+    if weight.numel() == 0:
+        return False
+    rows = weight.shape[0]
+    return torch.ops.aten.is_non_overlapping_and_dense(weight) and (
+        rows == 1 or weight.stride(0) == weight.numel() // rows
+    )
+
+
+def _laid_out_as(weight: Tensor, tensor: Tensor) -> Tensor:
+    """`tensor` with the weight's strides."""
+    if tensor.is_contiguous() and weight.is_contiguous():
+        return tensor
+    return tensor if tensor.stride() == weight.stride() else _like(weight, tensor, tensor.dtype)
+
+
+def _like(original: Tensor, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of `tensor` with the layout of `original` and, by default, its dtype."""
+    return torch.empty_like(original, dtype=dtype).copy_(tensor)

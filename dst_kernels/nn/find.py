@@ -1,0 +1,35 @@
+"""Finding what is masked in a model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .layer import MaskedLayer
+from .module import MaskedModule, MaskedWeight
+
+__all__ = ["masked_layers", "named_masked_weights"]
+
+
+def named_masked_weights(model: nn.Module) -> list[tuple[str, MaskedWeight]]:
+    """(name, weight) of every masked weight of every module, each module once.
+
+    A layer's one weight goes by the layer's name. ValueError where there are none.
+    """
+    found = [
+        (name if isinstance(module, MaskedLayer) else f"{name}.{part.name}".lstrip("."), part)
+        for name, module in model.named_modules()
+        if isinstance(module, MaskedModule)
+        for part in module.masked_weights()
+    ]
+    if not found:
+        raise ValueError(
+            f"model ({type(model).__name__}) has no masked layers: convert it with "
+            "dst_kernels.sparsify_ or build it from dst_kernels.nn"
+        )
+    return found
+
+
+def masked_layers(model: nn.Module) -> list[MaskedLayer]:
+    """Every module with one masked weight, once. ValueError where nothing at all is masked."""
+    modules = {part.module: None for _, part in named_masked_weights(model)}
+    return [module for module in modules if isinstance(module, MaskedLayer)]

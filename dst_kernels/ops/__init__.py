@@ -1,0 +1,35 @@
+"""The op boundary: schemas and fakes, what arguments are accepted, the geometry of convolutions.
+
+Imports nothing but torch, the reference and the choice of a backend; autograd functions are built
+on top of it.
+"""
+
+from .schemas import (
+    NAMESPACE,
+    Plainly,
+    call,
+    effective_threshold,
+    masked_conv,
+    masked_conv_grad_input,
+    masked_conv_grad_weight,
+    masked_linear,
+    masked_linear_grad_input,
+    masked_linear_grad_weight,
+    masked_weight,
+    masked_weight_backward,
+)
+
+__all__ = [
+    "NAMESPACE",
+    "Plainly",
+    "call",
+    "effective_threshold",
+    "masked_conv",
+    "masked_conv_grad_input",
+    "masked_conv_grad_weight",
+    "masked_linear",
+    "masked_linear_grad_input",
+    "masked_linear_grad_weight",
+    "masked_weight",
+    "masked_weight_backward",
+]

@@ -1,0 +1,200 @@
+"""What the convolutions accept; see `checks.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..reference.conv import conv_output_shape
+from ..reference.conv_transpose import conv_transpose_output_shape
+from .checks import (
+    check_bias,
+    check_grad,
+    check_input,
+    check_reset_ratio,
+    check_surrogate,
+    check_value,
+    check_weight_and_threshold,
+)
+
+__all__ = [
+    "check_conv",
+    "check_conv_grad_input",
+    "check_conv_grad_weight",
+    "check_conv_transpose",
+    "check_masked_conv",
+]
+
+_LEAST = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1}
+
+
+def _check_each_dimension(spatial: int, **geometry: Sequence[int]) -> None:
+    for name, values in geometry.items():
+        least = _LEAST[name]
+        check_value(
+            len(values) == spatial and all(value >= least for value in values),
+            lambda name=name, values=values, least=least: (
+                f"{name} must be {spatial} integer(s) of at least {least}, but is {tuple(values)}"
+            ),
+        )
+
+
+def check_masked_conv(
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None,
+    reset_ratio: float | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    check_conv(input, weight, threshold, bias, stride, padding, dilation, groups)
+    check_reset_ratio(reset_ratio)
+
+
+def check_conv(
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    check_weight_and_threshold(weight, threshold)
+    check_input(input, weight)
+    spatial = len(stride)
+    check_value(
+        weight.dim() == spatial + 2,
+        lambda: (
+            f"weight must be [out, in/groups, *kernel] with {spatial} kernel dimension(s), "
+            f"but its shape is {list(weight.shape)}"
+        ),
+    )
+    check_value(
+        groups >= 1 and weight.shape[0] % groups == 0,
+        lambda: (
+            f"groups must be at least 1 and divide the {weight.shape[0]} output channels, "
+            f"but is {groups}"
+        ),
+    )
+    channels = weight.shape[1] * groups
+    check_value(
+        input.dim() == spatial + 2 and input.shape[1] == channels,
+        lambda: (
+            f"input must have {channels} channels and {spatial} spatial dimension(s) for a "
+            f"weight of shape {list(weight.shape)} with groups={groups}, but its shape is "
+            f"{list(input.shape)}"
+        ),
+    )
+    _check_each_dimension(spatial, stride=stride, padding=padding, dilation=dilation)
+    for axis, size in enumerate(input.shape[2:]):
+        reach = dilation[axis] * (weight.shape[axis + 2] - 1) + 1
+        padded = size + 2 * padding[axis]
+        check_value(
+            padded >= reach,
+            lambda reach=reach, padded=padded, axis=axis: (
+                f"input is too small: spatial dimension "
+                f"{axis} has {padded} elements with padding, and the dilated kernel needs {reach}"
+            ),
+        )
+    check_bias(bias, weight)
+
+
+def check_conv_grad_input(
+    grad: Tensor,
+    input_shape: Sequence[int],
+    weight: Tensor,
+    threshold: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    check_weight_and_threshold(weight, threshold)
+    shape = conv_output_shape(input_shape, weight.shape, stride, padding, dilation)
+    check_grad(grad, shape)
+
+
+def check_conv_grad_weight(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    surrogate: str,
+    structure_gradient: bool,
+) -> None:
+    check_conv(input, weight, threshold, None, stride, padding, dilation, groups)
+    check_surrogate(surrogate)
+    shape = conv_output_shape(input.shape, weight.shape, stride, padding, dilation)
+    check_grad(grad, shape)
+
+
+def check_conv_transpose(
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+    dilation: Sequence[int],
+) -> None:
+    spatial = len(stride)
+    check_value(
+        weight.dim() == spatial + 2,
+        lambda: (
+            f"weight must be [in, out/groups, *kernel] with {spatial} kernel dimension(s), "
+            f"but its shape is {list(weight.shape)}"
+        ),
+    )
+    channels = weight.shape[0]
+    check_value(
+        groups >= 1 and channels % groups == 0,
+        lambda: (
+            f"groups must be at least 1 and divide the {channels} input channels, but is {groups}"
+        ),
+    )
+    rows = weight.shape[1] * groups
+    check_weight_and_threshold(weight, threshold, rows)
+    check_input(input, weight)
+    check_value(
+        input.dim() == spatial + 2 and input.shape[1] == channels,
+        lambda: (
+            f"input must have {channels} channels and {spatial} spatial dimension(s) for a "
+            f"weight of shape {list(weight.shape)}, but its shape is {list(input.shape)}"
+        ),
+    )
+    _check_each_dimension(
+        spatial, stride=stride, padding=padding, output_padding=output_padding, dilation=dilation
+    )
+    for axis in range(spatial):
+        extra, most = output_padding[axis], max(stride[axis], dilation[axis]) - 1
+        check_value(
+            extra <= most,
+            lambda extra=extra, most=most: (
+                "output_padding must be smaller than stride or dilation, in each dimension: "
+                f"at most {most}, but is {extra}"
+            ),
+        )
+    geometry = stride, padding, output_padding, groups, dilation
+    for axis, size in enumerate(
+        conv_transpose_output_shape(input.shape, weight.shape, *geometry)[2:]
+    ):
+        check_value(
+            size >= 1,
+            lambda size=size, axis=axis: (
+                f"input is too small: spatial dimension {axis} of the output would have "
+                f"{size} elements"
+            ),
+        )
+    check_bias(bias, weight, rows)

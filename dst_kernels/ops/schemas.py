@@ -1,0 +1,227 @@
+"""The op boundary: every schema, its fake and its way to a backend. Needs nothing but torch.
+
+The ops are opaque to torch.compile and know nothing of autograd (`autograd` wraps them).
+Ops with a `reset_ratio` take the stored threshold and also return the effective one; all others
+take the effective one. Arguments are checked here, with the same messages whether the tensors are
+real or fake. Outputs have the strides their fake says: masked weights and weight gradients those of
+the weight, activations contiguous or channels last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..backends import implementation
+from ..reference.conv import conv_memory_format, conv_output_shape
+from . import checks, conv_checks
+from .autocast import autocast_enabled
+
+__all__ = [
+    "NAMESPACE",
+    "Plainly",
+    "call",
+    "effective_threshold",
+    "masked_conv",
+    "masked_conv_grad_input",
+    "masked_conv_grad_weight",
+    "masked_linear",
+    "masked_linear_grad_input",
+    "masked_linear_grad_weight",
+    "masked_weight",
+    "masked_weight_backward",
+]
+
+NAMESPACE = "dst_kernels"
+_run: dict[torch._ops.OpOverload, Callable] = {}
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def _define(schema: str, check: Callable) -> Callable[[Callable], torch._ops.OpOverload]:
+    """Decorate a fake; returns the op's overload, bound once to spare calls the look-up.
+
+    Every schema gets a last argument `backend`; the function of the op's name in that backend
+    takes all the others, as do `check` and the fake.
+    """
+    name, _, arguments = schema.partition("(")
+    schema = f"{name}({arguments.replace(') ->', ', str backend) ->', 1)}"
+
+    def bind(fake: Callable) -> torch._ops.OpOverload:
+        def run(*args):
+            *args, backend = args
+            check(*args)
+            device = args[0].device
+            kernel = implementation(backend, device, name, double=_any_double(device, args))
+            with Plainly(device.type):
+                return kernel(*args)
+
+        def run_fake(*args):
+            *args, backend = args
+            check(*args)
+            device = args[0].device
+            implementation(backend, device, name, double=_any_double(device, args))
+            return fake(*args)
+
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", run_fake, lib=_library)
+        overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        _run[overload] = run
+        return overload
+
+    return bind
+
+
+def _any_double(device: torch.device, args: tuple) -> bool:
+    """Whether float64 is among the dtypes, where it matters: on a GPU."""
+    if device.type == "cpu":
+        return False
+    return any(getattr(argument, "dtype", argument) is torch.float64 for argument in args)
+
+
+class Plainly:
+    """Without autograd and autocast: gradients and dtypes are settled outside the ops.
+
+    torch's own context managers do the same and cost as much as a launch.
+    """
+
+    __slots__ = ("autocast", "device_type", "grad")
+
+    def __init__(self, device_type: str) -> None:
+        self.device_type = device_type
+
+    def __enter__(self) -> None:
+        self.grad = torch.is_grad_enabled()
+        self.autocast = autocast_enabled(self.device_type)
+        if self.grad:
+            torch._C._set_grad_enabled(False)
+        if self.autocast:
+            torch.set_autocast_enabled(self.device_type, False)
+
+    def __exit__(self, *_) -> None:
+        if self.grad:
+            torch._C._set_grad_enabled(True)
+        if self.autocast:
+            torch.set_autocast_enabled(self.device_type, True)
+
+
+def call(op: torch._ops.OpOverload, *args):
+    """`op(*args)`, without the dispatcher where nothing listens on it.
+
+    On a CPU the way through the dispatcher and back costs as much as a small layer.
+    """
+    observed = (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
+    if observed or type(args[0]) not in (Tensor, Parameter):
+        return op(*args)
+    return _run[op](*args)
+
+
+@_define(
+    "effective_threshold(Tensor weight, Tensor threshold, float? reset_ratio) -> Tensor",
+    checks.check_effective_threshold,
+)
+def effective_threshold(weight, threshold, reset_ratio):
+    return torch.empty_like(threshold)
+
+
+@_define(
+    "masked_weight(Tensor weight, Tensor threshold, float? reset_ratio, ScalarType dtype) "
+    "-> (Tensor, Tensor)",
+    checks.check_masked_weight,
+)
+def masked_weight(weight, threshold, reset_ratio, dtype):
+    return torch.empty_like(weight, dtype=dtype), torch.empty_like(threshold)
+
+
+@_define(
+    "masked_weight_backward(Tensor grad, Tensor weight, Tensor threshold, str surrogate, "
+    "bool structure_gradient) -> (Tensor, Tensor)",
+    checks.check_masked_weight_backward,
+)
+def masked_weight_backward(grad, weight, threshold, surrogate, structure_gradient):
+    return torch.empty_like(weight), torch.empty_like(threshold)
+
+
+@_define(
+    "masked_linear(Tensor input, Tensor weight, Tensor threshold, Tensor? bias, "
+    "float? reset_ratio) -> (Tensor, Tensor)",
+    checks.check_masked_linear,
+)
+def masked_linear(input, weight, threshold, bias, reset_ratio):
+    output = input.new_empty([*input.shape[:-1], weight.shape[0]])
+    return output, torch.empty_like(threshold)
+
+
+@_define(
+    "masked_linear_grad_input(Tensor grad, Tensor weight, Tensor threshold) -> Tensor",
+    checks.check_linear_grad_input,
+)
+def masked_linear_grad_input(grad, weight, threshold):
+    return grad.new_empty([*grad.shape[:-1], weight.shape[1]])
+
+
+@_define(
+    "masked_linear_grad_weight(Tensor grad, Tensor input, Tensor weight, Tensor threshold, "
+    "str surrogate, bool structure_gradient) -> (Tensor, Tensor)",
+    checks.check_linear_grad_weight,
+)
+def masked_linear_grad_weight(grad, input, weight, threshold, surrogate, structure_gradient):
+    return torch.empty_like(weight), torch.empty_like(threshold)
+
+
+@_define(
+    "masked_conv(Tensor input, Tensor weight, Tensor threshold, Tensor? bias, float? reset_ratio, "
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> (Tensor, Tensor)",
+    conv_checks.check_masked_conv,
+)
+def masked_conv(input, weight, threshold, bias, reset_ratio, stride, padding, dilation, groups):
+    shape = conv_output_shape(input.shape, weight.shape, stride, padding, dilation)
+    output = torch.empty(
+        shape,
+        dtype=input.dtype,
+        device=input.device,
+        memory_format=conv_memory_format(input, weight),
+    )
+    return output, torch.empty_like(threshold)
+
+
+@_define(
+    "masked_conv_grad_input(Tensor grad, SymInt[] input_shape, Tensor weight, Tensor threshold, "
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> Tensor",
+    conv_checks.check_conv_grad_input,
+)
+def masked_conv_grad_input(grad, input_shape, weight, threshold, stride, padding, dilation, groups):
+    return torch.empty(
+        input_shape,
+        dtype=grad.dtype,
+        device=grad.device,
+        memory_format=conv_memory_format(grad, weight),
+    )
+
+
+@_define(
+    "masked_conv_grad_weight(Tensor grad, Tensor input, Tensor weight, Tensor threshold, "
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str surrogate, "
+    "bool structure_gradient) -> (Tensor, Tensor)",
+    conv_checks.check_conv_grad_weight,
+)
+def masked_conv_grad_weight(
+    grad,
+    input,
+    weight,
+    threshold,
+    stride,
+    padding,
+    dilation,
+    groups,
+    surrogate,
+    structure_gradient,
+):
+    return torch.empty_like(weight), torch.empty_like(threshold)

@@ -1,0 +1,341 @@
+"""What DSTSGD and DSTAdamW share: whose gradients they make, the step, state, clipping."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..backends import implementation, resolve
+from ..model import parameter_groups
+from ..nn.find import named_masked_weights
+from ..nn.sources.deferral import Deferral
+from ..nn.sources.group import group_, is_grouped
+from ..ops.dtensor import norm_over_shards
+from ._batch import Batch, Segment, collect, local
+from ._pairs import deferrable_pairs
+
+__all__ = ["DeferredOptimizer"]
+
+
+class DeferredOptimizer(Optimizer):
+    """See `DSTSGD`.
+
+    Subclasses have `_op`, the op's name, and `_kinds`, the number of state tensors it takes for
+    each parameter.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler hands its scale over instead of waiting for it
+    _op: str
+    _kinds: int
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable | None,
+        defaults: dict[str, Any],
+        bucket_mb: float,
+        backend: str,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model must be the torch.nn.Module to train, but is a {type(model).__name__}; "
+                "parameters go into params"
+            )
+        if params is not None and not isinstance(params, Iterable):
+            raise TypeError(
+                f"params must be parameters, param groups or None (the model's), but is {params!r}"
+            )
+        if backend == "triton":
+            raise ValueError(
+                "backend must be one of auto, reference, cpu, cuda, but is 'triton', "
+                "which has no kernels for steps"
+            )
+        resolve(backend)
+        self._model, self._backend = model, backend
+        self._clip: Tensor | None = None
+        self._deferral: Deferral | None = None
+        super().__init__(parameter_groups(model) if params is None else params, defaults)
+        if not is_grouped(model):
+            group_(model, bucket_mb)
+        self._defer()
+
+    # -- the step ------------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step from the gradients in `.grad`; returns what `closure` returns, if given.
+
+        Does not wait for the device.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scales = getattr(self, "grad_scale", None), getattr(self, "found_inf", None), self._clip
+        hypers, rates, alphas = self._hypers()
+        batches = self._current_batches()
+        for batch in batches:
+            grads, threshold_grads = batch.grads()
+            masked = batch.masked(self._deferral)
+            self._implementation(self._op, batch)(
+                batch.weights, grads, *batch.state,
+                batch.thresholds, threshold_grads, *batch.threshold_state,
+                [batch.absent if each is None else each for each in masked],
+                batch.kept, batch.settings,
+                hypers, *map(batch.present, (rates, alphas, scales)),
+            )  # fmt: skip
+            renewed = [each for each in masked if each is not None]
+            torch.autograd.graph.increment_version(batch.written + renewed)
+            for segment, each in zip(batch.segments, masked, strict=True):
+                if each is not None:
+                    self._deferral.store(segment.layer, each, committed=True)
+        if any(batch.first for batch in batches):
+            self._first_step_done(scales[1])
+            self._signature = None
+        self._clip = None
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As any optimizer; what `clip_grad_norm_` found goes with the gradients."""
+        super().zero_grad(set_to_none)
+        self._clip = None
+
+    def grad_norm(self) -> Tensor:
+        """The norm of all gradients that the next step will use, dW and dt among them (0-dim).
+
+        What is in `.grad` has another norm: dense gradients stand there for both. One more pass
+        over gradients and weights; no synchronisation.
+        """
+        hypers, _, alphas = self._hypers()
+        norms = []
+        with torch.no_grad():
+            for batch in self._current_batches():
+                grads, threshold_grads = batch.grads()
+                norm = torch.zeros(1, device=batch.device)
+                self._implementation("grad_norm_", batch)(
+                    batch.weights, grads, batch.thresholds, threshold_grads, batch.settings,
+                    hypers, batch.present(alphas), [batch.absent] * 3, norm,
+                )  # fmt: skip
+                norms.append(norm_over_shards(norm, batch.segments[0].parameter))
+        if not norms:
+            return torch.zeros(())
+        return torch.cat([norm.to(norms[0].device) for norm in norms]).norm()
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale the gradients of the next step to a norm of at most `max_norm`; `grad_norm()`.
+
+        As `torch.nn.utils.clip_grad_norm_`, which would measure the dense gradients instead. Under
+        a GradScaler call its `unscale_` first. `.grad` stays as it is.
+        """
+        norm = self.grad_norm()
+        self._clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        return norm
+
+    # -- whose gradients -----------------------------------------------------------------------
+
+    def _defer(self) -> None:
+        optimized = {id(p) for group in self.param_groups for p in group["params"]}
+        pairs = deferrable_pairs(self._model, optimized)
+        layers = [layer for pair in pairs for layer in pair.layers]
+        taken = sum(layer._deferral not in (None, self._deferral) for layer in layers)
+        if taken:
+            raise ValueError(
+                f"model: {taken} of its layers belong to another optimizer of dst_kernels.optim; "
+                "call its release() first"
+            )
+        before, self._deferral, self._pairs = self._deferral, Deferral(layers), pairs
+        weakref.finalize(self, self._deferral.release).atexit = False
+        if before is not None:
+            before.release()  # what is not in the new one
+        self._forget()
+
+    def _let_go(self) -> None:
+        """Of layers with other parameters than they had: these gradients are their own."""
+        served = [p for p in self._pairs if all(map(self._deferral.serves, p.layers))]
+        if len(served) < len(self._pairs):
+            kept = {layer for pair in served for layer in pair.layers}
+            layers = {layer for pair in self._pairs for layer in pair.layers}
+            self._deferral.release(layers - kept)
+            self._pairs = served
+            self._forget()
+
+    def release(self) -> None:
+        """Give the layers back: their gradients are dW and dt again, for any optimizer to use.
+
+        Gradients that still wait for a step are dropped.
+        """
+        self._deferral.release()
+        self._pairs = []
+        self._forget()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict):  # else an error of torch's
+            self._check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        if self._deferral is None:  # still in the constructor
+            return
+        try:
+            self._defer()
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _implementation(self, op: str, batch: Batch) -> Callable:
+        return implementation(self._backend, batch.device, op, double=batch.double)
+
+    # -- collecting what the op takes ----------------------------------------------------------
+
+    def _forget(self) -> None:
+        self._groups: list | None = None
+        self._signature: list | None = None
+        self._batches: list[Batch] = []
+
+    def _hypers(self) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+        """Two rows for each group: for its weights, and for its thresholds, which have alpha."""
+        rows, rates, alphas = [], [], []
+        for group in self.param_groups:
+            rate, alpha = _on_device(group["lr"]), _on_device(group["alpha"])
+            common = [
+                float(group["lr"]) if rate is None else 0.0,
+                group["weight_decay"],
+                float(group["maximize"]),
+            ]
+            amount = 0.0 if group["alpha"] is None or alpha is not None else float(group["alpha"])
+            has_alpha = float(group["alpha"] is not None)
+            rest = self._rule(group)
+            rows += [*common, 0.0, 0.0, *rest], [*common, has_alpha, amount, *rest]
+            rates += rate, rate
+            alphas += None, alpha
+        return torch.tensor(rows, dtype=torch.float64), rates, alphas
+
+    def _all_segments(self) -> list[Segment]:
+        group_of = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        pairs = {id(pair.weight): pair for pair in self._pairs}
+        deferred = {id(pair.threshold) for pair in self._pairs}
+        thresholds = {id(part.threshold) for _, part in named_masked_weights(self._model)}
+        segments = []
+        for i, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                pair = pairs.get(id(p))
+                if pair is not None:
+                    of_threshold = group_of.get(id(pair.threshold))
+                    row = -1 if of_threshold is None else 2 * of_threshold + 1
+                    segments.append(Segment(p, 2 * i, pair, row))
+                elif id(p) not in deferred:
+                    segments.append(Segment(p, 2 * i + (id(p) in thresholds)))
+        return segments
+
+    def _current_batches(self) -> list[Batch]:
+        """Collected anew where anything is not as it was in the last step but the numbers."""
+        self._let_go()
+        self._commit_resets()
+        groups = [[id(p) for p in group["params"]] for group in self.param_groups]
+        if groups != self._groups:
+            self._segments, self._groups, self._signature = self._all_segments(), groups, None
+        has_alpha = [
+            flag for group in self.param_groups for flag in (False, group["alpha"] is not None)
+        ]
+        signature = [has_alpha, *(self._needs_state(group) for group in self.param_groups)]
+        for segment in self._segments:
+            parameter, threshold = segment.parameter, segment.threshold
+            own = local(parameter) if segment.sharded else parameter
+            signature += parameter.grad is None, own.data_ptr()
+            if threshold is None:
+                signature.append(parameter.requires_grad)
+            else:
+                layer = segment.layer
+                own = local(threshold) if segment.sharded else threshold
+                signature += (
+                    threshold.grad is None, own.data_ptr(), threshold.requires_grad,
+                    layer.reset_ratio, layer.surrogate, layer.structure_gradient,
+                )  # fmt: skip
+        if [len(self.state), *signature] != self._signature:
+            self._batches = collect(self._segments, has_alpha, self._state_of, self._kinds)
+            self._signature = [len(self.state), *signature]
+        return self._batches
+
+    def _commit_resets(self) -> None:
+        """The step wants effective thresholds, which forwards in evaluation mode do not write."""
+        for pair in self._pairs:
+            layer = pair.layers[0]
+            if pair.weight.grad is not None and layer._sharded_threshold is None:
+                self._deferral.commit(layer)
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Also takes the state of the optimizer of `torch.optim` that this one stands for."""
+        for group in state_dict["param_groups"]:
+            self._check({**self.defaults, **group})
+        mine = [dict(group) for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, before in zip(self.param_groups, mine, strict=True):
+            group.update({**before, **group})  # torch.optim does not have all of our options
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles take the model along; without it there would be no gradients."""
+        return {**super().__getstate__(), "_model": self._model, "_backend": self._backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_model" in state:  # else this is load_state_dict
+            self._clip = self._deferral = None
+            self._defer()
+
+    def _check(self, group: dict[str, Any]) -> None:
+        """ValueError for values out of range and for options of torch.optim that are not here."""
+        self._check_range(group, "lr", "weight_decay")
+        for name, kinds in ("lr", (Real, Tensor)), ("alpha", (Real, Tensor, type(None))):
+            value = group[name]
+            if not isinstance(value, kinds) or (isinstance(value, Tensor) and value.numel() != 1):
+                also = ", None" if name == "alpha" else ""
+                raise ValueError(
+                    f"{name} must be a number{also} or a tensor with one element, but is {value!r}"
+                )
+
+    @staticmethod
+    def _check_range(group: dict[str, Any], *names: str) -> None:
+        for name in names:
+            if isinstance(group[name], Real) and not group[name] >= 0:
+                raise ValueError(f"{name} must be at least 0, but is {group[name]}")
+
+    def _rule(self, group: dict[str, Any]) -> tuple[float, float, float]:
+        """The last three columns of the op's hypers."""
+        raise NotImplementedError
+
+    def _needs_state(self, group: dict[str, Any]) -> bool:
+        """Whether the update rule keeps anything with these options."""
+        return True
+
+    def _state_of(self, parameter: Tensor, row: int) -> tuple[list[Tensor], bool]:
+        """The state tensors of a parameter, made where there are none, and whether the rule is
+        another for their first step and this is it."""
+        raise NotImplementedError
+
+    def _like_parameter(self, parameter: Tensor, name: str) -> Tensor:
+        """A state tensor with the dtype and strides that the op wants.
+
+        They may differ after a conversion of the model or after loading.
+        """
+        state = self.state[parameter]
+        tensor = state[name]
+        strides = local(tensor).stride(), local(parameter).stride()
+        if tensor.dtype != parameter.dtype or strides[0] != strides[1]:
+            tensor = state[name] = torch.empty_like(parameter).copy_(tensor)
+        return tensor
+
+    def _first_step_done(self, found_inf: Tensor | None) -> None:
+        """Called after a step that was the first of something, unless a GradScaler skipped it."""
+
+
+def _on_device(value: float | Tensor | None) -> Tensor | None:
+    """Numbers that are read where they are, so that a captured graph follows their changes."""
+    return value if isinstance(value, Tensor) and value.is_cuda else None

@@ -1,0 +1,29 @@
+"""Which path each product of a masked layer takes: an estimate, or a table of measurements.
+
+`estimate` decides from sizes, dtypes and the GPU; `table` reads what was measured on a GPU, one
+JSON file each under `tables/`.
+"""
+
+from .estimate import (
+    CONV_TRANSPOSE_PATHS,
+    FUSED,
+    PACKED,
+    PATHS,
+    PLANS,
+    Plan,
+    check_path,
+    plan_conv,
+    plan_linear,
+)
+
+__all__ = [
+    "CONV_TRANSPOSE_PATHS",
+    "FUSED",
+    "PACKED",
+    "PATHS",
+    "PLANS",
+    "Plan",
+    "check_path",
+    "plan_conv",
+    "plan_linear",
+]

@@ -1,0 +1,240 @@
+"""Which path each product of a masked layer takes: a pure function of shapes, dtypes and the GPU.
+
+The products of a linear layer are y = x (W * M)^T, dX = dY (W * M) and G = dY^T X, from which
+dW and dt follow. Each runs *fused* (one kernel reads W and t, masks and multiplies; or multiplies
+and makes dW and dt in its epilogue) or *packed* (one pass writes W * M in the compute dtype, or
+reads G and W, and the vendor's library multiplies in between). A convolution has the same three.
+
+Costs come from the GPU's table (`tables/`, written by `python -m bench plan` from measurements)
+where it has a case nearby. Else those of a linear layer come from a roofline estimate, and a
+convolution is packed: the vendor's are hard to beat.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .table import measured_conv_costs, measured_costs
+
+__all__ = [
+    "CONV_TRANSPOSE_PATHS",
+    "FUSED",
+    "PACKED",
+    "PATHS",
+    "PLANS",
+    "Plan",
+    "check_path",
+    "plan_conv",
+    "plan_linear",
+]
+
+FUSED, PACKED = "fused", "packed"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How each product runs: "fused" or "packed"."""
+
+    forward: str
+    grad_input: str
+    grad_weight: str
+
+
+PLANS = {
+    "fused": Plan(FUSED, FUSED, FUSED),
+    "packed": Plan(PACKED, PACKED, PACKED),
+    "mixed": Plan(PACKED, PACKED, FUSED),
+}
+PATHS = ("auto", *PLANS)
+CONV_TRANSPOSE_PATHS = ("auto", "packed")  # nobody has fused kernels for it
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of each product on each path; `packed_forward` includes the pack, which the backward
+    pass then finds done."""
+
+    fused_forward: float
+    packed_forward: float
+    fused_grad_input: float
+    packed_grad_input: float
+    fused_grad_weight: float
+    packed_grad_weight: float
+
+
+def check_path(path: str, paths: Sequence[str] = PATHS) -> None:
+    """Raise ValueError for an unknown name, or one that is not among the `paths` of a layer."""
+    if path in paths:
+        return
+    why = ": transposed convolutions have the packed path only" if path in PATHS else ""
+    raise ValueError(f"path must be one of {', '.join(paths)}, but is {path!r}{why}")
+
+
+def plan_linear(
+    M: int,
+    N: int,
+    K: int,
+    input_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    *,
+    gpu: str | None = None,
+    tf32: bool = False,
+    needs_grad_input: bool = True,
+    packed_available: bool = False,
+) -> Plan:
+    """The fastest plan on a GPU for M tokens and a weight [N, K].
+
+    `gpu` is the device's name as torch reports it, `tf32` whether float32 products may round to
+    it. With `packed_available` the masked copy exists already.
+    """
+    if torch.float64 in (input_dtype, weight_dtype):
+        return PLANS["packed"]  # no tensor-core kernels for it
+    costs = _costs(M, N, K, input_dtype, weight_dtype, gpu, tf32)
+    return _cheapest(costs, needs_grad_input, packed_available)
+
+
+def plan_conv(
+    M: int,
+    N: int,
+    C: int,
+    input_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    *,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    groups: int,
+    pointwise: bool,
+    channels_last: bool,
+    gpu: str | None = None,
+    tf32: bool = False,
+    needs_grad_input: bool = True,
+    packed_available: bool = False,
+) -> Plan:
+    """The fastest plan on a GPU for M output positions and a weight [N, C, *kernel].
+
+    `pointwise` says that it is a matrix product: kernel and stride of 1, one group, no padding;
+    `channels_last` that the input lies so in memory. All else as in `plan_linear`.
+    """
+    exact_float32 = input_dtype == torch.float32 and not tf32
+    if torch.float64 in (input_dtype, weight_dtype) or exact_float32:
+        return PLANS["packed"]
+    if not channels_last or len(kernel) > 2:
+        return PLANS["packed"]  # no fused kernels for it
+    sizes_and_dtypes = M, N, C, input_dtype, weight_dtype
+    costs = _conv_costs(*sizes_and_dtypes, kernel, stride, groups, pointwise, gpu)
+    if costs is None:
+        return PLANS["packed"]
+    return _cheapest(costs, needs_grad_input, packed_available)
+
+
+def _cheapest(costs: Costs, needs_grad_input: bool, packed_available: bool) -> Plan:
+    grad_weight = FUSED if costs.fused_grad_weight < costs.packed_grad_weight else PACKED
+    if packed_available:
+        return Plan(PACKED, PACKED, grad_weight)
+    candidates = {
+        (FUSED, FUSED): costs.fused_forward + needs_grad_input * costs.fused_grad_input,
+        (PACKED, PACKED): costs.packed_forward + needs_grad_input * costs.packed_grad_input,
+        (PACKED, FUSED): costs.packed_forward + needs_grad_input * costs.fused_grad_input,
+    }
+    return Plan(*min(candidates, key=candidates.get), grad_weight)
+
+
+@functools.lru_cache(maxsize=4096)
+def _costs(
+    M: int,
+    N: int,
+    K: int,
+    input_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    gpu: str | None,
+    tf32: bool,
+) -> Costs:
+    exact_float32 = input_dtype == torch.float32 and not tf32
+    if not exact_float32:
+        measured = measured_costs(gpu, M, N, K, input_dtype, weight_dtype)
+        if measured is not None:
+            return Costs(**measured)
+    return _estimated_costs(M, N, K, input_dtype, weight_dtype, exact_float32)
+
+
+@functools.lru_cache(maxsize=4096)
+def _conv_costs(
+    M: int,
+    N: int,
+    C: int,
+    input_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    groups: int,
+    pointwise: bool,
+    gpu: str | None,
+) -> Costs | None:
+    """None where nothing near was measured."""
+    arguments = gpu, M, N, C, input_dtype, weight_dtype
+    measured = measured_conv_costs(*arguments, kernel, stride, groups)
+    if measured is None and pointwise:
+        measured = measured_costs(*arguments)
+    return None if measured is None else Costs(**measured)
+
+
+# -- the estimate ----------------------------------------------------------------------------------
+
+# A Hopper GPU's order of magnitude. Only ratios matter for the choice, and those differ little
+# between GPUs: what decides is how many times a weight is read and written.
+_BYTES_PER_SECOND = 4.3e12
+_SIXTEEN_BIT_FLOPS = 790e12
+_TF32_FLOPS = 390e12
+_FLOAT32_FLOPS = 50e12
+_LAUNCH = 2e-6
+
+# Shares of the library's speed. The masked product converts and masks its left operand in
+# registers before every multiplication; the gradient's product is dense until its epilogue.
+_MASKED_PRODUCT = 0.65
+_MASKED_PRODUCT_NO_CAST = 0.7
+_GRADIENT_PRODUCT = 0.9
+_FLOAT32_PRODUCT = 0.5  # without tensor cores Triton's products are far behind
+
+
+def _estimated_costs(
+    M: int,
+    N: int,
+    K: int,
+    input_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    exact_float32: bool,
+) -> Costs:
+    """Roofline: every kernel takes the longer of its arithmetic and its traffic, plus a launch."""
+    if exact_float32:
+        flops, masked_share, gradient_share = _FLOAT32_FLOPS, _FLOAT32_PRODUCT, _FLOAT32_PRODUCT
+    else:
+        flops = _SIXTEEN_BIT_FLOPS if input_dtype.itemsize == 2 else _TF32_FLOPS
+        same = input_dtype == weight_dtype
+        masked_share = _MASKED_PRODUCT_NO_CAST if same else _MASKED_PRODUCT
+        gradient_share = _GRADIENT_PRODUCT
+    weights = N * K
+    activations = M * (N + K) * input_dtype.itemsize
+    compute, stored = weights * input_dtype.itemsize, weights * weight_dtype.itemsize
+    arithmetic = 2 * M * weights / flops
+
+    def kernel(arithmetic: float, traffic: float) -> float:
+        return max(arithmetic, traffic / _BYTES_PER_SECOND) + _LAUNCH
+
+    product = kernel(arithmetic, activations + compute)
+    pack = kernel(0, stored + compute) + _LAUNCH  # the second launch settles the guard
+    post = kernel(0, compute + 2 * stored)
+    masked_product = kernel(arithmetic / masked_share, activations + stored)
+    # The fused epilogue overlaps with nothing in its own tile.
+    epilogue = 2 * stored / _BYTES_PER_SECOND / 4
+    return Costs(
+        fused_forward=masked_product + _LAUNCH,
+        packed_forward=pack + product,
+        fused_grad_input=masked_product,
+        packed_grad_input=product,
+        fused_grad_weight=kernel(arithmetic / gradient_share, activations + 2 * stored) + epilogue,
+        packed_grad_weight=product + post,
+    )

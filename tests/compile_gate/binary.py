@@ -1,0 +1,180 @@
+"""Compiles one variant for one architecture and measures the binary."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import subprocess
+import tempfile
+import time
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .widths import Access, tile_accesses
+
+if TYPE_CHECKING:
+    from .variants import Variant
+
+# One SASS instruction as cuobjdump prints it: address, predicate, opcode with modifiers, operands.
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+# wgmma with operand A in registers: `HGMMA.64x128x16.F32.BF16 R24, R96, gdesc[UR20], R24`.
+_A_IN_REGISTERS = re.compile(r"\s*R\w+,\s*R\w+,")
+# C7510 to C7520 say for one reason or another that ptxas waits after every single wgmma.
+_SERIALISED = re.compile(
+    r"\((C75\d\d)\) (?:Potential Performance Loss: )?(.*?)(?: in the function|$)", re.M
+)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What the binary of one variant needs and does."""
+
+    registers: int
+    spilled: int
+    """Bytes per thread that ptxas spills, stores and loads together."""
+    local: int
+    """Instructions on local memory: spills, and arrays indexed at run time."""
+    shared: int
+    hgmma: int
+    hgmma_a_in_registers: int
+    hmma: int
+    tma: int
+    loads: dict[int, int]
+    """Global load instructions by width in bits, asynchronous copies included."""
+    stores: dict[int, int]
+    serialised: tuple[str, ...]
+    """What ptxas says where it serialises wgmma."""
+    accesses: tuple[Access, ...]
+    """The loads and stores of the kernel's source."""
+    threads: int
+    seconds: float
+
+    @property
+    def mma(self) -> int:
+        """Tensor-core instructions of either kind."""
+        return self.hgmma + self.hmma
+
+
+def prepare(cache: str) -> None:
+    """Set up this process for `measure`. Only for processes that do nothing else."""
+    from triton import knobs
+
+    # A cached binary has no ptxas log. The private folder keeps the user's cache as it is.
+    knobs.cache.dir = cache
+    knobs.compilation.always_compile = True
+    # The log is that of the very run that made the binary. A second run of ptxas on the same PTX
+    # would need the same flags, and these differ: 3.9 adds --regAllocOptLevel=2.
+    knobs.nvidia.dump_ptxas_log = True
+    knobs.compilation.store_binary_only = False
+    knobs.compilation.disable_line_info = False  # widths.py needs the lines
+    # 3.9 announces at every first use that the default of 3.10 differs.
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+
+
+def build(variant: Variant, arch: int) -> tuple[Any, str]:
+    """The variant compiled with the installed Triton, and what was printed; `prepare` first."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, attributes = _specialisation(variant)
+    source = ASTSource(variant.kernel, signature, variant.constexprs, attributes)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        compiled = triton.compile(
+            source,
+            target=GPUTarget("cuda", arch, 32),
+            options={
+                "num_warps": variant.warps,
+                "num_stages": variant.stages,
+                "enable_fp_fusion": True,  # as the launchers say
+            },
+        )
+    return compiled, printed.getvalue()
+
+
+def measure(variant: Variant, arch: int) -> Measurement:
+    """Build and inspect the result."""
+    start = time.perf_counter()
+    compiled, log = build(variant, arch)
+    opcodes, a_in_registers = _instructions(compiled.asm["cubin"])
+    return Measurement(
+        registers=_number(r"Used (\d+) registers", log),
+        spilled=_number(r"(\d+) bytes spill stores", log)
+        + _number(r"(\d+) bytes spill loads", log),
+        local=_count(opcodes, "LDL", "STL"),
+        shared=compiled.metadata.shared,
+        hgmma=_count(opcodes, "HGMMA"),
+        hgmma_a_in_registers=a_in_registers,
+        hmma=_count(opcodes, "HMMA"),
+        tma=_count(opcodes, "UTMALDG", "UTMASTG"),
+        loads=_by_width(opcodes, "LDG", "LDGSTS"),
+        stores=_by_width(opcodes, "STG"),
+        serialised=tuple(sorted({" ".join(found) for found in _SERIALISED.findall(log)})),
+        accesses=tile_accesses(compiled.asm["ttgir"], compiled.asm["ptx"]),
+        threads=32 * variant.warps,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _specialisation(variant: Variant) -> tuple[dict[str, str], dict[tuple[int, ...], Any]]:
+    """The signature and the attributes that a launch with such arguments would come to."""
+    names = variant.kernel.arg_names
+    runtime, fixed = set(variant.signature), set(variant.constexprs)
+    for problem, arguments in (
+        ("neither in signature nor in constexprs", set(names) - runtime - fixed),
+        ("both in signature and in constexprs", runtime & fixed),
+        ("not arguments of the kernel", (runtime | fixed) - set(names)),
+        ("aligned, but not in signature", set(variant.aligned) - runtime),
+    ):
+        if arguments:
+            raise ValueError(f"{', '.join(sorted(arguments))}: {problem}")
+    # Host-made descriptors are spelled "tensordesc<bf16[128, 64]>" in 3.6 and 3.9 alike (the space
+    # is optional), take no attributes, and are one argument here: shape and strides are appended
+    # to the compiled kernel's parameters by Triton itself.
+    signature = {name: variant.signature.get(name, "constexpr") for name in names}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned}
+    return signature, attributes
+
+
+def _instructions(cubin: bytes) -> tuple[Counter[str], int]:
+    """SASS opcodes with their modifiers, and how many wgmma take operand A from registers."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = _INSTRUCTION.findall(sass)
+    if not found:
+        raise RuntimeError(f"no instruction in what {command[0]} printed:\n{sass[:1000]}")
+    a_in_registers = sum(
+        opcode.startswith("HGMMA") and _A_IN_REGISTERS.match(operands) is not None
+        for opcode, operands in found
+    )
+    return Counter(opcode for opcode, _ in found), a_in_registers
+
+
+def _count(opcodes: Counter[str], *names: str) -> int:
+    return sum(n for opcode, n in opcodes.items() if opcode.split(".")[0] in names)
+
+
+def _by_width(opcodes: Counter[str], *names: str) -> dict[int, int]:
+    widths: Counter[int] = Counter()
+    for opcode, n in opcodes.items():
+        name, *modifiers = opcode.split(".")
+        if name in names:
+            sizes = [int(m.lstrip("US")) for m in modifiers if re.fullmatch(r"[US]?\d+", m)]
+            widths[sizes[0] if sizes else 32] += n
+    return dict(sorted(widths.items(), reverse=True))
+
+
+def _number(pattern: str, log: str) -> int:
+    found = re.findall(pattern, log)
+    if not found:
+        raise RuntimeError(f"ptxas did not print {pattern!r}. Its log:\n{log[-2000:]}")
+    return max(map(int, found))
