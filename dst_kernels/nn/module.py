@@ -1,6 +1,6 @@
 """What all masked modules share: options, thresholds, dense and back, state dicts.
 
-A module has one masked weight (`layer.py`) or several (`_recurrent.py`).
+A module has one masked weight (`layer.py`) or several (`recurrent.py`).
 """
 
 from __future__ import annotations

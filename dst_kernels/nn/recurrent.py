@@ -1,12 +1,218 @@
-"""Masked recurrent modules: LSTM, GRU and plain RNN."""
+"""Masked recurrent modules, LSTM, GRU and plain RNN: gate matrices masked once per sequence."""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Sequence
 
-from ._recurrent import MaskedRecurrent
+import torch
+from torch import Tensor, nn
 
-__all__ = ["MaskedGRU", "MaskedLSTM", "MaskedRNN"]
+from .. import autograd
+from ..ops.autocast import autocast_enabled
+from ..ops.dtensor import is_dtensor, reset_rows
+from .cudnn_buffer import cudnn_takes, empty_parameters
+from .module import MaskedModule, MaskedWeight
+
+__all__ = ["RECURRENT_PATHS", "MaskedGRU", "MaskedLSTM", "MaskedRNN", "MaskedRecurrent"]
+
+RECURRENT_PATHS = ("auto", "packed")  # products are torch's: cuDNN's on a GPU
+
+_GATES = {"LSTM": 4, "GRU": 3}  # matrices stacked in weight_ih and weight_hh
+_CAST_BY_AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class MaskedRecurrent(MaskedModule):
+    """`torch.nn.{parent}` that computes with the weights whose magnitude exceeds their threshold.
+
+    Arguments, input and output as in the parent, and keyword-only arguments and errors as in
+    `MaskedLinear`, but that `path` is "auto" or "packed", which are the same here. `weight_ih_l0`
+    has `threshold_ih_l0`, and so on. Every gate matrix is masked by itself: a row is one unit of
+    one gate, "layer" means one threshold for each gate of each weight, and the collapse guard
+    looks at each gate's matrix. Biases are dense.
+
+    Weights are masked once per call, not per time step, straight to where cuDNN wants them. All
+    layers and directions are masked in one launch, also outside of `dst_kernels.group_`.
+    """
+
+    paths = RECURRENT_PATHS
+
+    def __init__(
+        self,
+        *args,
+        granularity: str = "row",
+        reset_ratio: float | None = 0.01,
+        surrogate: str = "long_tailed",
+        structure_gradient: bool = True,
+        backend: str = "auto",
+        path: str = "auto",
+        **kwargs,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._init_masking(granularity, reset_ratio, surrogate, structure_gradient, backend, path)
+
+    def masked_weights(self) -> Sequence[MaskedWeight]:
+        gates = _GATES.get(self.mode, 1)
+        return [
+            MaskedWeight(
+                self, name, name.replace("weight", "threshold"), 1 if "_hr_" in name else gates
+            )
+            for name in self._flat_weights_names
+            if name.startswith("weight")
+        ]
+
+    def mask(self) -> dict[str, Tensor]:
+        """By weight: boolean, True where a weight is kept; no synchronisation."""
+        return {part.name: part.mask() for part in self.masked_weights()}
+
+    @torch.no_grad()
+    def remaining_ratio(self) -> Tensor:
+        """Kept weights / all weights, a 0-dim float32 tensor on the module's device."""
+        masks = self.mask().values()
+        kept = torch.stack([mask.sum() for mask in masks]).sum()
+        return kept.to(torch.float32) / sum(mask.numel() for mask in masks)
+
+    # -- forward -------------------------------------------------------------------------------
+
+    # torch's compiler leaves recurrent modules to eager mode, too, unless told otherwise.
+    @torch._disable_dynamo
+    def forward(self, input, hx=None):
+        parameters = self._flat_weights
+        # The parent's forward computes with these.
+        self.__dict__["_flat_weights"] = self._masked_parameters()
+        try:
+            return super().forward(input, hx)
+        finally:
+            self.__dict__["_flat_weights"] = parameters
+
+    def _masked_parameters(self) -> list[Tensor]:
+        """W * M of every weight, and the biases, in the dtype of the products."""
+        parameters = [getattr(self, name) for name in self._flat_weights_names]
+        parts = {part.name: part for part in self.masked_weights()}
+        stacks = [
+            autograd.Stack(part.weight, part.threshold, part.matrices) for part in parts.values()
+        ]
+        dtype = _product_dtype(parameters[0])
+        if _is_plain(parameters) and not self._sharded_thresholds:
+            weights, biases = self._mask_at_once(stacks, parameters, dtype)
+        else:
+            weights, biases = self._mask_one_by_one(stacks, parameters, dtype)
+        weights, biases = iter(weights), iter(biases)
+        return [next(weights if name in parts else biases) for name in self._flat_weights_names]
+
+    def _mask_at_once(
+        self, stacks: Sequence[autograd.Stack], parameters: Sequence[Tensor], dtype: torch.dtype
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        shapes = [parameter.shape for parameter in parameters]
+        out = empty_parameters(self, shapes, dtype, parameters[0].device)
+        return autograd.mask_stacks(
+            stacks,
+            _biases(parameters),
+            ([each for each in out if each.dim() == 2], _biases(out)),
+            self.reset_ratio,
+            self._commits,
+            self.surrogate,
+            self.structure_gradient,
+            self.backend,
+        )
+
+    def _mask_one_by_one(
+        self, stacks: Sequence[autograd.Stack], parameters: Sequence[Tensor], dtype: torch.dtype
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """With registered ops, as fake tensors, dispatch modes, torch.func and FSDP2 want it."""
+        masked = []
+        for part, stack in zip(self.masked_weights(), stacks, strict=True):
+            weights = stack.weight.chunk(stack.matrices)
+            thresholds = stack.threshold.chunk(stack.matrices)
+            made = [
+                autograd.masked_weight(
+                    weight,
+                    threshold,
+                    reset_ratio=self.reset_ratio,
+                    dtype=dtype,
+                    surrogate=self.surrogate,
+                    structure_gradient=self.structure_gradient,
+                    backend=self.backend,
+                )
+                for weight, threshold in zip(weights, thresholds, strict=True)
+            ]
+            masked.append(torch.cat([matrix for matrix, _ in made]))
+            if self._commits:
+                self._commit(part, torch.cat([effective for _, effective in made]))
+        return masked, [bias.to(dtype) for bias in _biases(parameters)]
+
+    @property
+    def _commits(self) -> bool:
+        return self.training and self.reset_ratio is not None
+
+    @torch.no_grad()
+    def _commit(self, part: MaskedWeight, effective: Tensor) -> None:
+        """Write resets by the guard into the thresholds."""
+        threshold = part.threshold
+        shard = self._sharded_thresholds.get(part.threshold_name)
+        if shard is not None:
+            reset_rows(shard, (effective == 0) & (threshold != 0))
+        threshold.copy_(effective)
+
+    # -- torch.nn.RNNBase machinery ------------------------------------------------------------
+
+    @property
+    def _sharded_thresholds(self) -> dict[str, Tensor]:
+        """Those that FSDP2 keeps sharded, by name; seen when it sets them here."""
+        return self.__dict__.setdefault("_shards", {})
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # As in MaskedLayer: a committed reset must also reach the shard.
+        if name.startswith("threshold_") and isinstance(value, Tensor) and is_dtensor(value):
+            self._sharded_thresholds[name] = value
+        super().__setattr__(name, value)
+
+    def flatten_parameters(self) -> None:
+        """Nothing to do: masked weights are flat, and the parameters are not computed with."""
+
+    def _update_flat_weights(self) -> None:
+        """Nothing to do: forward reads the parameters, whatever they are by then."""
+
+    def __getstate__(self) -> dict:
+        parameters = [self._parameters.get(name) for name in self._flat_weights_names]
+        return {**super().__getstate__(), "_flat_weights": parameters, "_shards": {}}
+
+    @classmethod
+    def from_dense(cls, dense: nn.Module, **options):
+        layer = super().from_dense(dense, **options)
+        layer._init_flat_weights()  # a list of its own
+        return layer
+
+    def to_dense(self) -> nn.Module:
+        layer = super().to_dense()
+        layer.__dict__.pop("_shards", None)
+        layer._init_flat_weights()
+        return layer
+
+
+def _biases(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [parameter for parameter in parameters if parameter.dim() == 1]
+
+
+def _is_plain(parameters: Sequence[Tensor]) -> bool:
+    """Whether nothing but eager torch sees these, so that ops without a fake can run on them."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or any(type(each) not in (Tensor, nn.Parameter) for each in parameters)
+        or parameters[0].device.type not in ("cpu", "cuda")
+    )
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    """What the parent's products run in: under autocast its dtype, else the weight's."""
+    device = weight.device
+    if not autocast_enabled(device.type) or weight.dtype not in _CAST_BY_AUTOCAST:
+        return weight.dtype
+    # torch's autocast knows only float16 for cuDNN's recurrent layers, whatever was asked for.
+    if cudnn_takes(torch.float16, device):
+        return torch.float16
+    return torch.get_autocast_dtype(device.type)
 
 
 class MaskedLSTM(MaskedRecurrent, nn.LSTM):

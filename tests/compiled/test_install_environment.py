@@ -127,7 +127,9 @@ def test_cuda_depends_on_its_compiler_not_on_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(environment, "nvcc", lambda: "/cuda/bin/nvcc")
     assert commands.wanted() == {"cpu": None, "cuda": None}
     names = [extension.name for extension in commands.extensions()]
-    assert names == [f"dst_kernels._compiled.libdst_kernels_{name}" for name in ("cpu", "cuda")]
+    assert names == [
+        f"dst_kernels.backends.compiled.libdst_kernels_{name}" for name in ("cpu", "cuda")
+    ]
     assert all(extension.optional for extension in commands.extensions())
     monkeypatch.setenv("DST_KERNELS_BUILD_CUDA", "0")
     assert commands.wanted() == {"cpu": None, "cuda": "DST_KERNELS_BUILD_CUDA=0"}

@@ -103,7 +103,7 @@ def test_each_is_loaded_when_it_is_first_asked_for_and_not_before():
 def test_the_cuda_library_loads_without_a_gpu_and_starts_nothing():
     code = (
         "import torch\n"
-        "from dst_kernels._compiled import library\n"
+        "from dst_kernels.backends.compiled import library\n"
         "print(library.unavailable('cuda'), torch.cuda.is_initialized())\n"
         "print(library.describe('cuda'))\n"
         "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"

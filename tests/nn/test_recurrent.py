@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
-from dst_kernels.nn import MaskedGRU, MaskedLSTM, MaskedRNN, _cudnn_buffer, _recurrent
+from dst_kernels.nn import MaskedGRU, MaskedLSTM, MaskedRNN, cudnn_buffer, recurrent
 from tests.nn.layer_cases import every_granularity
 from tests.nn.recurrent_cases import (
     BATCH,
@@ -262,10 +262,10 @@ def test_masked_weights_go_straight_into_one_buffer(monkeypatch, options):
         seen.append((buffer, made(buffer, offsets, shapes)))
         return seen[-1][1]
 
-    made = _cudnn_buffer._tensors_in
-    monkeypatch.setattr(_cudnn_buffer, "cudnn_takes", lambda dtype, device: True)
-    monkeypatch.setattr(_cudnn_buffer, "_cudnn_layout", layout)
-    monkeypatch.setattr(_cudnn_buffer, "_tensors_in", tensors_in)
+    made = cudnn_buffer._tensors_in
+    monkeypatch.setattr(cudnn_buffer, "cudnn_takes", lambda dtype, device: True)
+    monkeypatch.setattr(cudnn_buffer, "_cudnn_layout", layout)
+    monkeypatch.setattr(cudnn_buffer, "_tensors_in", tensors_in)
     module = build(MaskedLSTM, options)
     check_step(module, options, sequence())
     (buffer, tensors), masks = seen[0], expected_masks(module)
@@ -473,7 +473,7 @@ def test_a_step_in_a_cuda_graph():
 
 def test_the_dtype_of_products_on_a_gpu(monkeypatch):
     """torch casts to float16 for cuDNN, whatever autocast says; ours must not cast again."""
-    monkeypatch.setattr(_recurrent, "autocast_enabled", lambda kind: True)
-    monkeypatch.setattr(_recurrent, "cudnn_takes", lambda dtype, device: True)
-    assert _recurrent._product_dtype(torch.zeros(1)) == torch.float16
-    assert _recurrent._product_dtype(torch.zeros(1, dtype=torch.float64)) == torch.float64
+    monkeypatch.setattr(recurrent, "autocast_enabled", lambda kind: True)
+    monkeypatch.setattr(recurrent, "cudnn_takes", lambda dtype, device: True)
+    assert recurrent._product_dtype(torch.zeros(1)) == torch.float16
+    assert recurrent._product_dtype(torch.zeros(1, dtype=torch.float64)) == torch.float64

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -147,3 +149,16 @@ def test_convolutions_carry_their_own_names():
             function = getattr(dst_kernels.functional, f"masked_{kind}{spatial}d")
             assert function.__name__ == f"masked_{kind}{spatial}d"
             assert f"{kind}{spatial}d" in function.__doc__
+
+
+def test_private_modules_are_imported_inside_their_folder_only():
+    root = Path(dst_kernels.__file__).parents[1]
+    files = [
+        file for top in ("dst_kernels", "bench", "tests") for file in (root / top).rglob("*.py")
+    ]
+    private = {file.stem: file.parent for file in files if re.match(r"_[a-z]", file.name)}
+    assert private, "there are some"
+    for file in files:
+        imports = re.findall(r"^ *(?:from|import) [^(\n]+(?:\([^)]*\))?", file.read_text(), re.M)
+        for name in private.keys() & set(re.findall(r"\w+", " ".join(imports))):
+            assert private[name] in file.parents, f"{file} imports {name} of {private[name]}"
