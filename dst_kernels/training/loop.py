@@ -15,7 +15,7 @@ import dst_kernels
 
 from .config import RunConfig
 from .data import Data
-from .errors import DivergedError
+from .errors import DivergedError, UsageError
 from .files import Record
 from .models import build_model
 
@@ -47,9 +47,13 @@ class State:
 
 
 def new_state(config: RunConfig, data: Data, device: torch.device) -> State:
-    """Fresh weights and a fresh optimizer."""
+    """Make fresh weights and a fresh optimizer.
+
+    Raises UsageError where torch has no kernels for the model in the dtype of --amp.
+    """
     torch.manual_seed(config.seed)
     model = build_model(config, data.shape, data.classes).to(device)
+    _check_amp(model, config, data, device)
     if config.dense:
         groups = [{"params": list(model.parameters()), "weight_decay": config.weight_decay}]
     else:
@@ -65,6 +69,24 @@ def new_state(config: RunConfig, data: Data, device: torch.device) -> State:
     else:
         optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     return State(model, optimizer, _rng_states(device))
+
+
+@torch.no_grad()
+def _check_amp(model: nn.Module, config: RunConfig, data: Data, device: torch.device) -> None:
+    """Try a forward: on a CPU without AVX-512, for one, torch has no LSTM in bfloat16."""
+    if config.amp == "none":
+        return
+    training = model.training
+    try:
+        with _precision(config, device):
+            model.eval()(torch.zeros(2, *data.shape, device=device))
+    except RuntimeError as error:
+        reason = str(error).split(". ")[0]
+        raise UsageError(
+            f"--amp {config.amp}: torch cannot run --model {config.model} in bfloat16 on this "
+            f"{device.type.upper()} ({reason}). Accepted here: --amp none."
+        ) from error
+    model.train(training)
 
 
 def train(

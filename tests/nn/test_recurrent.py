@@ -292,9 +292,14 @@ def test_autocast_gives_what_the_parent_gives(kind, dtype):
     twin = dense_twin(module)
     input = sequence(torch.float32)
     results = []
-    for each in (module, twin):
+    for each in (twin, module):
         with torch.autocast("cpu", dtype=dtype):
-            output = each(input)[0]
+            try:
+                output = each(input)[0]
+            except RuntimeError as error:
+                if each is module:
+                    raise
+                pytest.skip(f"torch's own {kind.dense_type.__name__} fails here: {error}")
         objective(output.float()).backward()
         results.append(output)
     assert results[0].dtype == results[1].dtype

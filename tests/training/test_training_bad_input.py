@@ -55,6 +55,19 @@ def test_bad_values_are_named_with_what_is_accepted(cli, tmp_path, given, accept
     assert not (tmp_path / "run").exists()
 
 
+def test_mixed_precision_that_torch_has_not_is_named(cli, tmp_path, monkeypatch):
+    """As on CPUs without AVX-512, where torch has no LSTM in bfloat16."""
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("could not create a primitive descriptor. Run with ONEDNN_VERBOSE")
+
+    monkeypatch.setattr("dst_kernels.training.models.RowLSTM.forward", fail)
+    message = refusal(cli("train", "--model", "lstm-a", "--amp", "bf16", "--out", "run"))
+    assert "--amp bf16" in message and "lstm-a" in message and "--amp none" in message
+    assert "could not create a primitive descriptor" in message
+    assert not (tmp_path / "run").exists()
+
+
 def test_compare_and_dense_contradict(cli):
     message = refusal(cli("train", "--compare", "--dense"))
     assert "--compare and --dense" in message
