@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backends import implementation
-from ..ops import Plainly
+from ..ops import without_autograd_and_autocast
 
 __all__ = ["mask_weights", "pack_weights", "with_dense_gradients"]
 
@@ -35,7 +35,7 @@ def pack_weights(
     device = weights[0].device
     double = weights[0].dtype == torch.float64
     function = implementation(backend, device, "masked_weights", double=double)
-    with Plainly(device.type):
+    with without_autograd_and_autocast(device.type):
         masked, effective = function(weights, thresholds, reset_ratios, commit, dtype)
     committed = [t for t, wanted in zip(thresholds, commit, strict=True) if wanted]
     if committed:
@@ -72,7 +72,7 @@ class _MaskWeights(torch.autograd.Function):
             function = implementation(
                 backend, weight.device, "masked_weights_backward", double=double
             )
-            with Plainly(weight.device.type):
+            with without_autograd_and_autocast(weight.device.type):
                 of_weights, of_thresholds = function(
                     *([these[i] for i in wanted] for these in (grads, saved[:n], saved[n:])),
                     *([these[i] for i in wanted] for these in (surrogates, structure)),

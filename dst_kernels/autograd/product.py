@@ -19,7 +19,8 @@ from .weight import Packed, pack
 
 __all__ = ["Product", "masked_product"]
 
-_DENSE = "dense"  # a path of the weight's gradient: G as it is, for who makes dW and dt later
+# A path of the weight's gradient: return G unchanged; the optimizer derives dW and dt.
+_RAW = "raw"
 
 
 class Product:
@@ -86,7 +87,7 @@ class _MaskedProduct(MaskedFunction):
                 grads = ops.call(product.fused_grad_weight, *arguments)
             else:
                 grads = product.dense_gradient(grad, input, weight, *ctx.geometry), None
-                if ctx.grad_weight_path != _DENSE:
+                if ctx.grad_weight_path != _RAW:
                     operands = grads[0], weight, effective
                     grads = ops.call(ops.masked_weight_backward, *operands, *ctx.options)
                     del operands
@@ -157,7 +158,7 @@ def masked_product(
         masked, effective = packed
     outputs = _MaskedProduct.apply(
         input, weight, threshold, bias, masked, effective, product, reset_ratio, keep_packed,
-        plan.grad_input, _DENSE if dense_gradient else plan.grad_weight,
+        plan.grad_input, _RAW if dense_gradient else plan.grad_weight,
         surrogate, structure_gradient, backend, *geometry,
     )  # fmt: skip
     return (outputs[0], effective) if len(outputs) == 1 else outputs

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backends import implementation
-from ..ops import Plainly
+from ..ops import without_autograd_and_autocast
 
 __all__ = ["Stack", "mask_stacks"]
 
@@ -47,7 +47,7 @@ def mask_stacks(
     counts = [stack.matrices for stack in stacks]
     masked, copies = out
     matrices = sum(counts)
-    with Plainly(weights[0].device.type):
+    with without_autograd_and_autocast(weights[0].device.type):
         _, effective = _function("masked_weights", backend, weights)(
             _split(weights, counts),
             _split(thresholds, counts),
@@ -87,7 +87,7 @@ class _MaskStacks(torch.autograd.Function):
             return None, None, None, None, *[None] * (2 * n), *of_biases
         of_weights = [torch.empty_like(weight) for weight in weights]
         of_thresholds = [effective[0].new_empty(shape) for shape in ctx.threshold_shapes]
-        with Plainly(weights[0].device.type):
+        with without_autograd_and_autocast(weights[0].device.type):
             _function("masked_weights_backward", backend, weights)(
                 _split(grads[:n], counts),
                 _split(weights, counts),

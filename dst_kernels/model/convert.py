@@ -26,9 +26,9 @@ from ..nn import (
     MaskedRNN,
 )
 from ..ops.dtensor import is_dtensor
-from ._bypass import bypassed_layers
-from ._encoder import avoid_fast_path
 from ._replace import replace_modules
+from ._transformer_encoder import avoid_fast_path
+from ._weight_readers import bypassed_layers
 from .config import SparsifyConfig
 
 __all__ = ["ConversionPlan", "PlannedLayer", "plan_sparsify", "sparsify_"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from ..nn import MaskedModule, ungroup_
-from ._encoder import restore_fast_path
 from ._replace import replace_modules
+from ._transformer_encoder import restore_fast_path
 
 __all__ = ["FORMATS", "finalize_"]
 

@@ -276,7 +276,7 @@ def retyped(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
 
 
 def _zeros(threshold: Tensor, weight: Tensor) -> Tensor:
-    """For a weight that was loaded without."""
+    """Return zero thresholds for a checkpoint that has none."""
     if is_dtensor(threshold):
         return torch.zeros_like(threshold)
     dtype = torch.promote_types(threshold.dtype, weight.dtype)

@@ -6,7 +6,6 @@ on top of it.
 
 from .schemas import (
     NAMESPACE,
-    Plainly,
     call,
     effective_threshold,
     masked_conv,
@@ -17,11 +16,11 @@ from .schemas import (
     masked_linear_grad_weight,
     masked_weight,
     masked_weight_backward,
+    without_autograd_and_autocast,
 )
 
 __all__ = [
     "NAMESPACE",
-    "Plainly",
     "call",
     "effective_threshold",
     "masked_conv",
@@ -32,4 +31,5 @@ __all__ = [
     "masked_linear_grad_weight",
     "masked_weight",
     "masked_weight_backward",
+    "without_autograd_and_autocast",
 ]

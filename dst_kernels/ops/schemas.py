@@ -22,7 +22,6 @@ from .autocast import autocast_enabled
 
 __all__ = [
     "NAMESPACE",
-    "Plainly",
     "call",
     "effective_threshold",
     "masked_conv",
@@ -33,6 +32,7 @@ __all__ = [
     "masked_linear_grad_weight",
     "masked_weight",
     "masked_weight_backward",
+    "without_autograd_and_autocast",
 ]
 
 NAMESPACE = "dst_kernels"
@@ -55,7 +55,7 @@ def _define(schema: str, check: Callable) -> Callable[[Callable], torch._ops.OpO
             check(*args)
             device = args[0].device
             kernel = implementation(backend, device, name, double=_any_double(device, args))
-            with Plainly(device.type):
+            with without_autograd_and_autocast(device.type):
                 return kernel(*args)
 
         def run_fake(*args):
@@ -82,8 +82,8 @@ def _any_double(device: torch.device, args: tuple) -> bool:
     return any(getattr(argument, "dtype", argument) is torch.float64 for argument in args)
 
 
-class Plainly:
-    """Without autograd and autocast: gradients and dtypes are settled outside the ops.
+class without_autograd_and_autocast:
+    """Switch autograd and autocast off: gradients and dtypes are decided outside the ops.
 
     torch's own context managers do the same and cost as much as a launch.
     """

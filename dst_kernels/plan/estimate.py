@@ -225,7 +225,7 @@ def _estimated_costs(
         return max(arithmetic, traffic / _BYTES_PER_SECOND) + _LAUNCH
 
     product = kernel(arithmetic, activations + compute)
-    pack = kernel(0, stored + compute) + _LAUNCH  # the second launch settles the guard
+    pack = kernel(0, stored + compute) + _LAUNCH  # the second launch applies the guard
     post = kernel(0, compute + 2 * stored)
     masked_product = kernel(arithmetic / masked_share, activations + stored)
     # The fused epilogue overlaps with nothing in its own tile.

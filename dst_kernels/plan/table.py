@@ -80,7 +80,7 @@ def _name(dtype: torch.dtype) -> str:
 
 @functools.cache
 def _tables() -> dict[str, dict[str, list]]:
-    """By GPU."""
+    """Read all tables, keyed by GPU name."""
     tables = {}
     for file in resources.files(__package__).joinpath("tables").iterdir():
         if file.name.endswith(".json"):

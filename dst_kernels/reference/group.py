@@ -1,6 +1,6 @@
 """The weight-side operations for many weights at once: here simply one after the other.
 
-So they are with every backend that has no launch for many; the keywords name its own functions.
+Backends without a multi-tensor launch reuse these loops; the keywords pass in their own functions.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def test_the_guard_counts_exactly(shape, granularity, device):
 )
 def test_the_guard_counts_over_blocks_and_programs(shape, tile, device, monkeypatch):
     monkeypatch.setattr(weight_ops, "pack_tile", lambda columns, column_stride: tile)
-    monkeypatch.setattr(pack, "_SETTLE_PROGRAMS", 3)
+    monkeypatch.setattr(pack, "_GUARD_PROGRAMS", 3)
     weight = torch.full(shape, 0.25, device=device)
     weight[-1, -1] = -1.0
     threshold = torch.full(shape[:1], 0.5, device=device)

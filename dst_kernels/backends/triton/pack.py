@@ -17,7 +17,7 @@ from .masking import ALONG_R, LAYER, load_threshold, masked
 from .matrix import Matrix, compute_dtype
 from .tiles import StreamTile
 
-__all__ = ["pack", "pack_kernel", "settle_kernel"]
+__all__ = ["apply_guard_kernel", "pack", "pack_kernel"]
 
 
 @triton.jit
@@ -83,14 +83,14 @@ def has_collapsed(pruned_counts, number_of_counts, least_pruned, BLOCK: tl.const
 
 
 @triton.jit
-def settle_kernel(
+def apply_guard_kernel(
     weight, packed, effective, pruned_counts,
     number_of_counts, least_pruned, R, C,
     stride_wr, stride_wc, stride_pr, stride_pc, stride_er, stride_ec,
     THRESHOLD: tl.constexpr, COMPUTE: tl.constexpr, WRITE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
-    """Where the layer has collapsed, its thresholds become 0 and the weight is kept whole."""
+    """Set the thresholds to 0 and keep the whole weight, if the layer has collapsed."""
     if has_collapsed(pruned_counts, number_of_counts, least_pruned, COUNTS):
         for block in range(tl.program_id(0), tl.cdiv(R, ROWS), tl.num_programs(0)):
             r = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -121,7 +121,7 @@ def settle_kernel(
 
 
 # Enough programs to fill any GPU; each adds up all counts, so more would only read more.
-_SETTLE_PROGRAMS = 264
+_GUARD_PROGRAMS = 264
 
 
 def pack(
@@ -162,7 +162,7 @@ def pack(
         if reset_ratio is None:
             return
         least_pruned = R * C - largest_collapsed_count(R * C, reset_ratio)
-        settle_kernel[(min(row_blocks, _SETTLE_PROGRAMS),)](
+        apply_guard_kernel[(min(row_blocks, _GUARD_PROGRAMS),)](
             weight.tensor, target.tensor, effective.tensor, counts,
             counts.numel(), least_pruned, R, C,
             weight.row_stride, weight.column_stride, *strides,

@@ -56,7 +56,7 @@ class Deferral:
     def release(self, layers: Iterable[MaskedLayer] | None = None) -> None:
         """From now on `layers` (None: all) have gradients of their own again, in their own dtype.
 
-        A G that waits in `.grad` for a step is dropped: nobody else could tell it from dW.
+        A G that waits in `.grad` for a step is dropped: another optimizer would mistake it for dW.
         """
         for layer in list(self._layers if layers is None else layers):
             dense = self.serves(layer)

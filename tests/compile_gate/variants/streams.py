@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import triton.language as tl
 
 from dst_kernels.backends.triton.masking import ELEMENT
-from dst_kernels.backends.triton.pack import pack_kernel, settle_kernel
+from dst_kernels.backends.triton.pack import apply_guard_kernel, pack_kernel
 from dst_kernels.backends.triton.post import post_kernel
 from dst_kernels.backends.triton.tiles import StreamTile, pack_tile, post_tile, stream_candidates
 
@@ -71,8 +71,8 @@ def _passes(
                     wide_accesses=True,
                 )
                 yield variant(
-                    f"settle {name}",
-                    settle_kernel,
+                    f"apply_guard {name}",
+                    apply_guard_kernel,
                     pointers,
                     {**constants, "COUNTS": 1024},
                     warps=tile.warps,

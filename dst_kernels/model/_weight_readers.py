@@ -19,7 +19,7 @@ __all__ = ["bypassed_layers"]
 
 # What may be asked of a weight without computing with it.
 _HARMLESS = {"device", "dim", "dtype", "is_cuda", "ndim", "numel", "requires_grad", "shape", "size"}
-# Its fused path is kept off where layers are masked: see `_encoder.py`.
+# Its fused path is kept off where layers are masked: see `_transformer_encoder.py`.
 _EXEMPT = (nn.TransformerEncoderLayer,)
 
 
