@@ -1,4 +1,9 @@
-"""Shared by all tests: one thread, as the tensors are tiny, and reproducible random numbers.
+"""What all tests share: tiers, pairwise parameters, one thread, reproducible random numbers.
+
+`pytest` runs the tests that are not marked `slow`, within five minutes on two cores; `pytest
+--rest` runs the slow ones, and `pytest -m timing -n 0` those that compare times. A test with three
+or more parametrized arguments runs as few of their combinations as contain every pair of values
+(`--every-combination` runs all).
 
 Without a GPU, Triton's kernels run in its interpreter. With one, tests that take the `device`
 fixture run there and are marked `gpu`, so that `pytest -m gpu` runs all that needs one. After a
@@ -7,7 +12,9 @@ fault of the device no test in that process could tell right from wrong: it ends
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections import defaultdict
 
 import pytest
 import torch
@@ -30,6 +37,15 @@ def device() -> torch.device:
     return torch.device("cuda" if GPU else "cpu")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rest", action="store_true", help="run the slow tests, and only those")
+    parser.addoption(
+        "--every-combination",
+        action="store_true",
+        help="run all combinations of parametrized arguments, not only every pair",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     for warning in (
         "Conversion of an array with ndim > 0:DeprecationWarning",  # in Triton 3.6
@@ -40,12 +56,49 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if GPU and "device" in getattr(item, "fixturenames", ()):
             item.add_marker("gpu")
         elif not GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if any("::" in argument for argument in config.args):
+        return  # whoever names a test gets it
+    left_out = set() if config.option.every_combination else _all_but_pairs(items)
+    for item in items:
+        if item.get_closest_marker("timing"):
+            if "timing" not in config.option.markexpr:
+                left_out.add(item)
+        elif bool(item.get_closest_marker("slow")) != config.option.rest:
+            left_out.add(item)
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _all_but_pairs(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Return the combinations that add no pair of values to those before them, greedily chosen."""
+    tests = defaultdict(list)
+    for item in items:
+        if len(getattr(getattr(item, "callspec", None), "params", ())) > 2:
+            tests[item.parent.nodeid, item.originalname].append(item)
+    left_out: set[pytest.Item] = set()
+    for combinations in tests.values():
+        pairs = {}
+        for item in combinations:  # which share the objects that are their parameters' values
+            values = [(name, id(value)) for name, value in item.callspec.params.items()]
+            pairs[item] = set(itertools.combinations(values, 2))
+        wanted = set().union(*pairs.values())
+        while wanted:
+            best = max(pairs, key=lambda item: len(pairs[item] & wanted))
+            wanted -= pairs.pop(best)
+        left_out |= pairs.keys()
+    return left_out
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput") and not config.option.collectonly:
+        other = "pytest" if config.option.rest else "pytest --rest"
+        print(f"This was one tier of the tests; `{other}` runs the other one.")
 
 
 @pytest.hookimpl(wrapper=True)
