@@ -42,8 +42,7 @@ def build() -> Path:
     DST_EMULATION_CSRC names another folder than csrc to build from.
     """
     csrc = Path(os.environ.get("DST_EMULATION_CSRC", CSRC))
-    sources = [path for path in (csrc / "cuda").glob("*.cu") if path.stem != "library"]
-    sources += [HERE / "fibers.cpp", HERE / "library.cpp"]
+    sources = [*(csrc / "cuda").glob("*.cu"), HERE / "fibers.cpp", HERE / "library.cpp"]
     schemas = re.findall(
         r'library\.def\(\s*((?:"[^"]*"\s*)+)\)', (csrc / "cpu" / "library.cpp").read_text()
     )
