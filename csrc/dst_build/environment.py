@@ -1,4 +1,4 @@
-"""What the environment asks for and offers: switches, compilers, torch's headers, architectures.
+"""Find what the environment asks for and offers: switches, compilers, headers, architectures.
 
 Nothing here imports torch or looks at a GPU.
 """
@@ -29,23 +29,23 @@ __all__ = [
 
 OLDEST_TORCH = (2, 11)
 OLDEST_ARCHITECTURE = (8, 0)
-# Code for the two that are tested; later GPUs compile the PTX, which 9.0a's would not let them.
-DEFAULT_ARCHITECTURES = "8.0+PTX;9.0a"
+# Code for the two that are tested, and PTX, from which drivers make the code of later GPUs.
+DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
 
 _GIB = 2**30
 _MEMORY_PER_JOB = 2 * _GIB
 
 
 class BuildError(Exception):
-    """Something is missing; the message says what was looked for."""
+    """Say that something is missing, and what was looked for."""
 
 
 class SettingError(BuildError):
-    """A variable is set to what cannot be; the message names it and what is accepted."""
+    """Say that a variable is set to what cannot be, and what is accepted."""
 
 
 def switch(name: str, environ: Mapping[str, str] = os.environ) -> str:
-    """ "auto", "0" or "1", as the variable of that name says; raises SettingError."""
+    """Return "auto", "0" or "1", as the variable of that name says; raise SettingError."""
     value = environ.get(name, "") or "auto"
     if value not in ("auto", "0", "1"):
         raise SettingError(f"{name} must be auto, 0 or 1, but is {value!r}")
@@ -53,7 +53,7 @@ def switch(name: str, environ: Mapping[str, str] = os.environ) -> str:
 
 
 def cxx_compiler(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """The command of a compiler that takes C++20, CXX if that is set; raises BuildError."""
+    """Return the command of a compiler that takes C++20, CXX if that is set; raise BuildError."""
     given = environ.get("CXX")
     candidates = [given] if given else ["c++", "g++", "clang++"]
     tried = []
@@ -80,7 +80,7 @@ def _takes_cxx20(command: list[str], environ: Mapping[str, str]) -> bool:
 
 
 def nvcc(environ: Mapping[str, str] = os.environ) -> str:
-    """Path of the CUDA compiler; raises BuildError."""
+    """Return the path of the CUDA compiler; raise BuildError."""
     looked = []
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if folder := environ.get(variable):
@@ -97,7 +97,7 @@ def nvcc(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def torch_headers() -> Path | None:
-    """The folder of the headers of a torch that is new enough.
+    """Find the folder of the headers of a torch that is new enough.
 
     An isolated build does not see the environment that it installs into. Where that has a torch,
     its headers do as well: what is compiled with them depends on neither its version nor its
@@ -112,10 +112,10 @@ def torch_headers() -> Path | None:
 
 
 def _spec_outside_isolation():
-    """As find_spec("torch"), by this interpreter as it is without PYTHONPATH.
+    """Ask this interpreter, as it is without PYTHONPATH, for find_spec("torch").
 
-    pip isolates a build with that alone; others with an environment of its own, where this finds
-    nothing new.
+    pip isolates a build with that variable alone. Other installers give the build an environment
+    of its own, where this finds nothing new.
     """
     code = "import importlib.util as u; s = u.find_spec('torch'); print((s and s.origin) or '')"
     answer = subprocess.run([sys.executable, "-E", "-c", code], capture_output=True, text=True)
@@ -132,35 +132,38 @@ def _version_of_headers(include: Path) -> tuple[int, ...]:
 
 
 def architecture_flags(environ: Mapping[str, str] = os.environ) -> tuple[list[str], str]:
-    """(nvcc's options for TORCH_CUDA_ARCH_LIST, what they are in words).
+    """Return nvcc's options for TORCH_CUDA_ARCH_LIST and what they are in words.
 
-    GPUs that the kernels are not for are left out, since container images list all there are.
-    Raises SettingError for what is no version, BuildError where none is left.
+    The kernels use nothing that is newer than the oldest architecture. They are compiled once, to
+    its PTX, and the code of every listed GPU is assembled from that; "+PTX" adds the PTX itself.
+    The letter of 9.0a or 10.0f asks for nothing that they have. GPUs that the kernels are not for
+    are left out, since container images list all there are.
+
+    It raises SettingError for what is no version, BuildError where none is left.
     """
     text = environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or DEFAULT_ARCHITECTURES
-    flags, names = [], []
+    codes, with_ptx = [], False
     for entry in re.split(r"[;,\s]+", text.strip(";, ")):
-        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", entry)
         if match is None:
             raise SettingError(
                 f"TORCH_CUDA_ARCH_LIST must list versions such as 8.0, 9.0a or 9.0+PTX, separated "
                 f"by semicolons or spaces, but has {entry!r}"
             )
-        major, minor, suffix, ptx = match.groups()
-        if (int(major), int(minor)) < OLDEST_ARCHITECTURE:
-            continue
-        number = f"{major}{minor}{suffix}"
-        codes = [f"sm_{number}"] + ([f"compute_{number}"] if ptx else [])
-        flags.append(f"-gencode=arch=compute_{number},code=[{','.join(codes)}]")
-        names += codes
-    if not flags:
+        major, minor, ptx = match.groups()
+        if (int(major), int(minor)) >= OLDEST_ARCHITECTURE:
+            codes.append(f"sm_{major}{minor}")
+            with_ptx = with_ptx or ptx is not None
+    if not codes:
         oldest = ".".join(map(str, OLDEST_ARCHITECTURE))
         raise BuildError(f"TORCH_CUDA_ARCH_LIST={text!r} names no GPU of {oldest} or higher")
-    return flags, " ".join(names)
+    virtual = "compute_" + "".join(map(str, OLDEST_ARCHITECTURE))
+    codes = [*dict.fromkeys(codes), *([virtual] if with_ptx else [])]
+    return [f"-gencode=arch={virtual},code=[{','.join(codes)}]"], " ".join(codes)
 
 
 def jobs(environ: Mapping[str, str] = os.environ) -> int:
-    """How many compilers may run at a time: MAX_JOBS, else what cores and memory allow."""
+    """Count the compilers that may run at a time: MAX_JOBS, else what cores and memory allow."""
     if given := environ.get("MAX_JOBS"):
         if not given.isdecimal() or int(given) < 1:
             raise SettingError(f"MAX_JOBS must be a positive integer, but is {given!r}")

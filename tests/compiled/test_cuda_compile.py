@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-CSRC = Path(__file__).parents[2] / "csrc"
-SOURCES = sorted(
-    path.name
-    for path in (CSRC / "cuda").glob("*.cu")
-    if path.stem != "library"  # no kernels
-)
-ARCHITECTURES = ("sm_80", "sm_90a")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "csrc"))
+
+from dst_build import environment
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+SOURCES = sorted(path.name for path in (CSRC / "cuda").glob("*.cu"))
+# What a build compiles for where TORCH_CUDA_ARCH_LIST is not set.
+CODES, NAMES = environment.architecture_flags({})
+ARCHITECTURES = {name for name in NAMES.split() if name.startswith("sm_")}
 FLAGS = (
     "-std=c++20",
     "-O3",
@@ -75,12 +77,10 @@ class Kernel:
 
 
 def nvcc() -> str:
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        if folder := os.environ.get(variable):
-            found = shutil.which("nvcc", path=f"{folder}/bin")
-            if found:
-                return found
-    return shutil.which("nvcc") or pytest.skip("needs nvcc")
+    try:
+        return environment.nvcc()
+    except environment.BuildError as error:
+        pytest.skip(str(error))
 
 
 def cuobjdump() -> str:
@@ -126,8 +126,7 @@ def kernels_of(dump: str) -> dict[tuple[str, str], Kernel]:
 def compile(source: str, target: Path) -> str:
     """For all architectures at once; returns what the compiler printed."""
     include = Path(torch.__file__).parent / "include"
-    codes = [f"-gencode=arch=compute_{name[3:]},code={name}" for name in ARCHITECTURES]
-    command = [nvcc(), *FLAGS, *codes, f"-I{CSRC}", "-isystem", str(include)]
+    command = [nvcc(), *FLAGS, *CODES, f"-I{CSRC}", "-isystem", str(include)]
     result = subprocess.run(
         [*command, str(CSRC / "cuda" / source), "-o", str(target)], capture_output=True, text=True
     )
@@ -148,7 +147,7 @@ def test_kernels_compile_to_what_was_meant(source, tmp_path):
         [dump_tool, "-res-usage", "-sass", str(target)], capture_output=True, text=True, check=True
     )
     kernels = kernels_of(dump.stdout)
-    assert {architecture for _, architecture in kernels} == set(ARCHITECTURES)
+    assert {architecture for _, architecture in kernels} == ARCHITECTURES
     for (name, architecture), kernel in kernels.items():
         check(f"{name} on {architecture}", kernel, WIDE[name])
 

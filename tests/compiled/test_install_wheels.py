@@ -64,7 +64,7 @@ for backend in {refused}:
 def sources(tmp_path_factory):
     """A copy, for a build writes into the tree. Its objects serve all wheels of this module."""
     folder = tmp_path_factory.mktemp("sources")
-    for name in ("setup.py", "pyproject.toml", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.dylib")
     for name in ("csrc", "dst_kernels"):
@@ -177,7 +177,7 @@ def test_without_cuda(variables, sources, tmp_path):
 def test_with_cuda(sources, tmp_path):
     path = os.pathsep.join([os.path.dirname(NVCC), os.environ["PATH"]])
     # For one of the architectures: `test_cuda_compile.py` compiles for all.
-    built = wheel(sources, PATH=path, TORCH_CUDA_ARCH_LIST="9.0a")
+    built = wheel(sources, PATH=path, TORCH_CUDA_ARCH_LIST="9.0")
     assert re.search(r"-py3-none-linux_\w+\.whl$", built.name)
     assert libraries(built) == ["libdst_kernels_cpu.so", "libdst_kernels_cuda.so"]
     check_symbols(built, "libdst_kernels_cuda.so", tmp_path)
@@ -186,7 +186,7 @@ def test_with_cuda(sources, tmp_path):
     assert "backend='cuda' cannot serve: " in said and "was not built" not in said
     if torch.version.cuda is not None:
         assert "needs tensors on a CUDA device, but these are on cpu" in said
-        found = r"\(CUDA \d+\.\d+, sm_90a\)"
+        found = r"\(CUDA \d+\.\d+, sm_90\)"
         assert re.search(rf"library cuda +/.+/libdst_kernels_cuda.so {found}", report)
     # Switched off again: nothing is left over from this build.
     assert libraries(wheel(sources, DST_KERNELS_BUILD_CUDA="0", PATH=path)) == [
@@ -212,4 +212,4 @@ def test_a_source_distribution_has_all_that_a_build_needs(sources):
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     expected = {str(path.relative_to(sources)) for path in files}
     assert {name for name in expected if "__pycache__" not in name} <= names
-    assert {"setup.py", "pyproject.toml", "README.md"} <= names
+    assert {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
