@@ -1,4 +1,4 @@
-"""Compiling and linking one library.
+"""Compile and link one library.
 
 A library has no Python symbols and uses torch through its stable C shim alone, so that one file
 serves every Python and every torch from the oldest supported one on.
@@ -34,7 +34,7 @@ _CUDA = ("-DUSE_CUDA", "--cudart=static")
 
 @dataclass(frozen=True)
 class Library:
-    """The sources of csrc/`name`, and the libraries of torch that have the shims it calls."""
+    """Name the sources, csrc/`name`, and the libraries of torch that have the shims they call."""
 
     name: str
     shims: tuple[str, ...]
@@ -57,7 +57,7 @@ LIBRARIES = {
 
 @dataclass(frozen=True)
 class _Tools:
-    """Commands that lack their files; `described` goes into the library, for reports."""
+    """Hold commands that lack their files, and what the library says of how it was built."""
 
     compile: list[str]
     link: list[str]
@@ -65,7 +65,7 @@ class _Tools:
 
 
 def build(library: Library, folder: Path) -> Path:
-    """Compile and link `library` in `folder`, again only what has changed; raises BuildError."""
+    """Compile what has changed of `library` in `folder`, and link it; raise BuildError."""
     headers = environment.torch_headers()
     if headers is None:
         oldest = ".".join(map(str, environment.OLDEST_TORCH))
@@ -78,10 +78,13 @@ def build(library: Library, folder: Path) -> Path:
     tools = _for_cuda(cxx) if library.name == "cuda" else _for_cpu(cxx)
     compile = [*tools.compile, f"-I{SOURCES}", "-isystem", str(headers)]
     sources = [*library.sources, _write_description(folder, tools.described)]
+    objects = [folder / f"{source.name}.o" for source in sources]
     target = folder / library.file
     try:
         options = _linker_options(cxx, library, folder)
-        _compile_and_link(compile, tools.link, options, sources, target)
+        with ThreadPoolExecutor(environment.jobs()) as pool:
+            list(pool.map(functools.partial(_compile, compile), sources, objects))
+        subprocess.run([*tools.link, *map(str, objects), *options, "-o", str(target)], check=True)
     except subprocess.CalledProcessError as error:
         raise BuildError(f"{library.file} could not be built: see the messages above") from error
     return target
@@ -105,7 +108,7 @@ def _for_cuda(cxx: list[str]) -> _Tools:
 
 
 def _write_description(folder: Path, text: str) -> Path:
-    """A source file with what `python -m dst_kernels` says about the library."""
+    """Write a source file with what `python -m dst_kernels` says about the library."""
     quoted = text.replace("\\", "\\\\").replace('"', '\\"')
     content = (
         'extern "C" __attribute__((visibility("default"))) const char\n'
@@ -118,7 +121,7 @@ def _write_description(folder: Path, text: str) -> Path:
 
 
 def _linker_options(cxx: list[str], library: Library, folder: Path) -> list[str]:
-    """Names torch's libraries, which will be in the process already, and hides all symbols.
+    """Name torch's libraries, which will be in the process already, and hide all symbols.
 
     An empty library of the same name takes the place of each of torch's: those may be of another
     build than the one that the library will meet, or lack CUDA.
@@ -138,49 +141,25 @@ def _linker_options(cxx: list[str], library: Library, folder: Path) -> list[str]
     return [word for argument in arguments for word in ("-Xlinker", argument)]
 
 
-def _compile_and_link(
-    compile: list[str], link: list[str], options: list[str], sources: list[Path], target: Path
-) -> None:
-    objects = [target.parent / f"{source.name}.o" for source in sources]
-    jobs = environment.jobs()
-    if ninja := shutil.which("ninja"):
-        rules = _ninja_file(compile, link, options, sources, objects, target)
-        (target.parent / "build.ninja").write_text(rules, encoding="utf-8")
-        subprocess.run([ninja, "-C", str(target.parent), f"-j{jobs}"], check=True)
+def _compile(compile: list[str], source: Path, made: Path) -> None:
+    """Compile one file, unless `made` came from the same command and files as they are now."""
+    command = [*compile, "-MD", "-MF", f"{made}.d", "-c", str(source), "-o", str(made)]
+    record = Path(f"{made}.command")
+    if _is_current(made, record, command):
         return
-    with ThreadPoolExecutor(jobs) as pool:
-        commands = [
-            [*compile, "-c", str(source), "-o", str(made)]
-            for source, made in zip(sources, objects, strict=True)
-        ]
-        list(pool.map(functools.partial(subprocess.run, check=True), commands))
-    subprocess.run([*link, *map(str, objects), *options, "-o", str(target)], check=True)
+    record.unlink(missing_ok=True)
+    print(shlex.join(command), flush=True)
+    subprocess.run(command, check=True)
+    record.write_text(shlex.join(command), encoding="utf-8")
 
 
-def _ninja_file(
-    compile: list[str],
-    link: list[str],
-    options: list[str],
-    sources: list[Path],
-    objects: list[Path],
-    target: Path,
-) -> str:
-    lines = [
-        "rule compile",
-        f"  command = {_command(compile)} -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = {_command(link)} $in {_command(options)} -o $out",
-        *(f"build {_path(o)}: compile {_path(s)}" for s, o in zip(sources, objects, strict=True)),
-        f"build {_path(target)}: link {' '.join(map(_path, objects))}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _command(arguments: list[str]) -> str:
-    return shlex.join(arguments).replace("$", "$$")
-
-
-def _path(path: Path) -> str:
-    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+def _is_current(made: Path, record: Path, command: list[str]) -> bool:
+    """Compare the command with the last one, and the ages of all files that the compiler read."""
+    try:
+        if record.read_text(encoding="utf-8") != shlex.join(command):
+            return False
+        rule = Path(f"{made}.d").read_text(encoding="utf-8").replace("\\\n", " ")
+        read = shlex.split(rule.partition(": ")[2])
+        return all(os.stat(file).st_mtime <= made.stat().st_mtime for file in read)
+    except OSError:
+        return False
