@@ -1,4 +1,4 @@
-"""The build backend: setuptools, which asks for torch where its headers are needed and missing.
+"""Wrap setuptools' build backend, and ask for torch where its headers are needed and missing.
 
 torch is no fixed requirement of the build, since an isolated build would then install it once
 more, several GB, beside the one that the environment has.

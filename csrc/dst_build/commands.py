@@ -1,4 +1,4 @@
-"""What setuptools is told: which extensions there are, how they are built, the wheel's tag."""
+"""Tell setuptools which extensions there are, how they are built, and the wheel's tag."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ OBJECTS = ROOT / "build" / "compiled"  # kept between builds, for all Pythons
 
 
 def wanted() -> dict[str, str | None]:
-    """Each library's name and why it is left out, None where it is to be built.
+    """Return why each library is left out, by its name; None where it is to be built.
 
-    Raises BuildError where one that was asked for cannot be built or a variable is wrong.
+    It raises BuildError where one that was asked for cannot be built or a variable is wrong.
     """
     environment.jobs()
     reasons: dict[str, str | None] = {}
@@ -60,7 +60,7 @@ def _missing(name: str, reasons: dict[str, str | None]) -> str | None:
 
 
 def extensions() -> list[Extension]:
-    """The libraries that can be built here, as setuptools sees them.
+    """Return the libraries that can be built here, as setuptools sees them.
 
     With "auto" a library that does not compile is left out with a warning. Where torch's headers
     are missing none is there; `backend` asks for a torch before it comes to a build.
@@ -82,7 +82,7 @@ def extensions() -> list[Extension]:
 
 
 class BuildLibraries(build_ext):
-    """Compiles as `libraries` says; names without the tag of a Python."""
+    """Compile as `libraries` says, into files whose names do not have the tag of a Python."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + SUFFIX
@@ -98,7 +98,7 @@ class BuildLibraries(build_ext):
 
 
 class BuildPython(build_py):
-    """Says what is left out, and drops libraries that an earlier build left behind."""
+    """Say what is left out, and drop libraries that an earlier build left behind."""
 
     def run(self) -> None:
         for name, reason in wanted().items():
@@ -113,14 +113,14 @@ class BuildPython(build_py):
         super().run()
 
     def get_source_files(self) -> list[str]:
-        """csrc goes into source distributions."""
+        """Add csrc, which goes into source distributions."""
         found = [path for path in SOURCES.rglob("*") if "__pycache__" not in path.parts]
         inside = [os.path.relpath(path, ROOT) for path in found if path.is_file()]
         return [*super().get_source_files(), *sorted(inside)]
 
 
 class TaggedWheel(bdist_wheel):
-    """Libraries without Python symbols serve every Python on their platform."""
+    """Tag a wheel with libraries for every Python, since they have no symbols of Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         python, abi, platform = super().get_tag()
