@@ -11,7 +11,7 @@
 namespace dst::cuda {
 namespace {
 
-constexpr int kAhead = 16;
+constexpr int kNormAhead = 16;
 
 struct NormEntry {
   const void* grad;  // null: none
@@ -35,7 +35,7 @@ struct NormCommon {
 using NormTable = Table<NormEntry, NormCommon>;
 
 template <typename W, typename G, int N>
-struct Loaded {
+struct Pair {
   Vector<G, N> grad;
   Vector<W, N> weight;
 };
@@ -46,15 +46,15 @@ __device__ __forceinline__ void for_each_pair(const NormEntry& entry, const Shar
                                               const F& f) {
   const G* grads = static_cast<const G*>(entry.grad);
   const W* weights = static_cast<const W*>(entry.weight);
-  stream<N, kAhead>(
+  stream<N, kNormAhead>(
       share,
       [&](int64_t i) {
-        Loaded<W, G, N> loaded = {};
+        Pair<W, G, N> loaded = {};
         if (grads != nullptr) loaded.grad = load<Cache::kOnce, N>(grads + i);
         loaded.weight = load<Cache::kOnce, N>(weights + i);
         return loaded;
       },
-      [&](int64_t, const Loaded<W, G, N>& loaded) {
+      [&](int64_t, const Pair<W, G, N>& loaded) {
         f(to_floats(loaded.weight), to_floats(loaded.grad));
       });
 }

@@ -6,8 +6,8 @@
 namespace dst::cuda {
 namespace {
 
-constexpr int kBlocks = 32;  // for each layer
-constexpr int kUnroll = 8;
+constexpr int kGuardBlocks = 32;  // for each layer
+constexpr int kGuardUnroll = 8;
 
 struct GuardCommon {
   const float* found_inf;
@@ -19,7 +19,7 @@ using GuardTable = Table<GuardEntry, GuardCommon>;
 template <typename F>
 __device__ __forceinline__ void for_each_of(int64_t numel, const F& f) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  for (int64_t i = first; i < numel; i += kBlocks * kThreads) f(i);
+  for (int64_t i = first; i < numel; i += kGuardBlocks * kThreads) f(i);
 }
 
 __device__ int64_t sum_counts(const GuardEntry& entry) {
@@ -40,17 +40,17 @@ __device__ int64_t sum_counts(const GuardEntry& entry) {
 template <typename W>
 __device__ __forceinline__ int mask_again(const GuardEntry& entry) {
   const W* weights = static_cast<const W*>(entry.weight);
-  const int64_t stride = static_cast<int64_t>(kBlocks) * kThreads;
+  const int64_t stride = static_cast<int64_t>(kGuardBlocks) * kThreads;
   int kept = 0;
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-       first < entry.numel; first += kUnroll * stride) {
-    W loaded[kUnroll];
+       first < entry.numel; first += kGuardUnroll * stride) {
+    W loaded[kGuardUnroll];
 #pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
+    for (int i = 0; i < kGuardUnroll; ++i) {
       if (first + i * stride < entry.numel) loaded[i] = weights[first + i * stride];
     }
 #pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
+    for (int i = 0; i < kGuardUnroll; ++i) {
       const int64_t place = first + i * stride;
       if (place >= entry.numel) break;
       const float weight = to_float(loaded[i]);
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads) guard_kernel(const __grid_constant__
 void launch_guard(const Launcher& launch, const std::vector<GuardEntry>& entries,
                   const float* found_inf) {
   const auto start = [&](const GuardTable& table, unsigned segments) {
-    launch(guard_kernel, dim3(kBlocks, segments), table);
+    launch(guard_kernel, dim3(kGuardBlocks, segments), table);
   };
   Batch<GuardTable, decltype(start)> batch(start);
   batch.common() = {found_inf};

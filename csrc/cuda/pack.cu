@@ -12,8 +12,8 @@
 namespace dst::cuda {
 namespace {
 
-constexpr int kAhead = 16;
-constexpr int32_t kPiece = 4096;
+constexpr int kPackAhead = 16;
+constexpr int32_t kPackPiece = 4096;
 
 struct PackEntry {
   const void* weight;
@@ -39,7 +39,7 @@ __device__ __forceinline__ int pack_under_one(const PackEntry& entry, const Shar
   const float threshold = entry.threshold[share.row];
   if (share.rank == 0) entry.effective[share.row] = threshold;
   int kept = 0;
-  stream<N, kAhead>(
+  stream<N, kPackAhead>(
       share, [&](int64_t i) { return load<Cache::kOnce, N>(weights + i); },
       [&](int64_t i, const Vector<W, N>& loaded) {
         Vector<float, N> weight = to_floats(loaded);
@@ -64,7 +64,7 @@ __device__ __forceinline__ int pack_by_element(const PackEntry& entry, const Sha
   const W* weights = static_cast<const W*>(entry.weight);
   P* packed = static_cast<P*>(entry.masked);
   int kept = 0;
-  stream<N, kAhead / 2>(
+  stream<N, kPackAhead / 2>(
       share,
       [&](int64_t i) {
         return WithThreshold<W, N>{load<Cache::kOnce, N>(weights + i),
@@ -114,8 +114,8 @@ PackEntry entry_of(const PackSegment& s) {
   entry.threshold = static_cast<const float*>(s.threshold.data);
   entry.masked = s.masked.data;
   entry.effective = static_cast<float*>(s.effective.data);
-  entry.tiling = by_row ? Tiling::of_rows(s.shape.rows, s.shape.columns, kPiece)
-                        : Tiling::flat(s.weight.numel, kPiece);
+  entry.tiling = by_row ? Tiling::of_rows(s.shape.rows, s.shape.columns, kPackPiece)
+                        : Tiling::flat(s.weight.numel, kPackPiece);
   entry.masked_storage = s.masked.storage;
   entry.by_element = by_element;
   if (by_element) {

@@ -12,8 +12,8 @@
 namespace dst::cuda {
 namespace {
 
-constexpr int kAhead = 8;
-constexpr int32_t kPiece = 8192;
+constexpr int kPostAhead = 8;
+constexpr int32_t kPostPiece = 8192;
 
 struct PostEntry {
   const void* grad;
@@ -51,7 +51,7 @@ __device__ __forceinline__ float post_under_one(const PostEntry& entry, const Sh
   W* out = static_cast<W*>(entry.grad_weight);
   const float threshold = share.row < entry.tiling.rows ? entry.threshold[share.row] : 0.0f;
   float sum = 0.0f;
-  stream<N, kAhead>(
+  stream<N, kPostAhead>(
       share, [&](int64_t i) { return load_both<G, W, N>(entry, i); },
       [&](int64_t i, const Loaded<G, W, N>& loaded) {
         const Vector<float, N> grad = to_floats(loaded.grad), weight = to_floats(loaded.weight);
@@ -78,7 +78,7 @@ template <typename G, typename W, int N>
 __device__ __forceinline__ void post_by_element(const PostEntry& entry, const Share& share,
                                                 const Differentiation& differentiate) {
   W* out = static_cast<W*>(entry.grad_weight);
-  stream<N, kAhead>(
+  stream<N, kPostAhead>(
       share,
       [&](int64_t i) {
         return LoadedWithThreshold<G, W, N>{load_both<G, W, N>(entry, i),
@@ -166,8 +166,8 @@ PostEntry entry_of(const PostSegment& s) {
   entry.grad_weight = s.grad_weight.data;
   entry.grad_threshold = static_cast<float*>(s.grad_threshold.data);
   entry.tiling = s.granularity == Granularity::kRow
-                     ? Tiling::of_rows(s.shape.rows, s.shape.columns, kPiece)
-                     : Tiling::flat(s.weight.numel, kPiece);
+                     ? Tiling::of_rows(s.shape.rows, s.shape.columns, kPostPiece)
+                     : Tiling::flat(s.weight.numel, kPostPiece);
   entry.surrogate = s.surrogate;
   entry.structure = s.structure;
   entry.grad_storage = s.grad.storage;

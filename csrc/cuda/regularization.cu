@@ -11,8 +11,8 @@
 namespace dst::cuda {
 namespace {
 
-constexpr int kAhead = 8;
-constexpr int32_t kPiece = 4096;
+constexpr int kRegularizationAhead = 8;
+constexpr int32_t kRegularizationPiece = 4096;
 
 struct RegularizationEntry {
   const float* threshold;
@@ -27,7 +27,7 @@ using RegularizationTable = Table<RegularizationEntry>;
 template <int N>
 __device__ __forceinline__ double regularize(const RegularizationEntry& entry, const Share& share) {
   double sum = 0.0;
-  stream<N, kAhead>(
+  stream<N, kRegularizationAhead>(
       share, [&](int64_t i) { return load<Cache::kOnce, N>(entry.threshold + i); },
       [&](int64_t i, const Vector<float, N>& threshold) {
         Vector<float, N> value, slope;
@@ -67,7 +67,7 @@ std::vector<RegularizationEntry> read_entries(const Reader& reader, const Tensor
     RegularizationEntry entry = {};
     entry.threshold = static_cast<const float*>(threshold.data);
     entry.slope = static_cast<float*>(slope.data);
-    entry.tiling = Tiling::flat(threshold.numel, kPiece);
+    entry.tiling = Tiling::flat(threshold.numel, kRegularizationPiece);
     entry.wide = fits(kWidth<float>, threshold.numel, {threshold, slope});
     entries.push_back(entry);
   }
