@@ -77,7 +77,8 @@ def build(library: Library, folder: Path) -> Path:
     cxx = environment.cxx_compiler()
     tools = _for_cuda(cxx) if library.name == "cuda" else _for_cpu(cxx)
     compile = [*tools.compile, f"-I{SOURCES}", "-isystem", str(headers)]
-    sources = [*library.sources, _write_description(folder, tools.described)]
+    description = _write(folder / "description.cpp", _description(tools.described))
+    sources = [*_units(library, folder), description]
     objects = [folder / f"{source.name}.o" for source in sources]
     target = folder / library.file
     try:
@@ -107,14 +108,34 @@ def _for_cuda(cxx: list[str]) -> _Tools:
     return _Tools(compile, [*command, "-shared"], f"CUDA {release}, {architectures}")
 
 
-def _write_description(folder: Path, text: str) -> Path:
-    """Write a source file with what `python -m dst_kernels` says about the library."""
+def _units(library: Library, folder: Path) -> list[Path]:
+    """Return the files to compile: C++ as it is, CUDA in two files that include the sources.
+
+    nvcc reads torch's headers anew for each file, which takes longer than most kernels do. The two
+    files, the optimizer steps and all other kernels, take about as long as each other.
+    """
+    units, steps, others = [], [], []
+    for source in library.sources:
+        if source.suffix != ".cu":
+            units.append(source)
+        else:
+            (steps if source.stem.endswith("_step") else others).append(f'#include "{source}"\n')
+    together = {"steps.cu": steps, "others.cu": others}
+    written = [_write(folder / name, "".join(lines)) for name, lines in together.items() if lines]
+    return [*written, *units]
+
+
+def _description(text: str) -> str:
+    """Return a source file with what `python -m dst_kernels` says about the library."""
     quoted = text.replace("\\", "\\\\").replace('"', '\\"')
-    content = (
+    return (
         'extern "C" __attribute__((visibility("default"))) const char\n'
         f'    {DESCRIPTION}[] = "{quoted}";\n'
     )
-    path = folder / "description.cpp"
+
+
+def _write(path: Path, content: str) -> Path:
+    """Write a file, unless it has that content, which then need not be compiled again."""
     if not path.exists() or path.read_text(encoding="utf-8") != content:
         path.write_text(content, encoding="utf-8")
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -73,3 +74,13 @@ def test_what_failed_is_compiled_again_and_its_object_is_not_taken(compiled):
             compiled()
     (compiled.sources / "small/a.cpp").write_text("int a() { return 1; }\n")
     assert compiled() == ["a.cpp"]
+
+
+def test_every_source_is_compiled_once(tmp_path):
+    for library in libraries.LIBRARIES.values():
+        (tmp_path / library.name).mkdir()
+        units = libraries._units(library, tmp_path / library.name)
+        written = [path.read_text() for path in units if path.suffix == ".cu"]
+        included = re.findall(r'#include "(.+)"', "".join(written))
+        compiled = [str(path) for path in units if path.suffix != ".cu"] + included
+        assert sorted(compiled) == list(map(str, library.sources))
