@@ -12,7 +12,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from zoo import UNet, convnext_tiny, masked_layers, mobilenet_v3_small, prune_half, resnet50
+from zoo import (
+    UNet,
+    masked_layers,
+    mobilenet_v3_small,
+    prune_half,
+    short_resnet50,
+    small_convnext,
+)
 
 import dst_kernels
 from dst_kernels import optim
@@ -23,12 +30,23 @@ LR, MOMENTUM, ALPHA = 0.1, 0.9, 1e-3
 
 # What it is made of, and the side of its images.
 NETWORKS = {
-    "resnet50": (resnet50, 64),
+    "resnet50": (short_resnet50, 64),
     "mobilenet_v3": (mobilenet_v3_small, 64),
-    "convnext": (convnext_tiny, 64),
+    "convnext": (small_convnext, 64),
     "unet": (UNet, 16),
 }
-every_network = pytest.mark.parametrize("name", list(NETWORKS))
+LARGE = ("resnet50", "convnext")  # the others have their kinds of layers, too
+
+
+def cases(*arguments):
+    """Tuples that begin with a network's name; those of the large ones are slow."""
+    return [
+        pytest.param(*each, marks=pytest.mark.slow if each[0] in LARGE else ())
+        for each in arguments
+    ]
+
+
+every_network = pytest.mark.parametrize("name", cases(*((name,) for name in NETWORKS)))
 
 
 @functools.cache
@@ -91,7 +109,7 @@ def assert_same(model: nn.Module, expected: nn.Module, of=lambda parameter: para
         assert torch.equal(ours.threshold == 0, theirs.threshold == 0), layer_name
 
 
-@every_network
+@pytest.mark.parametrize("name", NETWORKS)
 def test_every_layer_that_has_a_masked_twin_is_masked(name):
     plan = dst_kernels.plan_sparsify(dense_network(name))
     left = {layer.type for layer in plan.layers if layer.action == "skip"}
@@ -104,11 +122,11 @@ def test_every_layer_that_has_a_masked_twin_is_masked(name):
 
 @pytest.mark.parametrize(
     ("name", "path"),
-    [
+    cases(
         *((name, "packed") for name in NETWORKS),
         # With these a transposed convolution would stay dense.
         *((name, path) for name in NETWORKS if name != "unet" for path in ("mixed", "fused")),
-    ],
+    ),
 )
 def test_layer_by_layer_on_the_reference(name, path):
     assert_same(backward(network(name, backend="reference", path=path), name), reference(name))

@@ -62,14 +62,18 @@ def timm_convnext() -> nn.Module:
     )
 
 
-def resnet50() -> nn.Module:
-    torchvision = pytest.importorskip("torchvision")
-    return torchvision.models.resnet50(num_classes=10)
+def short_resnet50() -> nn.Module:
+    """One block where ResNet-50 has three to six of the same."""
+    resnet = pytest.importorskip("torchvision.models.resnet")
+    return resnet.ResNet(resnet.Bottleneck, [2, 1, 1, 1], num_classes=10)
 
 
-def convnext_tiny() -> nn.Module:
-    torchvision = pytest.importorskip("torchvision")
-    return torchvision.models.convnext_tiny(num_classes=10, stochastic_depth_prob=0.0)
+def small_convnext() -> nn.Module:
+    """ConvNeXt with narrow stages."""
+    convnext = pytest.importorskip("torchvision.models.convnext")
+    sizes = [(16, 32, 1), (32, 48, 1), (48, 64, 2), (64, None, 1)]
+    stages = [convnext.CNBlockConfig(*each) for each in sizes]
+    return convnext.ConvNeXt(stages, stochastic_depth_prob=0.0, num_classes=10)
 
 
 class UNet(nn.Module):

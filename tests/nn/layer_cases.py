@@ -17,6 +17,7 @@ from dst_kernels.nn import (
     MaskedConvTranspose3d,
     MaskedLinear,
 )
+from tests.ops import authors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,8 @@ CASES = [
 ]
 
 every_layer = pytest.mark.parametrize("case", CASES, ids=lambda case: case.masked.__name__)
-every_granularity = pytest.mark.parametrize("granularity", ["row", "layer", "element"])
+GRANULARITIES = ("row", "layer", "element")
+every_granularity = pytest.mark.parametrize("granularity", GRANULARITIES)
 
 
 def collapsing(layer: nn.Module) -> nn.Module:
@@ -53,24 +55,10 @@ def collapsing(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def broadcast(threshold: Tensor, weight: Tensor) -> Tensor:
-    """`threshold` shaped to go with `weight`, written out for each granularity."""
-    if threshold.shape == weight.shape:
-        return threshold
-    if threshold.numel() == 1:
-        return threshold.reshape([1] * weight.dim())
-    return threshold.reshape([weight.shape[0]] + [1] * (weight.dim() - 1))
-
-
 def threshold_of_each_weight(layer: nn.Module) -> Tensor:
     """The layer's threshold in the shape of its weight."""
     threshold, weight = layer.threshold.detach(), layer.weight
-    per_output = threshold.shape != weight.shape and threshold.numel() > 1
-    if not (per_output and "Transpose" in type(layer).__name__):
-        return broadcast(threshold, weight).expand(weight.shape)
-    inputs, outputs = weight.shape[0] // layer.groups, weight.shape[1]
-    spread = torch.empty(weight.shape, dtype=threshold.dtype)
-    for channel, value in enumerate(threshold):
-        group, output = divmod(channel, outputs)
-        spread[group * inputs : (group + 1) * inputs, output] = value
-    return spread
+    if "Transpose" not in type(layer).__name__ or threshold.dim() > 1:
+        return authors.spread(threshold, weight.shape)
+    rows = authors.transposed(weight, layer.groups)
+    return authors.transposed(authors.spread(threshold, rows.shape), layer.groups)

@@ -1,7 +1,7 @@
 """Masked recurrent modules of every kind, and the method written out for them.
 
 What is expected comes from plain torch modules whose weights were masked gate by gate, and from
-the formulas of tests/ops/naive.py; nothing of the code under test.
+the authors' rule in tests/ops/authors.py; nothing of the code under test.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dst_kernels.nn import MaskedGRU, MaskedLSTM, MaskedRNN
-from tests.ops import naive
+from tests.ops import authors
 
 GATES = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}
 INPUTS, UNITS, BATCH, STEPS = 5, 6, 3, 4
@@ -69,15 +69,11 @@ def stacks(module: nn.Module) -> dict[str, list[tuple[Tensor, Tensor]]]:
     return found
 
 
-def guarded(weight: Tensor, threshold: Tensor, reset_ratio: float | None) -> Tensor:
-    kept = naive.mask(weight, threshold).sum().item()
-    collapsed = reset_ratio is not None and kept / weight.numel() <= reset_ratio
-    return torch.zeros_like(threshold) if collapsed else threshold.detach().clone()
-
-
 def expected_masks(module: nn.Module) -> dict[str, Tensor]:
     return {
-        name: torch.cat([naive.mask(w, guarded(w, t, module.reset_ratio)) for w, t in pairs])
+        name: torch.cat(
+            [authors.mask(w, authors.effective(w, t, module.reset_ratio)) for w, t in pairs]
+        )
         for name, pairs in stacks(module).items()
     }
 
@@ -101,8 +97,8 @@ def expected_gradients(module: nn.Module, twin: nn.Module) -> dict[str, Tensor]:
     for name, pairs in stacks(module).items():
         grads = twin.get_parameter(name).grad.chunk(gates_of(module, name))
         gradients = [
-            naive.gradients(
-                grad, w, guarded(w, t, module.reset_ratio), module.surrogate,
+            authors.gradients(
+                grad, w, authors.effective(w, t, module.reset_ratio), module.surrogate,
                 module.structure_gradient,
             )
             for grad, (w, t) in zip(grads, pairs, strict=True)

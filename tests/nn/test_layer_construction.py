@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 
 import pytest
 import torch
-from layer_cases import every_granularity, every_layer, threshold_of_each_weight
+from layer_cases import CASES, GRANULARITIES, every_layer, threshold_of_each_weight
 from torch import nn
 
 from dst_kernels.nn import MaskedConv2d, MaskedLayer, MaskedLinear
@@ -14,15 +15,15 @@ from dst_kernels.nn import MaskedConv2d, MaskedLayer, MaskedLinear
 OPTIONS = ["granularity", "reset_ratio", "surrogate", "structure_gradient", "backend", "path"]
 
 
-@every_layer
-def test_signature_is_the_parents_plus_keyword_only_options(case):
-    ours = inspect.signature(case.masked).parameters
-    parents = inspect.signature(case.dense).parameters
-    positional = [n for n, p in ours.items() if p.kind is not p.KEYWORD_ONLY]
-    assert positional == list(parents)
-    for name in positional:
-        assert ours[name].default == parents[name].default, name
-    assert [n for n, p in ours.items() if p.kind is p.KEYWORD_ONLY] == OPTIONS
+def test_signature_is_the_parents_plus_keyword_only_options():
+    for case in CASES:
+        ours = inspect.signature(case.masked).parameters
+        parents = inspect.signature(case.dense).parameters
+        positional = [n for n, p in ours.items() if p.kind is not p.KEYWORD_ONLY]
+        assert positional == list(parents)
+        for name in positional:
+            assert ours[name].default == parents[name].default, name
+        assert [n for n, p in ours.items() if p.kind is p.KEYWORD_ONLY] == OPTIONS
 
 
 def test_all_arguments_by_position():
@@ -36,39 +37,32 @@ def test_all_arguments_by_position():
         MaskedLinear(6, 5, False, "cpu", torch.float64, "layer")
 
 
-@every_layer
-def test_is_its_parent_and_initialises_alike(case):
-    torch.manual_seed(3)
-    dense = case.dense(*case.args)
-    torch.manual_seed(3)
-    masked = case.masked(*case.args)
-    assert isinstance(masked, case.dense) and isinstance(masked, MaskedLayer)
-    assert torch.equal(masked.weight, dense.weight) and torch.equal(masked.bias, dense.bias)
+def test_is_its_parent_and_initialises_alike():
+    for case in CASES:
+        torch.manual_seed(3)
+        dense = case.dense(*case.args)
+        torch.manual_seed(3)
+        masked = case.masked(*case.args)
+        assert isinstance(masked, case.dense) and isinstance(masked, MaskedLayer)
+        assert torch.equal(masked.weight, dense.weight) and torch.equal(masked.bias, dense.bias)
 
 
 @every_layer
-@every_granularity
-def test_threshold_shape(case, granularity):
-    layer = case.masked(*case.args, granularity=granularity)
-    shape = {"row": layer.bias.shape, "layer": (1,), "element": layer.weight.shape}
-    assert layer.threshold.shape == shape[granularity]
-    assert isinstance(layer.threshold, nn.Parameter) and layer.threshold.requires_grad
-    assert torch.count_nonzero(layer.threshold) == 0
+def test_threshold_shape(case):
+    for granularity in GRANULARITIES:
+        layer = case.masked(*case.args, granularity=granularity)
+        shape = {"row": layer.bias.shape, "layer": (1,), "element": layer.weight.shape}
+        assert layer.threshold.shape == shape[granularity]
+        assert isinstance(layer.threshold, nn.Parameter) and layer.threshold.requires_grad
+        assert torch.count_nonzero(layer.threshold) == 0
 
 
 @every_layer
-@pytest.mark.parametrize(
-    "dtype, expected",
-    [
-        (torch.float16, torch.float32),
-        (torch.bfloat16, torch.float32),
-        (torch.float32, torch.float32),
-        (torch.float64, torch.float64),
-    ],
-)
-def test_threshold_dtype(case, dtype, expected):
-    layer = case.masked(*case.args, dtype=dtype)
-    assert layer.weight.dtype == dtype and layer.threshold.dtype == expected
+def test_threshold_dtype(case):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        layer = case.masked(*case.args, dtype=dtype)
+        assert layer.weight.dtype == dtype
+        assert layer.threshold.dtype == torch.promote_types(dtype, torch.float32)
 
 
 @every_layer
@@ -85,28 +79,28 @@ def test_meta_device_and_skip_init(case):
     assert skipped.weight.shape == layer.weight.shape and skipped.threshold.shape == (1,)
 
 
-@every_layer
-def test_extra_repr_names_the_options_and_reads_no_values(case):
-    layer = case.masked(
-        *case.args,
-        device="meta",  # where reading a value fails
-        granularity="element",
-        reset_ratio=0.25,
-        surrogate="triangular",
-        structure_gradient=False,
-        backend="reference",
-    )
-    text = repr(layer)
-    assert text.startswith(f"{case.masked.__name__}(")
-    assert case.dense(*case.args).extra_repr() in text
-    for option in (
-        "granularity=element",
-        "reset_ratio=0.25",
-        "surrogate=triangular",
-        "structure_gradient=False",
-        "backend=reference",
-    ):
-        assert option in text
+def test_extra_repr_names_the_options_and_reads_no_values():
+    for case in CASES:
+        layer = case.masked(
+            *case.args,
+            device="meta",  # where reading a value fails
+            granularity="element",
+            reset_ratio=0.25,
+            surrogate="triangular",
+            structure_gradient=False,
+            backend="reference",
+        )
+        text = repr(layer)
+        assert text.startswith(f"{case.masked.__name__}(")
+        assert case.dense(*case.args).extra_repr() in text
+        for option in (
+            "granularity=element",
+            "reset_ratio=0.25",
+            "surrogate=triangular",
+            "structure_gradient=False",
+            "backend=reference",
+        ):
+            assert option in text
 
 
 @every_layer
@@ -126,23 +120,22 @@ def test_reset_parameters_and_reset_threshold(case):
 
 
 @every_layer
-@every_granularity
-def test_mask_and_remaining_ratio_by_definition(case, granularity):
-    torch.manual_seed(0)
-    layer = case.masked(*case.args, granularity=granularity)
-    with torch.no_grad():
-        layer.threshold.uniform_(0, float(layer.weight.abs().max()))
-        exact = layer.weight.abs().flatten()[0]
-        layer.threshold.view(-1)[0] = exact  # on the boundary: S(0) = 0
-    mask, ratio = layer.mask(), layer.remaining_ratio()
-    expected = layer.weight.abs() > threshold_of_each_weight(layer)
-    assert mask.dtype == torch.bool and torch.equal(mask, expected)
-    assert not mask.flatten()[0]
-    assert ratio.shape == () and ratio.dtype == torch.float32 and not ratio.requires_grad
-    assert ratio.item() == pytest.approx(expected.sum().item() / expected.numel(), rel=1e-7)
+def test_mask_and_remaining_ratio_by_definition(case):
+    for granularity in GRANULARITIES:
+        torch.manual_seed(0)
+        layer = case.masked(*case.args, granularity=granularity)
+        with torch.no_grad():
+            layer.threshold.uniform_(0, float(layer.weight.abs().max()))
+            exact = layer.weight.abs().flatten()[0]
+            layer.threshold.view(-1)[0] = exact  # on the boundary: S(0) = 0
+        mask, ratio = layer.mask(), layer.remaining_ratio()
+        expected = layer.weight.abs() > threshold_of_each_weight(layer)
+        assert mask.dtype == torch.bool and torch.equal(mask, expected)
+        assert not mask.flatten()[0]
+        assert ratio.shape == () and ratio.dtype == torch.float32 and not ratio.requires_grad
+        assert ratio.item() == pytest.approx(expected.sum().item() / expected.numel(), rel=1e-7)
 
 
-@every_layer
 @pytest.mark.parametrize(
     "option, named",
     [
@@ -154,39 +147,37 @@ def test_mask_and_remaining_ratio_by_definition(case, granularity):
         ({"reset_ratio": float("nan")}, "reset_ratio"),
     ],
 )
-def test_bad_options_fail_at_construction(case, option, named):
-    with pytest.raises(ValueError, match=named):
-        case.masked(*case.args, **option)
-    with pytest.raises(ValueError, match=named):
-        case.masked.from_dense(case.dense(*case.args), **option)
+def test_bad_options_fail_at_construction(option, named):
+    for case in CASES:
+        with pytest.raises(ValueError, match=named):
+            case.masked(*case.args, **option)
+        with pytest.raises(ValueError, match=named):
+            case.masked.from_dense(case.dense(*case.args), **option)
 
 
-@every_layer
-@pytest.mark.parametrize("reset_ratio", [None, 0, 0.0, 1, 1.0])
-def test_reset_ratio_limits_are_fine(case, reset_ratio):
-    assert case.masked(*case.args, reset_ratio=reset_ratio).reset_ratio == reset_ratio
+def test_reset_ratio_limits_are_fine():
+    for case, ratio in itertools.product(CASES, (None, 0, 0.0, 1, 1.0)):
+        assert case.masked(*case.args, reset_ratio=ratio).reset_ratio == ratio
 
 
-@every_layer
-def test_backend_from_the_environment_is_checked(case, monkeypatch):
+def test_backend_from_the_environment_is_checked(monkeypatch):
     monkeypatch.setenv("DST_KERNELS_BACKEND", "tpu")
-    with pytest.raises(ValueError, match="DST_KERNELS_BACKEND"):
-        case.masked(*case.args)
+    for case in CASES:
+        with pytest.raises(ValueError, match="DST_KERNELS_BACKEND"):
+            case.masked(*case.args)
 
 
-@every_layer
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
-def test_complex_weights_are_refused(case, dtype):
-    with pytest.raises(TypeError, match="complex"):
-        case.masked(*case.args, dtype=dtype)
-    with pytest.raises(TypeError, match="complex"):
-        case.masked.from_dense(case.dense(*case.args, dtype=dtype))
+def test_complex_weights_are_refused():
+    for case, dtype in itertools.product(CASES, (torch.complex64, torch.complex128)):
+        with pytest.raises(TypeError, match="complex"):
+            case.masked(*case.args, dtype=dtype)
+        with pytest.raises(TypeError, match="complex"):
+            case.masked.from_dense(case.dense(*case.args, dtype=dtype))
 
 
-@every_layer
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64])
-def test_integer_weights_are_refused(case, dtype):
-    dense = case.dense(*case.args)
-    dense.weight = nn.Parameter(torch.ones_like(dense.weight, dtype=dtype), requires_grad=False)
-    with pytest.raises(TypeError, match="weight"):
-        case.masked.from_dense(dense)
+def test_integer_weights_are_refused():
+    for case, dtype in itertools.product(CASES, (torch.int8, torch.int64)):
+        dense = case.dense(*case.args)
+        dense.weight = nn.Parameter(torch.ones_like(dense.weight, dtype=dtype), requires_grad=False)
+        with pytest.raises(TypeError, match="weight"):
+            case.masked.from_dense(dense)

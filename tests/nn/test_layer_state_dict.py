@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from layer_cases import every_granularity, every_layer
+from layer_cases import CASES, GRANULARITIES, every_granularity, every_layer
 from torch import nn
 
 from dst_kernels.nn import MaskedConv2d, MaskedLayer, MaskedLinear
@@ -48,22 +48,22 @@ def lines_about_thresholds(caplog):
     return [r.getMessage() for r in records if "threshold" in r.getMessage()]
 
 
-@every_layer
-def test_keys(case):
-    masked, dense = case.masked(*case.args), case.dense(*case.args)
-    assert list(masked.state_dict()) == [*dense.state_dict(), "threshold"]
-    assert [n for n, _ in masked.named_parameters()] == ["weight", "bias", "threshold"]
-    assert not list(masked.named_buffers())
+def test_keys():
+    for case in CASES:
+        masked, dense = case.masked(*case.args), case.dense(*case.args)
+        assert list(masked.state_dict()) == [*dense.state_dict(), "threshold"]
+        assert [n for n, _ in masked.named_parameters()] == ["weight", "bias", "threshold"]
+        assert not list(masked.named_buffers())
 
 
 @every_layer
-@every_granularity
-def test_masked_checkpoint_round_trip(case, granularity):
-    saved, loaded = (case.masked(*case.args, granularity=granularity) for _ in range(2))
-    nn.init.uniform_(saved.threshold)
-    loaded.load_state_dict(saved.state_dict(), strict=True)
-    for name, value in saved.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], value), name
+def test_masked_checkpoint_round_trip(case):
+    for granularity in GRANULARITIES:
+        saved, loaded = (case.masked(*case.args, granularity=granularity) for _ in range(2))
+        nn.init.uniform_(saved.threshold)
+        loaded.load_state_dict(saved.state_dict(), strict=True)
+        for name, value in saved.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], value), name
 
 
 @pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])

@@ -102,13 +102,7 @@ def assert_equal_to_eager(compiled, function, batch=3):
     torch.testing.assert_close(results(compiled, leaves), results(function, leaves))
 
 
-@FUNCTIONS
-def test_one_graph_equals_eager(function):
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    assert_equal_to_eager(compiled, function)
-
-
-@pytest.mark.parametrize("path", ["fused", "packed", "mixed", "auto"])
+@pytest.mark.parametrize("path", ["fused", "packed", "mixed"])
 @pytest.mark.parametrize("function", [linear, conv2d], ids=lambda f: f.__name__)
 def test_every_path_is_one_graph(function, path, monkeypatch):
     chosen = {"path": path, "backend": "reference"}
@@ -118,11 +112,18 @@ def test_every_path_is_one_graph(function, path, monkeypatch):
     assert_equal_to_eager(compiled, function)
 
 
-@FUNCTIONS
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(function, marks=() if function in (linear, conv2d) else pytest.mark.slow)
+        for function in SHAPES
+    ],
+    ids=lambda f: f.__name__,
+)
 def test_batch_size_marked_dynamic_compiles_once(function):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, backend=counter)
-    for batch in (3, 4, 7, 2):
+    for batch in (3, 4, 2):
         leaves = arguments(function, batch)
         torch._dynamo.mark_dynamic(leaves[0], 0)
         torch.testing.assert_close(results(compiled, leaves), results(function, leaves))
@@ -130,10 +131,10 @@ def test_batch_size_marked_dynamic_compiles_once(function):
 
 
 @FUNCTIONS
-def test_changing_batch_sizes_recompile_once_to_dynamic(function):
+def test_one_graph_equals_eager_and_changing_batch_sizes_recompile_once(function):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, backend=counter)
-    for batch in (3, 5, 4, 9, 2):
+    for batch in (3, 5, 2):
         assert_equal_to_eager(compiled, function, batch)
     assert counter.frame_count <= 2
 
@@ -187,7 +188,7 @@ def test_channels_last_strides_agree_with_eager():
         assert [t.stride() for t in eager] == [t.stride() for t in graph]
 
 
-@pytest.mark.parametrize("path", ["fused", "packed", "mixed", "auto"])
+@pytest.mark.parametrize("path", ["fused", "packed", "mixed"])
 def test_channels_last_and_a_changing_batch(path):
     """On torch 2.11 a result that `contiguous` hands through would lose its gradient here."""
 
@@ -197,7 +198,7 @@ def test_channels_last_and_a_changing_batch(path):
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     weight = torch.randn(6, 4, 2, 2).to(memory_format=torch.channels_last).requires_grad_()
     threshold = torch.rand(6).requires_grad_()
-    for batch in (2, 3, 5):
+    for batch in (2, 3):
         input = torch.randn(batch, 4, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
         leaves = input, weight, threshold
         torch.testing.assert_close(results(compiled, leaves), results(run, leaves))

@@ -16,7 +16,7 @@ from dst_kernels.nn import (
     MaskedConvTranspose3d,
 )
 
-from . import naive
+from . import authors
 from .backends import BACKENDS, every_backend
 from .tolerance import assert_as_accurate
 
@@ -48,7 +48,7 @@ def by_formula(layer, input, dtype):
     layer = copy.deepcopy(layer)
     weight, threshold = layer.weight.detach(), layer.threshold.detach()
     output, of_input, of_parameters = results(layer.to_dense().to(dtype), input.to(dtype))
-    of_weight, of_threshold = naive.gradients(of_parameters["weight"], weight, threshold)
+    of_weight, of_threshold = authors.gradients(of_parameters["weight"], weight, threshold)
     return output, of_input, {**of_parameters, "weight": of_weight, "threshold": of_threshold}
 
 

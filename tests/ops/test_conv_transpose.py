@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -11,7 +13,7 @@ import dst_kernels.functional as dst
 from dst_kernels import ops, reference
 from dst_kernels.nn import MaskedConvTranspose2d
 
-from . import naive
+from . import authors
 from .backends import BACKENDS
 from .convolutions import Geometry
 from .tolerance import assert_as_accurate
@@ -40,7 +42,7 @@ GEOMETRIES = (
     Geometry("3d-all", (1, 4, 2, 2, 2), (4, 2, 1, 2, 2), {"stride": (2, 1, 2), "groups": 2}),
 )
 every_geometry = pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-every_granularity = pytest.mark.parametrize("granularity", ["row", "scalar", "layer", "element"])
+GRANULARITIES = ("row", "scalar", "layer", "element")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -53,36 +55,23 @@ def torchs_of(geometry):
 
 
 def outputs_of(geometry):
-    return geometry.weight[1] * geometry.options.get("groups", 1)
+    return geometry.weight[1] * groups_of(geometry)
 
 
-def channels(geometry):
-    """The output channel that each weight is for, in the weight's shape."""
-    inputs, outputs = geometry.weight[:2]
-    per_group = inputs // geometry.options.get("groups", 1)
-    of = torch.empty(geometry.weight, dtype=torch.long)
-    for i in range(inputs):
-        for j in range(outputs):
-            of[i, j] = i // per_group * outputs + j
-    return of
+def groups_of(geometry):
+    return geometry.options.get("groups", 1)
 
 
-def spread(threshold, geometry):
-    if threshold.shape == torch.Size(geometry.weight):
-        return threshold
-    if threshold.numel() == 1:
-        return threshold.reshape(()).expand(geometry.weight)
-    return threshold[channels(geometry).to(threshold.device)]
+def in_rows(tensor, geometry):
+    """With a row for each output channel, as the rule has it; and back again.
+
+    A threshold that is not one for each weight stays what it is.
+    """
+    return authors.transposed(tensor, groups_of(geometry)) if tensor.dim() > 1 else tensor
 
 
-def gathered(of_each, threshold, geometry):
-    """The gradient of the threshold from what each weight contributes."""
-    if threshold.shape == of_each.shape:
-        return of_each
-    if threshold.numel() == 1:
-        return of_each.sum().reshape(threshold.shape)
-    sums = torch.zeros(len(threshold), dtype=of_each.dtype)
-    return sums.index_add(0, channels(geometry).flatten(), of_each.cpu().flatten())
+def kept(weight, threshold, geometry):
+    return in_rows(authors.mask(in_rows(weight, geometry), in_rows(threshold, geometry)), geometry)
 
 
 def leaves_of(geometry, granularity, device="cpu", dtype=torch.float32):
@@ -112,28 +101,27 @@ def results(geometry, leaves, cotangent, **options):
 def by_formula(geometry, leaves, cotangent, dtype, product_dtype):
     """The method's formulas on the leaves in `dtype`; the product in `product_dtype`."""
     input, weight, threshold, bias = (leaf.detach() for leaf in leaves)
-    limits = spread(threshold, geometry)
-    masked = weight.to(dtype) * (weight.double().abs() > limits.double())
+    masked = weight.to(dtype) * kept(weight, threshold, geometry)
     operands = [t.to(product_dtype).requires_grad_() for t in (input, masked, bias)]
     output = torchs_of(geometry)(*operands, **geometry.options)
     cotangent = cotangent.to(output.dtype)
     of_input, dense, of_bias = torch.autograd.grad(output, operands, cotangent)
-    of_weight, of_each = naive.gradients(dense, weight, limits.contiguous())
-    of_threshold = gathered(of_each, threshold, geometry)
+    of_rows = authors.gradients(*(in_rows(t, geometry) for t in (dense, weight, threshold)))
+    of_weight, of_threshold = (in_rows(gradient, geometry) for gradient in of_rows)
     return output.detach(), of_input, of_weight, of_threshold, of_bias
 
 
 @every_geometry
-@every_granularity
 @every_backend
-def test_the_formulas(geometry, granularity, backend, device):
-    leaves = leaves_of(geometry, granularity, device)
-    cotangent = dense_output(geometry, *leaves[:2])
-    ours = results(geometry, leaves, cotangent, backend=backend)
-    plain = by_formula(geometry, leaves, cotangent, torch.float32, torch.float32)
-    exact = by_formula(geometry, leaves, cotangent, torch.float64, torch.float64)
-    for result, close, truth in zip(ours, plain, exact, strict=True):
-        assert_as_accurate(result, close.to(device, result.dtype), truth.to(device))
+def test_the_formulas(geometry, backend, device):
+    for granularity in GRANULARITIES:
+        leaves = leaves_of(geometry, granularity, device)
+        cotangent = dense_output(geometry, *leaves[:2])
+        ours = results(geometry, leaves, cotangent, backend=backend)
+        plain = by_formula(geometry, leaves, cotangent, torch.float32, torch.float32)
+        exact = by_formula(geometry, leaves, cotangent, torch.float64, torch.float64)
+        for result, close, truth in zip(ours, plain, exact, strict=True):
+            assert_as_accurate(result, close.to(device, result.dtype), truth.to(device))
 
 
 @pytest.mark.parametrize("granularity", ["row", "element"])
@@ -161,33 +149,33 @@ def test_the_mask_is_decided_on_the_master_weight():
 
 
 @every_geometry
-@every_granularity
-def test_the_reference_states_it(geometry, granularity):
-    leaves = leaves_of(geometry, granularity, dtype=torch.float64)
-    input, weight, threshold, bias = (leaf.detach() for leaf in leaves)
-    if len(geometry.input) == len(geometry.weight) - 1:
-        input = input[None]
+def test_the_reference_states_it(geometry):
     options = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
     options.update(geometry.options)
     for name in ("stride", "padding", "output_padding", "dilation"):
         if isinstance(options[name], int):
             options[name] = (options[name],) * geometry.spatial
-    for ratio in (None, 1.0):
+    for granularity, ratio in itertools.product(GRANULARITIES, (None, 1.0)):
+        leaves = leaves_of(geometry, granularity, dtype=torch.float64)
+        input, weight, threshold, bias = (leaf.detach() for leaf in leaves)
+        if len(geometry.input) == len(geometry.weight) - 1:
+            input = input[None]
         output, effective = reference.masked_conv_transpose(
             input, weight, threshold, bias, ratio, **options
         )
         expected = threshold if ratio is None else torch.zeros_like(threshold)
         assert torch.equal(effective, expected) and effective.shape == threshold.shape
-        kept = weight.abs() > spread(expected, geometry)
-        product = torchs_of(geometry)(input, weight * kept, bias, **geometry.options)
+        masked = weight * kept(weight, expected, geometry)
+        product = torchs_of(geometry)(input, masked, bias, **geometry.options)
         torch.testing.assert_close(output, product, rtol=1e-13, atol=1e-13)
 
 
 @every_geometry
 def test_gradients_against_finite_differences(geometry):
     """Those that are derivatives, with weights away from their thresholds."""
-    input, _, threshold, bias = leaves_of(geometry, "row", dtype=torch.float64)
-    limits = spread(threshold.detach(), geometry)
+    input, weight, threshold, bias = leaves_of(geometry, "row", dtype=torch.float64)
+    shape = in_rows(weight, geometry).shape
+    limits = in_rows(authors.spread(threshold.detach(), shape), geometry)
     sides = torch.where(torch.rand(geometry.weight) < 0.5, -0.2, 0.2).double()
     signs = torch.where(torch.rand(geometry.weight) < 0.5, -1.0, 1.0).double()
     weight = (signs * (limits + sides)).requires_grad_()

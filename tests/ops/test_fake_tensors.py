@@ -13,7 +13,7 @@ import dst_kernels.functional as dst
 
 from .convolutions import GEOMETRIES
 
-GRANULARITIES = {"row": lambda s: s[:1], "scalar": lambda s: (), "element": lambda s: s}
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
@@ -46,11 +46,13 @@ def backward_nodes(output, grad):
     return node.apply(*grads)
 
 
-@pytest.mark.parametrize("granularity", list(GRANULARITIES))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_weight_ops(dtype, granularity):
-    weight = leaf(8, 4, dtype=dtype)
-    threshold = leaf(*GRANULARITIES[granularity]((8, 4)))
+@every_dtype
+def test_weight_ops(dtype):
+    for shape in ((8,), (), (8, 4)):
+        check_weight_ops(leaf(8, 4, dtype=dtype), leaf(*shape))
+
+
+def check_weight_ops(weight, threshold):
     same(dst.effective_threshold(weight, threshold), threshold)
     mask = dst.threshold_mask(weight, threshold)
     assert mask.shape == weight.shape and mask.dtype == torch.bool and mask.is_cuda
@@ -64,17 +66,17 @@ def test_weight_ops(dtype, granularity):
     same(dst.sparse_regularization(threshold), threshold, ())
 
 
-@pytest.mark.parametrize("batch", [(), (2,), (2, 3), (0,)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_linear(dtype, batch):
-    input, weight = leaf(*batch, 4, dtype=dtype), leaf(8, 4, dtype=dtype)
-    threshold, bias = leaf(8), leaf(8, dtype=dtype)
-    output = dst.masked_linear(input, weight, threshold, bias)
-    same(output, input, (*batch, 8))
-    assert output.is_contiguous()
-    grads = output.grad_fn.apply(torch.empty_like(output))
-    for grad, argument in zip(grads, (input, weight, threshold, bias), strict=False):
-        same(grad, argument)
+@every_dtype
+def test_linear(dtype):
+    for batch in ((), (2,), (2, 3), (0,)):
+        input, weight = leaf(*batch, 4, dtype=dtype), leaf(8, 4, dtype=dtype)
+        threshold, bias = leaf(8), leaf(8, dtype=dtype)
+        output = dst.masked_linear(input, weight, threshold, bias)
+        same(output, input, (*batch, 8))
+        assert output.is_contiguous()
+        grads = output.grad_fn.apply(torch.empty_like(output))
+        for grad, argument in zip(grads, (input, weight, threshold, bias), strict=False):
+            same(grad, argument)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)

@@ -51,6 +51,7 @@ def test_linear(granularity, bias, batch):
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_convolution(geometry):
+    """Its output is torch's with the masked weight."""
     weight, threshold = weight_and_threshold(geometry.weight)
     input = torch.randn(geometry.input, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(geometry.weight[0], dtype=torch.float64, requires_grad=True)
@@ -60,6 +61,10 @@ def test_convolution(geometry):
             input, weight, threshold, bias, **geometry.options, structure_gradient=False
         )
 
+    kept = weight.abs() > threshold.reshape(-1, *[1] * (weight.dim() - 1))
+    assert 0 < kept.sum() < kept.numel()
+    expected = geometry.torchs(input, weight * kept, bias, **geometry.options)
+    torch.testing.assert_close(run(input, weight, bias), expected, rtol=1e-13, atol=1e-14)
     assert gradcheck(run, (input, weight, bias))
 
 
@@ -82,15 +87,3 @@ def test_input_and_bias_gradients_do_not_depend_on_the_structure_gradient():
             lambda x, b, s=surrogate: dst.masked_linear(x, weight, threshold, b, surrogate=s),
             (input, bias),
         )
-
-
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_convolution_output_is_torchs_with_the_masked_weight(geometry):
-    weight, threshold = weight_and_threshold(geometry.weight)
-    input = torch.randn(geometry.input, dtype=torch.float64)
-    bias = torch.randn(geometry.weight[0], dtype=torch.float64)
-    kept = weight.abs() > threshold.reshape(-1, *[1] * (weight.dim() - 1))
-    assert 0 < kept.sum() < kept.numel()
-    expected = geometry.torchs(input, weight * kept, bias, **geometry.options)
-    result = geometry.ours(input, weight, threshold, bias, **geometry.options)
-    torch.testing.assert_close(result, expected, rtol=1e-13, atol=1e-14)

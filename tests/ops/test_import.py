@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -19,15 +19,9 @@ import dst_kernels.reference
 HEAVY = ("triton", "torchvision", "typer", "matplotlib", "transformers", "rich", "sklearn", "timm")
 
 
-def python(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code] if code else [sys.executable, "-m", "dst_kernels"],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        check=True,
-        timeout=120,
-    ).stdout
+def python(code):
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
 def test_import_brings_in_torch_only_and_leaves_cuda_alone():
@@ -63,9 +57,10 @@ def test_works_where_triton_cannot_be_imported():
     assert output.strip() == "4"
 
 
-def test_report_of_the_installation():
-    output = python("", DST_KERNELS_BACKEND="reference")
-    rows = dict(line.split("  ", 1) for line in output.splitlines())
+def test_report_of_the_installation(monkeypatch, capsys):
+    monkeypatch.setenv("DST_KERNELS_BACKEND", "reference")
+    runpy.run_module("dst_kernels", run_name="__main__")
+    rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     rows = {name: value.strip() for name, value in rows.items()}
     assert rows["dst_kernels"] == dst_kernels.__version__
     assert rows["torch"].startswith(torch.__version__)

@@ -57,17 +57,15 @@ def test_a_plan_cannot_be_changed():
         PLANS["fused"].forward = "packed"
 
 
-@pytest.mark.parametrize("weight", WEIGHTS[1:], ids=str)
-def test_few_tokens_are_fused(weight):
+def test_few_tokens_are_fused():
     """Where reading the weight is all the work, packing would read and write it once more."""
-    for M in (1, 16, 64):
+    for M, weight in itertools.product((1, 16, 64), WEIGHTS[1:]):
         plan = plan_linear(M, *weight, BF16, F32)
         assert (plan.forward, plan.grad_input) == ("fused", "fused")
 
 
-@pytest.mark.parametrize("weight", WEIGHTS[1:], ids=str)
-def test_many_tokens_are_packed(weight):
-    for M in (8192, 65536):
+def test_many_tokens_are_packed():
+    for M, weight in itertools.product((8192, 65536), WEIGHTS[1:]):
         plan = plan_linear(M, *weight, BF16, F32)
         assert (plan.forward, plan.grad_input) == ("packed", "packed")
 
@@ -94,19 +92,17 @@ def test_float64_is_packed():
             assert plan_linear(M, *weight, *dtypes, gpu=gpu) == PLANS["packed"]
 
 
-@pytest.mark.parametrize("needs_grad_input", [True, False])
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("weight", WEIGHTS, ids=str)
-def test_one_crossover_from_fused_to_packed(weight, dtypes, needs_grad_input):
+def test_one_crossover_from_fused_to_packed(weight):
     """With more tokens a product never goes back to the fused kernel."""
-    *dtypes, tf32 = dtypes
-    plans = [
-        plan_linear(M, *weight, *dtypes, tf32=tf32, needs_grad_input=needs_grad_input)
-        for M in sorted({*TOKENS, *(2**i for i in range(21)), *(3 * 2**i for i in range(19))})
-    ]
-    for product in ("forward", "grad_input"):
-        choices = [getattr(plan, product) == "packed" for plan in plans]
-        assert choices == sorted(choices), product
+    for (*dtypes, tf32), needs_grad_input in itertools.product(DTYPES, (True, False)):
+        plans = [
+            plan_linear(M, *weight, *dtypes, tf32=tf32, needs_grad_input=needs_grad_input)
+            for M in sorted({*TOKENS, *(2**i for i in range(21)), *(3 * 2**i for i in range(19))})
+        ]
+        for product in ("forward", "grad_input"):
+            choices = [getattr(plan, product) == "packed" for plan in plans]
+            assert choices == sorted(choices), product
 
 
 def test_what_the_input_s_gradient_saves_counts():

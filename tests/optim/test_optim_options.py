@@ -9,7 +9,7 @@ from twins import Twins, assert_close, batches, masked_layers
 
 import dst_kernels
 
-STEPS = 40
+STEPS = 20
 
 
 def run(backend, rule="sgd", network=linear, each_step=None, steps=STEPS, **options):

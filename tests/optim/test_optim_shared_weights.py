@@ -14,6 +14,11 @@ from dst_kernels.nn import MaskedLinear
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "alpha": 0.05}
 
 
+@pytest.fixture
+def backend(best_backend):
+    return best_backend
+
+
 def make(model, backend):
     return Twins(model, backend=backend, **OPTIONS)
 

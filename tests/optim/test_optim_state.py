@@ -25,6 +25,11 @@ every_rule = pytest.mark.parametrize("rule", RULES)
 through_a_file = pytest.mark.parametrize("through_a_file", [False, True])
 
 
+@pytest.fixture
+def backend(best_backend):
+    return best_backend
+
+
 def saved(value):
     buffer = io.BytesIO()
     torch.save(value, buffer)

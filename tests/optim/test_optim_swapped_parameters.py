@@ -19,6 +19,11 @@ from dst_kernels.optim import DSTSGD
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "alpha": 0.05}
 
 
+@pytest.fixture
+def backend(best_backend):
+    return best_backend
+
+
 def trained(backend, network=linear, steps=3):
     model, shape = network(backend=backend)
     twins = Twins(model, backend=backend, **OPTIONS)

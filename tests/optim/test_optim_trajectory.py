@@ -8,8 +8,8 @@ from twins import Twins, batches, masked_layers
 
 from dst_kernels.reference.surrogate import SURROGATES
 
-STEPS = 200
-RAISED = {50: 0, 90: 1, 130: -1}  # at which step the thresholds of which layer go up
+STEPS = 80
+RAISED = {20: 0, 35: 1, 50: -1}  # at which step the thresholds of which layer go up
 OPTIONS = {
     "sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3, "alpha": 1e-2},
     "adamw": {"lr": 0.01, "alpha": 1e-2},
@@ -45,7 +45,7 @@ def test_natural_collapse(network, backend):
     model, shape = network(backend=backend)
     twins = Twins(model, "sgd", backend=backend, **options)
     data = batches(shape)
-    twins.train(data, 60)
+    twins.train(data, 40)
     twins.assert_same(data[0][0])
     assert twins.resets >= 2
 
@@ -58,7 +58,7 @@ def test_every_gradient_of_the_mask(surrogate, structure_gradient, backend):
     )
     twins = Twins(model, "sgd", backend=backend, **OPTIONS["sgd"])
     data = batches(shape)
-    twins.train(data, 60)
+    twins.train(data, 40)
     twins.assert_same(data[0][0])
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import dst_kernels
 from dst_kernels.nn import MaskedLayer
 from dst_kernels.optim import DSTSGD, DSTAdamW
+from tests.ops import authors
 
 RULES = {
     "sgd": (DSTSGD, torch.optim.SGD),
@@ -37,7 +38,7 @@ class Side:
         """To be added to the loss."""
         thresholds = {id(layer.threshold) for layer in masked_layers(self.model)}
         terms = [
-            alpha * torch.exp(-p).sum()
+            alpha * authors.regularizer([p])
             for group, alpha in zip(self.optimizer.param_groups, alphas, strict=True)
             for p in group["params"]
             if self.in_loss and alpha is not None and id(p) in thresholds
