@@ -6,7 +6,7 @@ import copy
 import itertools
 
 import torch
-from layer_cases import GRANULARITIES, collapsing, every_layer, threshold_of_each_weight
+from layer_cases import CASES, GRANULARITIES, collapsing, every_layer, threshold_of_each_weight
 from torch.utils.checkpoint import checkpoint
 
 from dst_kernels.nn import MaskedLinear
@@ -56,26 +56,26 @@ def test_boundary_is_inclusive():
         assert layer.mask().sum() == (1000 if resets else kept)
 
 
-@every_layer
-def test_guard_off(case):
-    layer = collapsing(case.masked(*case.args, reset_ratio=None))
-    output = layer(case.input())
-    assert torch.equal(layer.threshold, torch.full_like(layer.threshold, 10.0))
-    assert layer.remaining_ratio() == 0
-    channels = -1 if isinstance(layer, MaskedLinear) else 1
-    for channel, bias in enumerate(layer.bias):
-        assert bool((output.select(channels, channel) == bias).all())
+def test_guard_off():
+    for case in CASES:
+        layer = collapsing(case.masked(*case.args, reset_ratio=None))
+        output = layer(case.input())
+        assert torch.equal(layer.threshold, torch.full_like(layer.threshold, 10.0))
+        assert layer.remaining_ratio() == 0
+        channels = -1 if isinstance(layer, MaskedLinear) else 1
+        for channel, bias in enumerate(layer.bias):
+            assert bool((output.select(channels, channel) == bias).all())
 
 
-@every_layer
-def test_a_reset_is_for_the_whole_layer_or_not_at_all(case):
-    layer = case.masked(*case.args)
-    with torch.no_grad():
-        layer.threshold.fill_(10.0)[0] = -1.0  # one row stays: far more than 1 %
-    before = layer.threshold.clone()
-    layer(case.input())
-    assert torch.equal(layer.threshold, before)
-    assert torch.equal(layer.mask(), threshold_of_each_weight(layer) < 0)
+def test_a_reset_is_for_the_whole_layer_or_not_at_all():
+    for case in CASES:
+        layer = case.masked(*case.args)
+        with torch.no_grad():
+            layer.threshold.fill_(10.0)[0] = -1.0  # one row stays: far more than 1 %
+        before = layer.threshold.clone()
+        layer(case.input())
+        assert torch.equal(layer.threshold, before)
+        assert torch.equal(layer.mask(), threshold_of_each_weight(layer) < 0)
 
 
 def test_gradients_of_a_step_with_a_reset_are_those_at_zero():
@@ -147,13 +147,13 @@ def test_activation_checkpointing_over_a_reset(case):
             assert torch.equal(stored.get_parameter(name), parameter), name
 
 
-@every_layer
-def test_double_precision_and_frozen_thresholds_reset_too(case):
-    layer = collapsing(case.masked(*case.args, dtype=torch.float64))
-    layer.threshold.requires_grad_(False)
-    layer(case.input(torch.float64)).sum().backward()
-    assert torch.count_nonzero(layer.threshold) == 0 and layer.threshold.grad is None
-    assert layer.weight.grad is not None
+def test_double_precision_and_frozen_thresholds_reset_too():
+    for case in CASES:
+        layer = collapsing(case.masked(*case.args, dtype=torch.float64))
+        layer.threshold.requires_grad_(False)
+        layer(case.input(torch.float64)).sum().backward()
+        assert torch.count_nonzero(layer.threshold) == 0 and layer.threshold.grad is None
+        assert layer.weight.grad is not None
 
 
 def test_a_diverged_layer_is_not_hidden():

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 
 import pytest
 import torch
-from layer_cases import every_granularity, every_layer
+from layer_cases import GRANULARITIES, every_granularity, every_layer
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.optim.swa_utils import AveragedModel
 
 from dst_kernels import autograd, ops, weights_unchanged
-from dst_kernels.nn import MaskedConv2d, MaskedLinear
+from dst_kernels.nn import MaskedLinear
 from dst_kernels.nn.sources.reuse import packs_of
 
 # The paths on which a layer has a use for the copy.
-packing = pytest.mark.parametrize("path", ["packed", "mixed"])
+PACKING = ("packed", "mixed")
+packing = pytest.mark.parametrize("path", PACKING)
 
 
 @pytest.fixture
@@ -36,11 +38,21 @@ def packs(monkeypatch):
     return made
 
 
-def layer_of(path="packed", device=None, **options):
+def layer_of(device, path="packed", **options):
     torch.manual_seed(1)
     layer = MaskedLinear(8, 6, path=path, device=device, **options)
     layer.reset_threshold(0.1)
     return layer
+
+
+@pytest.fixture
+def layer(device):
+    return layer_of(device)
+
+
+@pytest.fixture
+def input(device):
+    return torch.randn(3, 8, device=device)
 
 
 def fresh(layer):
@@ -71,32 +83,33 @@ def assert_as_fresh(layer, input):
 
 
 @packing
-@pytest.mark.parametrize("training", [True, False])
-def test_several_forwards_pack_once(path, training, packs, device):
-    layer, input = layer_of(path, device).train(training), torch.randn(3, 8, device=device)
-    with weights_unchanged(layer):
-        for _ in range(3):
+def test_several_forwards_pack_once(path, packs, input, device):
+    for training in (True, False):
+        layer = layer_of(device, path).train(training)
+        packs.clear()
+        with weights_unchanged(layer):
+            for _ in range(3):
+                layer(input)
+        assert len(packs) == 1
+        for _ in range(2):
             layer(input)
-    assert len(packs) == 1
-    for _ in range(2):
-        layer(input)
-    assert len(packs) == 3, "outside the scope each forward packs"
+        assert len(packs) == 3, "outside the scope each forward packs"
 
 
 @every_layer
-@every_granularity
-@pytest.mark.parametrize("training", [True, False])
-def test_every_layer_packs_once(case, granularity, training, packs):
+def test_every_layer_packs_once(case, packs):
     """A transposed convolution packs with a view of its threshold; the commit's is the tensor's."""
-    layer = case.masked(*case.args, granularity=granularity, path="packed").train(training)
-    layer.reset_threshold(9.0)
-    with weights_unchanged(layer):
-        for _ in range(3):
+    for granularity, training in itertools.product(GRANULARITIES, (True, False)):
+        layer = case.masked(*case.args, granularity=granularity, path="packed").train(training)
+        layer.reset_threshold(9.0)
+        packs.clear()
+        with weights_unchanged(layer):
+            for _ in range(3):
+                layer(case.input())
+            assert len(packs) == 1
+            layer.reset_threshold(0.05)
             layer(case.input())
-        assert len(packs) == 1
-        layer.reset_threshold(0.05)
-        layer(case.input())
-        assert len(packs) == 2
+            assert len(packs) == 2
 
 
 @pytest.fixture
@@ -133,8 +146,8 @@ def test_results_and_gradients_are_those_without_the_scope(
 
 
 @packing
-def test_a_committed_reset_does_not_pack_again(path, packs, device):
-    layer, input = layer_of(path, device), torch.randn(3, 8, device=device)
+def test_a_committed_reset_does_not_pack_again(path, packs, input, device):
+    layer = layer_of(device, path)
     layer.reset_threshold(9.0)
     twin = copy.deepcopy(layer)
     with weights_unchanged(layer):
@@ -147,10 +160,8 @@ def test_a_committed_reset_does_not_pack_again(path, packs, device):
     assert layer.threshold.grad.isfinite().all() and layer.weight.grad.any()
 
 
-def test_evaluation_with_a_pending_reset_does_not_write(packs, device):
-    layer = layer_of(device=device).eval()
-    layer.reset_threshold(9.0)
-    input = torch.randn(3, 8, device=device)
+def test_evaluation_with_a_pending_reset_does_not_write(packs, layer, input):
+    layer.eval().reset_threshold(9.0)
     with weights_unchanged(layer):
         for _ in range(2):
             assert torch.equal(layer(input), layer.to_dense()(input))
@@ -160,7 +171,7 @@ def test_evaluation_with_a_pending_reset_does_not_write(packs, device):
 
 @packing
 def test_gradients_accumulated_over_micro_batches_equal_the_big_batch(path, device):
-    model = nn.Sequential(layer_of(path, device), nn.Tanh(), MaskedLinear(6, 3, path=path))
+    model = nn.Sequential(layer_of(device, path), nn.Tanh(), MaskedLinear(6, 3, path=path))
     model.to(device, torch.float64)
     twin = copy.deepcopy(model)
     batch = torch.randn(12, 8, dtype=torch.float64, device=device)
@@ -172,9 +183,8 @@ def test_gradients_accumulated_over_micro_batches_equal_the_big_batch(path, devi
         torch.testing.assert_close(parameter.grad, twin.get_parameter(name).grad, msg=name)
 
 
-def test_a_fused_path_takes_no_copy_it_does_not_need(packs, device):
-    """On the fused path a pack would be wasted."""
-    layer, input = layer_of("fused", device), torch.randn(3, 8, device=device)
+def test_a_fused_path_takes_no_copy_it_does_not_need(packs, input, device):
+    layer = layer_of(device, "fused")
     with weights_unchanged(layer):
         assert_as_fresh(layer, input)
     assert packs == []
@@ -183,121 +193,109 @@ def test_a_fused_path_takes_no_copy_it_does_not_need(packs, device):
 # -- what leads to a new pack ----------------------------------------------------------------------
 
 
-def in_place(layer):
-    with torch.no_grad():
-        layer.weight.mul_(-1.5)
-
-
-def threshold_in_place(layer):
-    with torch.no_grad():
-        layer.threshold.fill_(0.25)
-
-
+@torch.no_grad()
 def one_element(layer):
-    with torch.no_grad():
-        layer.weight[0, 0] = 7.0
+    layer.weight[0, 0] = 7.0
 
 
-def load(layer):
-    layer.load_state_dict({k: v + 0.3 for k, v in layer.state_dict().items()})
+def load(layer, **options):
+    layer.load_state_dict({k: v + 0.3 for k, v in layer.state_dict().items()}, **options)
 
 
-def load_assigned(layer):
-    layer.load_state_dict({k: v + 0.3 for k, v in layer.state_dict().items()}, assign=True)
-
-
-def data_exchanged(layer):
-    layer.weight.data = layer.weight.data * -2
-
-
-def threshold_data_exchanged(layer):
-    layer.threshold.data = layer.threshold.data + 0.2
-
-
-def new_parameter(layer):
-    layer.weight = nn.Parameter(layer.weight.detach() * 3)
-
-
+@torch.no_grad()
 def swapped_by_copy(layer):
-    average = {name: parameter.detach() * 0.5 for name, parameter in layer.named_parameters()}
-    with torch.no_grad():
-        for name, parameter in layer.named_parameters():
-            parameter.copy_(average[name])
+    average = {name: parameter * 0.5 for name, parameter in layer.named_parameters()}
+    for name, parameter in layer.named_parameters():
+        parameter.copy_(average[name])
 
 
-def initialised(layer):
-    nn.init.normal_(layer.weight)
+def averaged_through_data(layer):
+    for parameter in layer.parameters():
+        parameter.data.copy_(0.5 * parameter.data)
 
 
-def reset(layer):
-    layer.reset_parameters()
+CHANGES = {
+    "in place": torch.no_grad()(lambda layer: layer.weight.mul_(-1.5)),
+    "threshold in place": torch.no_grad()(lambda layer: layer.threshold.fill_(0.25)),
+    "one element": one_element,
+    "loaded": load,
+    "loaded and assigned": lambda layer: load(layer, assign=True),
+    "data assigned": lambda layer: setattr(layer.weight, "data", layer.weight.data * -2),
+    "threshold data assigned": lambda layer: setattr(
+        layer.threshold, "data", layer.threshold.data + 0.2
+    ),
+    "new parameter": lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.data * 3)),
+    "swapped by copy": swapped_by_copy,
+    "initialised": lambda layer: nn.init.normal_(layer.weight),
+    "reset": lambda layer: layer.reset_parameters(),
+}
+# These leave no trace, so only the end of a scope can notice them.
+WITHOUT_TRACE = {
+    "written through data": lambda layer: layer.weight.data.mul_(-2),
+    "threshold written through data": lambda layer: layer.threshold.data.add_(0.2),
+    "averaged through data": averaged_through_data,
+}
 
 
-CHANGES = [
-    in_place, threshold_in_place, one_element, load, load_assigned, data_exchanged,
-    threshold_data_exchanged, new_parameter, swapped_by_copy, initialised, reset,
-]  # fmt: skip
-every_change = pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changes_are_noticed(change, packs, input, device):
+    for path, training in itertools.product(PACKING, (True, False)):
+        layer = layer_of(device, path).train(training)
+        packs.clear()
+        with weights_unchanged(layer):
+            before = layer(input)
+            change(layer)
+            assert_as_fresh(layer, input)
+            assert not torch.equal(layer(input), before)
+            assert len(packs) == 2
 
 
 @packing
-@every_change
-@pytest.mark.parametrize("training", [True, False])
-def test_changes_are_noticed(change, path, training, packs, device):
-    layer, input = layer_of(path, device).train(training), torch.randn(3, 8, device=device)
-    with weights_unchanged(layer):
-        before = layer(input)
+def test_outside_a_scope_nothing_is_stale(path, input, device):
+    for change in (CHANGES | WITHOUT_TRACE).values():
+        layer = layer_of(device, path)
+        layer(input)
         change(layer)
         assert_as_fresh(layer, input)
-        assert not torch.equal(layer(input), before)
-        assert len(packs) == 2
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
-def test_changes_before_a_backward_pass_leave_it_alone_or_are_an_error(change, device):
-    """The gradient of the input is that of the weight the forward pass saw, or torch says no."""
-    layer, input = layer_of(device=device), torch.randn(3, 8, device=device, requires_grad=True)
-    with weights_unchanged(layer):
-        expected = torch.autograd.grad(layer(input).sum(), input)[0]
-        output = layer(input)
+        with weights_unchanged(layer):
+            layer(input)
         change(layer)
-        layer(input)
-        try:
-            (actual,) = torch.autograd.grad(output.sum(), input)
-        except RuntimeError as error:
-            assert "modified by an inplace operation" in str(error)
-        else:
-            torch.testing.assert_close(actual, expected)
+        assert_as_fresh(layer, input)
+        with weights_unchanged(layer):
+            assert_as_fresh(layer, input)
 
 
-OPTIMIZERS = {
-    "SGD": (torch.optim.SGD, {"momentum": 0.9}),
-    "Adam": (torch.optim.Adam, {}),
-    "AdamW": (torch.optim.AdamW, {}),
-    "Adagrad": (torch.optim.Adagrad, {}),
-    "Adadelta": (torch.optim.Adadelta, {}),
-    "Adamax": (torch.optim.Adamax, {}),
-    "NAdam": (torch.optim.NAdam, {}),
-    "RAdam": (torch.optim.RAdam, {}),
-    "RMSprop": (torch.optim.RMSprop, {}),
-    "Rprop": (torch.optim.Rprop, {}),
-    "ASGD": (torch.optim.ASGD, {}),
-    "Adafactor": (torch.optim.Adafactor, {}),
-    "LBFGS": (torch.optim.LBFGS, {}),
-}
-HOW = [
-    *((name, {}) for name in OPTIMIZERS),
-    *((name, {"foreach": True}) for name in OPTIMIZERS if name not in ("LBFGS",)),
-    *((name, {"fused": True}) for name in ("SGD", "Adam", "AdamW", "Adagrad")),
-]
-every_optimizer = pytest.mark.parametrize(
-    ("name", "how"), HOW, ids=lambda value: value if isinstance(value, str) else "-".join(value)
+def test_changes_before_a_backward_pass_leave_it_alone_or_are_an_error(input):
+    """The gradient of the input is that of the weight the forward pass saw, or torch says no."""
+    input.requires_grad_()
+    for change in CHANGES.values():
+        layer = layer_of(input.device)
+        with weights_unchanged(layer):
+            expected = torch.autograd.grad(layer(input).sum(), input)[0]
+            output = layer(input)
+            change(layer)
+            layer(input)
+            try:
+                (actual,) = torch.autograd.grad(output.sum(), input)
+            except RuntimeError as error:
+                assert "modified by an inplace operation" in str(error)
+            else:
+                torch.testing.assert_close(actual, expected)
+
+
+OPTIMIZERS = (
+    *("SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop"),
+    *("Rprop", "ASGD", "Adafactor", "LBFGS"),
 )
 
 
-def optimizer_of(layer, name, how):
-    kind, options = OPTIMIZERS[name]
-    return kind(layer.parameters(), lr=0.1, **options, **how)
+def ways_of(name):
+    """The options with which torch takes a step in other ways."""
+    yield {}
+    if name != "LBFGS":
+        yield {"foreach": True}
+    if name in ("SGD", "Adam", "AdamW", "Adagrad"):
+        yield {"fused": True}
 
 
 def step(layer, optimizer, input):
@@ -311,64 +309,24 @@ def step(layer, optimizer, input):
     optimizer.step(closure if isinstance(optimizer, torch.optim.LBFGS) else None)
 
 
-@every_optimizer
-def test_an_optimizer_s_step_is_noticed(name, how, device):
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_s_step_is_noticed(name, input, device):
     """Fused ones do not count the versions of the parameters up."""
-    layer, input = layer_of(device=device), torch.randn(3, 8, device=device)
-    optimizer = optimizer_of(layer, name, how)
-    with weights_unchanged(layer):
-        for _ in range(3):
-            before = layer.weight.detach().clone()
-            step(layer, optimizer, input)
-            assert not torch.equal(layer.weight, before)
-            assert_as_fresh(layer, input)
-
-
-@every_optimizer
-def test_outside_a_scope_an_optimizer_s_step_is_noticed(name, how, device):
-    layer, input = layer_of(device=device), torch.randn(3, 8, device=device)
-    optimizer = optimizer_of(layer, name, how)
-    for _ in range(3):
+    for options in ways_of(name):
+        layer = layer_of(device)
+        optimizer = getattr(torch.optim, name)(layer.parameters(), lr=0.1, **options)
+        with weights_unchanged(layer):
+            for _ in range(3):
+                before = layer.weight.detach().clone()
+                step(layer, optimizer, input)
+                assert not torch.equal(layer.weight, before)
+                assert_as_fresh(layer, input)
         step(layer, optimizer, input)
         assert_as_fresh(layer, input)
 
 
-def written_through_data(layer):
-    layer.weight.data.mul_(-2)
-
-
-def threshold_written_through_data(layer):
-    layer.threshold.data.add_(0.2)
-
-
-def averaged_through_data(layer):
-    for parameter in layer.parameters():
-        parameter.data.copy_(0.5 * parameter.data)
-
-
-@packing
-@pytest.mark.parametrize(
-    "change",
-    [*CHANGES, written_through_data, threshold_written_through_data, averaged_through_data],
-    ids=lambda f: f.__name__,
-)
-def test_outside_a_scope_nothing_is_stale(change, path, device):
-    """Also not after a scope, nor of what only its end can notice."""
-    layer, input = layer_of(path, device), torch.randn(3, 8, device=device)
-    layer(input)
-    change(layer)
-    assert_as_fresh(layer, input)
-    with weights_unchanged(layer):
-        layer(input)
-    change(layer)
-    assert_as_fresh(layer, input)
-    with weights_unchanged(layer):
-        assert_as_fresh(layer, input)
-
-
-def test_averaged_weights(device):
+def test_averaged_weights(layer, input):
     """torch's own averaging, swapped in between evaluations."""
-    layer, input = layer_of(device=device), torch.randn(3, 8, device=device)
     average = AveragedModel(layer)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
     with weights_unchanged(layer), weights_unchanged(average):
@@ -380,34 +338,36 @@ def test_averaged_weights(device):
     assert not torch.equal(average.module.weight, layer.weight)
 
 
+def test_memory_that_is_used_again_is_not_taken_for_the_old_weight(layer, input):
+    """New tensors may come to lie where freed ones were."""
+    with weights_unchanged(layer):
+        for _ in range(20):
+            layer(input)
+            layer.weight.data = torch.randn(6, 8).to(input.device)
+            assert_as_fresh(layer, input)
+
+
 # -- dtypes, modes ---------------------------------------------------------------------------------
 
 
-def test_each_dtype_gets_the_copy_it_needs(device):
-    layer, input = layer_of(device=device), torch.randn(3, 8, device=device)
-    expected = {}
-    for dtype in (torch.float16, torch.bfloat16):
+def test_each_dtype_gets_the_copy_it_needs(packs, layer, input, device):
+    def under_autocast(dtype):
         with torch.autocast(device.type, dtype):
-            expected[dtype] = layer(input)
-    plain = layer(input)
+            return layer(input)
+
+    dtypes = (torch.float16, torch.bfloat16)
+    expected, plain = [under_autocast(dtype) for dtype in dtypes], layer(input)
+    packs.clear()
     with weights_unchanged(layer):
         for _ in range(2):
-            for dtype, output in expected.items():
-                with torch.autocast(device.type, dtype):
-                    assert torch.equal(layer(input), output)
+            for dtype, output in zip(dtypes, expected, strict=True):
+                assert torch.equal(under_autocast(dtype), output)
             assert torch.equal(layer(input), plain)
+    assert packs == [*dtypes, torch.float32]
 
 
-def test_under_autocast_one_pack_serves_all_forwards(packs, device):
-    layer, input = layer_of(device=device), torch.randn(3, 8, device=device)
-    with weights_unchanged(layer), torch.autocast(device.type, torch.bfloat16):
-        for _ in range(3):
-            layer(input)
-    assert packs == [torch.bfloat16]
-
-
-def test_a_backward_pass_after_a_change_of_dtype(device):
-    layer, input = layer_of(device=device), torch.randn(3, 8, device=device, requires_grad=True)
+def test_a_backward_pass_after_a_change_of_dtype(layer, input, device):
+    input.requires_grad_()
     with weights_unchanged(layer):
         with torch.autocast(device.type, torch.bfloat16):
             low = layer(input)
@@ -420,8 +380,7 @@ def test_a_backward_pass_after_a_change_of_dtype(device):
     assert not torch.equal(of_low, of_high)
 
 
-def test_train_and_eval_alternate(packs, device):
-    layer, input = layer_of(device=device), torch.randn(3, 8, device=device)
+def test_train_and_eval_alternate(packs, layer, input):
     with weights_unchanged(layer):
         for training in (True, False, True, False):
             assert_as_fresh(layer.train(training), input)
@@ -429,8 +388,7 @@ def test_train_and_eval_alternate(packs, device):
 
 
 @pytest.mark.parametrize("first", ["no_grad", "inference_mode", "enable_grad"])
-def test_gradient_modes_alternate(first, device):
-    layer, input = layer_of(device=device), torch.randn(3, 8, device=device)
+def test_gradient_modes_alternate(first, layer, input):
     with weights_unchanged(layer):
         with getattr(torch, first)():
             layer(input)
@@ -441,8 +399,8 @@ def test_gradient_modes_alternate(first, device):
         assert_as_fresh(layer, input)
 
 
-def test_options_changed_inside_the_scope(device):
-    layer, input = layer_of(device=device, reset_ratio=None), torch.randn(3, 8, device=device)
+def test_options_changed_inside_the_scope(input, device):
+    layer = layer_of(device, reset_ratio=None)
     layer.reset_threshold(9.0)
     with weights_unchanged(layer):
         assert torch.equal(layer(input), layer.bias.expand(3, 6))
@@ -450,8 +408,7 @@ def test_options_changed_inside_the_scope(device):
         assert_as_fresh(layer, input)
 
 
-def test_a_layer_moved_to_another_dtype(device):
-    layer, input = layer_of(device=device), torch.randn(3, 8, device=device)
+def test_a_layer_moved_to_another_dtype(layer, input):
     with weights_unchanged(layer):
         layer(input)
         layer.double()
@@ -468,56 +425,48 @@ def has_packs(model):
     return [module for module in model.modules() if packs_of(module) is not None]
 
 
-def test_the_scope_leaves_nothing_behind(device):
-    layer = layer_of(device=device)
-    before = dict(layer.__dict__)
+def test_the_scope_leaves_nothing_behind(layer, input):
+    before, keys = set(layer.__dict__), list(layer.state_dict())
     with weights_unchanged(layer):
-        layer(torch.randn(3, 8, device=device))
+        layer(input)
         assert has_packs(layer)
-    assert layer.__dict__.keys() == before.keys()
-    assert not has_packs(layer)
+        assert list(layer.state_dict()) == keys
+        assert layer.to_dense().__dict__.keys() == nn.Linear(8, 6).__dict__.keys()
+    assert layer.__dict__.keys() == before and not has_packs(layer)
     assert not _global_optimizer_post_hooks
-
-
-def test_an_error_inside_closes_the_scope(device):
-    layer, input = layer_of(device=device), torch.randn(3, 8, device=device)
     with pytest.raises(ZeroDivisionError), weights_unchanged(layer):
         layer(input)
         raise ZeroDivisionError
-    assert not has_packs(layer)
-    assert not _global_optimizer_post_hooks
+    assert not has_packs(layer) and not _global_optimizer_post_hooks
     layer.weight.data.mul_(-2)
     assert_as_fresh(layer, input)
 
 
-def test_a_nested_scope_goes_on_with_the_outer_one_s_copies(packs, device):
-    model, input = nn.Sequential(layer_of(device=device)), torch.randn(3, 8, device=device)
+def test_a_nested_scope_goes_on_with_the_outer_one_s_copies(packs, layer, input):
+    model = nn.Sequential(layer)
     with weights_unchanged(model):
         model(input)
-        with weights_unchanged(model[0]):
+        with weights_unchanged(layer):
             model(input)
         model(input)
         assert len(packs) == 1
     assert not has_packs(model)
 
 
-def test_an_outer_scope_over_more_layers(packs, device):
+def test_an_outer_scope_over_more_layers(packs, layer, input, device):
     """The inner scope closes; what the outer one opened stays open."""
-    first = layer_of(device=device)
-    second = MaskedLinear(6, 4, path="packed", device=device)
-    model, input = nn.Sequential(first, second), torch.randn(3, 8, device=device)
-    with weights_unchanged(first):
+    model = nn.Sequential(layer, MaskedLinear(6, 4, path="packed", device=device))
+    with weights_unchanged(layer):
         with weights_unchanged(model):
             model(input), model(input)
             assert len(packs) == 2
-        assert has_packs(model) == [first]
+        assert has_packs(model) == [layer]
         model(input)
         assert len(packs) == 3
     assert not has_packs(model)
 
 
-def test_a_step_inside_a_nested_scope_is_noticed_by_both(device):
-    layer, input = layer_of(device=device), torch.randn(3, 8, device=device)
+def test_a_step_inside_a_nested_scope_is_noticed_by_both(layer, input):
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.5, fused=True)
     with weights_unchanged(layer):
         layer(input)
@@ -528,8 +477,9 @@ def test_a_step_inside_a_nested_scope_is_noticed_by_both(device):
         assert_as_fresh(layer, input)
 
 
-def test_layers_added_later_just_pack_at_every_forward(packs, device):
-    model, input = nn.Sequential(layer_of(device=device)), torch.randn(3, 8, device=device)
+def test_layers_that_come_and_go_inside(packs, layer, input, device):
+    """A late one just packs at every forward; one that is gone is closed all the same."""
+    model = nn.Sequential(layer)
     with weights_unchanged(model):
         model(input)
         late = MaskedLinear(6, 4, path="packed", device=device)
@@ -539,20 +489,13 @@ def test_layers_added_later_just_pack_at_every_forward(packs, device):
         late.weight.data.mul_(2)
         ones = torch.ones(1, 6, device=device)
         torch.testing.assert_close(late(ones), late.to_dense()(ones))
-    assert not has_packs(model)
-
-
-def test_a_layer_removed_inside_is_closed_too(device):
-    model = nn.Sequential(layer_of(device=device))
-    with weights_unchanged(model):
-        layer = model[0]
         model[0] = nn.Identity()
-    assert not has_packs(layer)
+    assert not has_packs(model) and not has_packs(layer)
 
 
-def test_a_layer_used_twice_packs_once(packs, device):
+def test_a_layer_used_twice_packs_once(packs, input, device):
     layer = MaskedLinear(8, 8, path="packed", device=device)
-    model, input = nn.Sequential(layer, nn.Tanh(), layer), torch.randn(3, 8, device=device)
+    model = nn.Sequential(layer, nn.Tanh(), layer)
     with weights_unchanged(model):
         model(input).sum().backward()
     assert len(packs) == 1
@@ -575,8 +518,7 @@ def saved(model):
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("inside", [True, False])
-def test_a_copy_of_the_model_stands_on_its_own(duplicate, inside, device):
-    layer, input = layer_of(device=device), torch.randn(3, 8, device=device)
+def test_a_copy_of_the_model_stands_on_its_own(duplicate, inside, layer, input):
     with weights_unchanged(layer):
         layer(input)
         twin = duplicate(layer) if inside else None
@@ -593,69 +535,25 @@ def test_a_copy_of_the_model_stands_on_its_own(duplicate, inside, device):
     assert not has_packs(twin)
 
 
-def test_a_dense_layer_made_inside_the_scope_is_a_plain_one(device):
-    layer = layer_of(device=device)
-    with weights_unchanged(layer):
-        layer(torch.randn(3, 8, device=device))
-        dense = layer.to_dense()
-    assert dense.__dict__.keys() == nn.Linear(8, 6).__dict__.keys()
-
-
-def test_memory_that_is_used_again_is_not_taken_for_the_old_weight(device):
-    """New tensors may come to lie where freed ones were."""
-    layer, input = layer_of(device=device), torch.randn(3, 8, device=device)
-    with weights_unchanged(layer):
-        for _ in range(20):
-            layer(input)
-            layer.weight.data = torch.randn(6, 8).to(device)
-            assert_as_fresh(layer, input)
-
-
-def test_the_state_dict_is_that_of_a_layer_outside(device):
-    layer = layer_of(device=device)
-    expected = {name: value.clone() for name, value in layer.state_dict().items()}
-    with weights_unchanged(layer):
-        layer(torch.randn(3, 8, device=device))
-        inside = layer.state_dict()
-    assert inside.keys() == expected.keys()
-    assert all(torch.equal(inside[name], value) for name, value in expected.items())
-
-
-def test_a_compiled_layer_is_right_inside_the_scope(device):
+def test_a_compiled_layer_is_right_inside_the_scope(layer, input):
     torch._dynamo.reset()
-    layer, input = layer_of(device=device), torch.randn(3, 8, device=device)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     with weights_unchanged(layer):
         for _ in range(2):
             torch.testing.assert_close(compiled(input), fresh(layer)(input))
-            written_through_data(layer)
+            layer.weight.data.mul_(-2)
     torch._dynamo.reset()
 
 
-def test_the_pack_is_the_product_s_dtype_and_the_effective_threshold(device):
-    layer = layer_of(device=device)
+def test_the_pack_is_the_product_s_dtype_and_the_effective_threshold(layer):
     packed = autograd.pack(layer.weight, layer.threshold, 0.01, torch.float16, "auto")
     assert packed.masked.dtype == torch.float16 and not packed.masked.requires_grad
     assert torch.equal(packed.effective, layer.threshold)
 
 
-def test_a_convolution(packs, device):
-    layer = MaskedConv2d(3, 4, 3, path="packed", device=device)
-    layer.reset_threshold(0.05)
-    input = torch.randn(2, 3, 6, 6, device=device)
-    expected = layer(input)
-    packs.clear()
-    with weights_unchanged(layer):
-        for _ in range(3):
-            assert torch.equal(layer(input), expected)
-    assert len(packs) == 1
-
-
-def test_functional_gradients_inside_the_scope(device):
+def test_functional_gradients_inside_the_scope(layer, input):
     """What torch.func wraps has no address to be known by, and is packed each time."""
-    layer = MaskedLinear(5, 4, device=device).eval()
-    layer.reset_threshold(0.1)
-    input = torch.randn(3, 5, device=device)
+    layer.eval()
     parameters = {name: p.detach() for name, p in layer.named_parameters()}
 
     def loss(parameters):

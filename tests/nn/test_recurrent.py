@@ -429,27 +429,29 @@ def test_only_a_parent_can_be_converted():
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("error:RNN module weights")  # that they are not flat
 @every_module
-@pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16])
-def test_on_a_gpu_weights_are_flat_and_results_the_parents(kind, options, autocast):
-    module = build(kind, options, torch.float32).cuda()
-    twin = dense_twin(module.cpu(), options).cuda()
-    module, input = module.cuda(), sequence(torch.float32).cuda()
-    results = []
-    for each in (module, twin):
-        with torch.autocast("cuda", dtype=autocast, enabled=autocast is not None):
-            output = each(input)[0]
-        output.double().square().sum().backward()
-        results.append(output)
-    assert results[0].dtype == results[1].dtype
-    torch.testing.assert_close(*results, rtol=0, atol=0)
-    twin = twin.cpu()
-    for parameter in twin.parameters():
-        parameter.grad = parameter.grad.cpu()
-    gradients = expected_gradients(module.cpu(), twin)
-    for name, parameter in module.named_parameters():
-        close = {"rtol": 1e-4, "atol": 1e-4} if autocast is None else {"rtol": 5e-3, "atol": 5e-3}
-        grad = parameter.grad.cpu().double()
-        torch.testing.assert_close(grad, gradients[name].double(), **close, msg=name)
+def test_on_a_gpu_weights_are_flat_and_results_the_parents(kind, options):
+    for autocast in (None, torch.float16, torch.bfloat16):
+        module = build(kind, options, torch.float32).cuda()
+        twin = dense_twin(module.cpu(), options).cuda()
+        module, input = module.cuda(), sequence(torch.float32).cuda()
+        results = []
+        for each in (module, twin):
+            with torch.autocast("cuda", dtype=autocast, enabled=autocast is not None):
+                output = each(input)[0]
+            output.double().square().sum().backward()
+            results.append(output)
+        assert results[0].dtype == results[1].dtype
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+        twin = twin.cpu()
+        for parameter in twin.parameters():
+            parameter.grad = parameter.grad.cpu()
+        gradients = expected_gradients(module.cpu(), twin)
+        for name, parameter in module.named_parameters():
+            close = (
+                {"rtol": 1e-4, "atol": 1e-4} if autocast is None else {"rtol": 5e-3, "atol": 5e-3}
+            )
+            grad = parameter.grad.cpu().double()
+            torch.testing.assert_close(grad, gradients[name].double(), **close, msg=name)
 
 
 @pytest.mark.gpu

@@ -52,19 +52,19 @@ def test_convolution_of_an_empty_batch(spatial):
     check_against_torch(CONV[spatial], TORCH[spatial], input, weight, threshold, bias)
 
 
-@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0), (0, 2, 3), (2, 0, 3), (2, 3, 0)])
-def test_masked_weight_without_elements(shape):
-    for sizes in ([shape[0]], [], [1], shape):
-        weight, threshold = leaves(shape, sizes)
-        output = dst.masked_weight(weight, threshold)
-        assert output.shape == weight.shape
-        output.sum().backward()
-        assert weight.grad.shape == weight.shape
-        assert torch.equal(threshold.grad, torch.zeros_like(threshold))
-        assert dst.threshold_mask(weight, threshold).shape == weight.shape
-        assert dst.remaining_ratio(weight, threshold).isnan()
-        effective = dst.effective_threshold(weight, threshold)
-        assert torch.equal(effective, threshold), "without weights there is nothing to collapse"
+def test_masked_weight_without_elements():
+    for shape in ((0, 3), (3, 0), (0, 0), (0, 2, 3), (2, 0, 3), (2, 3, 0)):
+        for sizes in ([shape[0]], [], [1], shape):
+            weight, threshold = leaves(shape, sizes)
+            output = dst.masked_weight(weight, threshold)
+            assert output.shape == weight.shape
+            output.sum().backward()
+            assert weight.grad.shape == weight.shape
+            assert torch.equal(threshold.grad, torch.zeros_like(threshold))
+            assert dst.threshold_mask(weight, threshold).shape == weight.shape
+            assert dst.remaining_ratio(weight, threshold).isnan()
+            effective = dst.effective_threshold(weight, threshold)
+            assert torch.equal(effective, threshold), "without weights there is nothing to collapse"
 
 
 def strided(tensor):

@@ -25,26 +25,28 @@ def weight_with(kept, shape=(20, 25), dtype=torch.float32):
     return weight.to(dtype)
 
 
-@pytest.mark.parametrize("granularity", list(GRANULARITIES))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_five_of_500_reset_at_one_hundredth_and_six_do_not(dtype, granularity):
-    threshold = torch.full(GRANULARITIES[granularity], 0.5)
-    for kept, resets in ((0, True), (4, True), (5, True), (6, False), (500, False)):
-        weight = weight_with(kept, dtype=dtype)
-        effective = dst.effective_threshold(weight, threshold)
-        assert torch.equal(effective, torch.zeros_like(threshold) if resets else threshold), kept
-        remaining = 500 if resets else kept
-        assert dst.threshold_mask(weight, threshold).sum() == remaining
-        assert dst.remaining_ratio(weight, threshold).item() == pytest.approx(remaining / 500)
-        assert (dst.masked_weight(weight, threshold) != 0).sum() == remaining
-        product = dst.masked_linear(torch.eye(25, dtype=dtype), weight, threshold)
-        assert (product != 0).sum() == remaining
-        if threshold.dim() < 2:
-            kernel = weight.view(20, 5, 5)
-            product = dst.masked_conv1d(
-                torch.eye(25, dtype=dtype).view(25, 5, 5), kernel, threshold
+def test_five_of_500_reset_at_one_hundredth_and_six_do_not(dtype):
+    for shape in GRANULARITIES.values():
+        threshold = torch.full(shape, 0.5)
+        for kept, resets in ((0, True), (4, True), (5, True), (6, False), (500, False)):
+            weight = weight_with(kept, dtype=dtype)
+            effective = dst.effective_threshold(weight, threshold)
+            assert torch.equal(effective, torch.zeros_like(threshold) if resets else threshold), (
+                kept
             )
+            remaining = 500 if resets else kept
+            assert dst.threshold_mask(weight, threshold).sum() == remaining
+            assert dst.remaining_ratio(weight, threshold).item() == pytest.approx(remaining / 500)
+            assert (dst.masked_weight(weight, threshold) != 0).sum() == remaining
+            product = dst.masked_linear(torch.eye(25, dtype=dtype), weight, threshold)
             assert (product != 0).sum() == remaining
+            if threshold.dim() < 2:
+                kernel = weight.view(20, 5, 5)
+                product = dst.masked_conv1d(
+                    torch.eye(25, dtype=dtype).view(25, 5, 5), kernel, threshold
+                )
+                assert (product != 0).sum() == remaining
 
 
 def test_other_ratios():

@@ -32,71 +32,70 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13 * scale)
 
 
-@pytest.mark.parametrize("structure_gradient", [True, False])
-@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("surrogate", SURROGATES)
-def test_masked_weight(surrogate, granularity, structure_gradient):
-    for shape in ((5, 7), (3, 2, 4), (4, 2, 3, 2), (5, 5)):
-        weight = torch.randn(shape, dtype=torch.float64).requires_grad_()
-        threshold = threshold_for(shape, granularity)
-        grad = torch.randn(shape, dtype=torch.float64)
-        output = dst.masked_weight(
-            weight, threshold, surrogate=surrogate, structure_gradient=structure_gradient
-        )
-        output.backward(grad)
-        kept = authors.mask(weight, threshold)
-        assert torch.equal(output.detach(), weight.detach() * kept)
-        of_weight, of_threshold = authors.gradients(
-            grad, weight, threshold, surrogate, structure_gradient
-        )
-        close(weight.grad, of_weight)
-        close(threshold.grad, of_threshold)
+def test_masked_weight(surrogate):
+    for granularity, structure_gradient in itertools.product(GRANULARITIES, (True, False)):
+        for shape in ((5, 7), (3, 2, 4), (4, 2, 3, 2), (5, 5)):
+            weight = torch.randn(shape, dtype=torch.float64).requires_grad_()
+            threshold = threshold_for(shape, granularity)
+            grad = torch.randn(shape, dtype=torch.float64)
+            output = dst.masked_weight(
+                weight, threshold, surrogate=surrogate, structure_gradient=structure_gradient
+            )
+            output.backward(grad)
+            kept = authors.mask(weight, threshold)
+            assert torch.equal(output.detach(), weight.detach() * kept)
+            of_weight, of_threshold = authors.gradients(
+                grad, weight, threshold, surrogate, structure_gradient
+            )
+            close(weight.grad, of_weight)
+            close(threshold.grad, of_threshold)
 
 
-@pytest.mark.parametrize("structure_gradient", [True, False])
-@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("surrogate", SURROGATES)
-def test_masked_linear(surrogate, granularity, structure_gradient):
-    weight = torch.randn(4, 6, dtype=torch.float64).requires_grad_()
-    threshold = threshold_for(weight.shape, granularity)
-    input = torch.randn(2, 3, 6, dtype=torch.float64)
-    grad = torch.randn(2, 3, 4, dtype=torch.float64)
-    dst.masked_linear(
-        input, weight, threshold, surrogate=surrogate, structure_gradient=structure_gradient
-    ).backward(grad)
-    dense = torch.einsum("abo,abi->oi", grad, input)
-    of_weight, of_threshold = authors.gradients(
-        dense, weight, threshold, surrogate, structure_gradient
-    )
-    close(weight.grad, of_weight)
-    close(threshold.grad, of_threshold)
-
-
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_masked_convolution(geometry):
-    for granularity, (surrogate, structure_gradient) in itertools.product(
-        GRANULARITIES, (("long_tailed", True), ("triangular", False))
-    ):
-        weight = torch.randn(geometry.weight, dtype=torch.float64).requires_grad_()
+def test_masked_linear(surrogate):
+    for granularity, structure_gradient in itertools.product(GRANULARITIES, (True, False)):
+        weight = torch.randn(4, 6, dtype=torch.float64).requires_grad_()
         threshold = threshold_for(weight.shape, granularity)
-        input = torch.randn(geometry.input, dtype=torch.float64)
-        kernel = (weight.detach() * authors.mask(weight, threshold)).requires_grad_()
-        plain = geometry.torchs(input, kernel, **geometry.options)
-        grad = torch.randn_like(plain)
-        plain.backward(grad)
-        geometry.ours(
-            input,
-            weight,
-            threshold,
-            **geometry.options,
-            surrogate=surrogate,
-            structure_gradient=structure_gradient,
+        input = torch.randn(2, 3, 6, dtype=torch.float64)
+        grad = torch.randn(2, 3, 4, dtype=torch.float64)
+        dst.masked_linear(
+            input, weight, threshold, surrogate=surrogate, structure_gradient=structure_gradient
         ).backward(grad)
+        dense = torch.einsum("abo,abi->oi", grad, input)
         of_weight, of_threshold = authors.gradients(
-            kernel.grad, weight, threshold, surrogate, structure_gradient
+            dense, weight, threshold, surrogate, structure_gradient
         )
         close(weight.grad, of_weight)
         close(threshold.grad, of_threshold)
+
+
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+def test_masked_convolution(spatial):
+    for geometry in (each for each in GEOMETRIES if each.spatial == spatial):
+        for granularity, (surrogate, structure_gradient) in itertools.product(
+            GRANULARITIES, (("long_tailed", True), ("triangular", False))
+        ):
+            weight = torch.randn(geometry.weight, dtype=torch.float64).requires_grad_()
+            threshold = threshold_for(weight.shape, granularity)
+            input = torch.randn(geometry.input, dtype=torch.float64)
+            kernel = (weight.detach() * authors.mask(weight, threshold)).requires_grad_()
+            plain = geometry.torchs(input, kernel, **geometry.options)
+            grad = torch.randn_like(plain)
+            plain.backward(grad)
+            geometry.ours(
+                input,
+                weight,
+                threshold,
+                **geometry.options,
+                surrogate=surrogate,
+                structure_gradient=structure_gradient,
+            ).backward(grad)
+            of_weight, of_threshold = authors.gradients(
+                kernel.grad, weight, threshold, surrogate, structure_gradient
+            )
+            close(weight.grad, of_weight)
+            close(threshold.grad, of_threshold)
 
 
 # By hand: margins and the surrogate's height there, on either side of the threshold.
@@ -147,17 +146,17 @@ def test_pruned_weights_move_by_the_structure_gradient_only():
         assert weight.grad[0, :2].tolist() == pytest.approx([expected, expected])
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_lower_precisions_are_as_accurate_as_plain_pytorch(dtype, granularity):
-    weight = torch.randn(16, 24).to(dtype).requires_grad_()
-    threshold = threshold_for(weight.shape, granularity, torch.float32)
-    input, grad = torch.randn(40, 24).to(dtype), torch.randn(40, 16).to(dtype)
-    dst.masked_linear(input, weight, threshold).backward(grad)
-    exact = authors.gradients(grad.double().t() @ input.double(), weight, threshold)
-    plain = authors.gradients(grad.t() @ input, weight, threshold)
-    assert_as_accurate(weight.grad, plain[0].to(dtype), exact[0])
-    assert_as_accurate(threshold.grad, plain[1].float(), exact[1])
+def test_lower_precisions_are_as_accurate_as_plain_pytorch(dtype):
+    for granularity in GRANULARITIES:
+        weight = torch.randn(16, 24).to(dtype).requires_grad_()
+        threshold = threshold_for(weight.shape, granularity, torch.float32)
+        input, grad = torch.randn(40, 24).to(dtype), torch.randn(40, 16).to(dtype)
+        dst.masked_linear(input, weight, threshold).backward(grad)
+        exact = authors.gradients(grad.double().t() @ input.double(), weight, threshold)
+        plain = authors.gradients(grad.t() @ input, weight, threshold)
+        assert_as_accurate(weight.grad, plain[0].to(dtype), exact[0])
+        assert_as_accurate(threshold.grad, plain[1].float(), exact[1])
 
 
 def test_a_margin_of_exactly_one_lies_inside_the_long_tail():

@@ -53,32 +53,24 @@ def test_the_gradient_of_a_weight_is_that_of_its_masked_weight(network, backend)
     optimizer.release()
 
 
-@pytest.mark.parametrize(
-    "weight, autocast, expected",
-    [
-        (torch.float64, None, torch.float64),
-        (torch.float32, None, torch.float32),
-        (torch.bfloat16, None, torch.bfloat16),
-        (torch.float16, None, torch.float16),
-        (torch.float32, torch.bfloat16, torch.bfloat16),
-        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
-        (torch.float32, torch.float16, torch.float32),
-        (torch.float64, torch.bfloat16, torch.float64),
-    ],
-)
-def test_the_dtype_of_gradients(weight, autocast, expected, backend):
+def test_the_dtype_of_gradients(backend):
     """That of the product, but no float16 beside a float32 weight: GradScaler takes none."""
-    layer = MaskedLinear(6, 4, bias=False, dtype=weight, backend=backend)
-    optimizer = DSTSGD(layer, lr=0.1, momentum=0.9, backend=backend)
-    input = torch.randn(5, 6, dtype=weight)
-    for _ in range(3):
-        optimizer.zero_grad()
-        with torch.autocast("cpu", autocast, enabled=autocast is not None):
-            loss = layer(input).square().sum()
-        loss.backward()
-        assert layer.weight.grad.dtype == expected and layer.threshold.grad is None
-        optimizer.step()
-        assert layer.weight.dtype == weight
+    f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    for weight, autocast, expected in (
+        *((dtype, None, dtype) for dtype in (f64, f32, bf16, f16)),
+        *((f32, bf16, bf16), (bf16, bf16, bf16), (f32, f16, f32), (f64, bf16, f64)),
+    ):
+        layer = MaskedLinear(6, 4, bias=False, dtype=weight, backend=backend)
+        optimizer = DSTSGD(layer, lr=0.1, momentum=0.9, backend=backend)
+        input = torch.randn(5, 6, dtype=weight)
+        for _ in range(3):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                loss = layer(input).square().sum()
+            loss.backward()
+            assert layer.weight.grad.dtype == expected and layer.threshold.grad is None
+            optimizer.step()
+            assert layer.weight.dtype == weight
 
 
 def test_a_change_of_autocast_reaches_the_next_gradient(backend):
