@@ -77,6 +77,18 @@ def assert_equal_states(actual, expected):
         assert torch.equal(actual.state_dict()[name], value), name
 
 
+def backward(*models, steps=1):
+    for model in models:
+        for step in range(steps):
+            model(images(step)).square().mean().backward()
+
+
+def assert_equal_gradients(actual, expected):
+    for ours, theirs in zip(actual.parameters(), expected.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        assert theirs.grad is None or torch.equal(ours.grad, theirs.grad)
+
+
 @pytest.fixture
 def launches(monkeypatch):
     """How often the multi-tensor operations run, and over how many tensors."""
@@ -125,36 +137,36 @@ def test_trajectories_with_biases_in_float64(backend):
 @every_backend
 def test_gradients_of_weights_and_thresholds_with_biases(backend):
     plain, grouped = network(backend), dst_kernels.group_(network(backend))
-    for model in (plain, grouped):
-        model(images(0)).square().mean().backward()
+    backward(plain, grouped)
     for expected, actual in zip(masked_layers(plain), masked_layers(grouped), strict=True):
         assert torch.equal(actual.weight.grad, expected.weight.grad)
         assert torch.equal(actual.threshold.grad, expected.threshold.grad)
         torch.testing.assert_close(actual.bias.grad, expected.bias.grad)
 
 
-def test_options_may_differ_from_layer_to_layer():
+@every_backend
+def test_options_that_differ_from_layer_to_layer_and_micro_batches(backend):
     def mixed():
-        model = network(bias=False)
+        model = network(backend, bias=False)
         first, second, third, fourth = masked_layers(model)
         first.surrogate, second.structure_gradient = "triangular", False
         third.reset_ratio, fourth.surrogate = None, "straight_through"
         return model
 
     plain, grouped = mixed(), dst_kernels.group_(mixed())
-    for model in (plain, grouped):
-        for step in range(3):
-            model(images(step)).square().mean().backward()
-    for expected, actual in zip(plain.parameters(), grouped.parameters(), strict=True):
-        assert torch.equal(actual.grad, expected.grad)
+    backward(plain, grouped, steps=3)
+    assert_equal_gradients(grouped, plain)
 
 
 # -- how often ---------------------------------------------------------------------------------
 
 
-def test_one_launch_for_all_layers(launches):
+def test_one_launch_for_all_layers_and_nothing_kept_after_backward(launches):
     model = dst_kernels.group_(network())
-    model(images(0)).sum().backward()
+    output = model(images(0))
+    assert all(layer._attached is not None for layer in masked_layers(model))
+    output.sum().backward()
+    assert all(layer._attached is None for layer in masked_layers(model))
     assert launches == {PACK: 1, (PACK, "tensors"): 4, POST: 1, (POST, "tensors"): 4}
 
 
@@ -190,14 +202,6 @@ def test_evaluation_masks_once_and_keeps_nothing(launches):
     model(images(0)).sum().backward()  # also after an inference_mode
 
 
-def test_nothing_is_kept_after_backward():
-    model = dst_kernels.group_(network())
-    output = model(images(0))
-    assert all(layer._attached is not None for layer in masked_layers(model))
-    output.sum().backward()
-    assert all(layer._attached is None for layer in masked_layers(model))
-
-
 def test_only_training_layers_commit_a_reset():
     model = dst_kernels.group_(network())
     layers = masked_layers(model)
@@ -212,25 +216,13 @@ def test_only_training_layers_commit_a_reset():
 # -- parts of a model --------------------------------------------------------------------------
 
 
-@every_backend
-def test_accumulation_over_micro_batches(backend):
-    plain = network(backend, bias=False)
-    grouped = dst_kernels.group_(network(backend, bias=False))
-    for model in (plain, grouped):
-        for step in range(3):
-            model(images(step)).square().mean().backward()
-    for expected, actual in zip(plain.parameters(), grouped.parameters(), strict=True):
-        assert torch.equal(actual.grad, expected.grad)
-
-
 def test_two_forwards_before_their_backwards():
     plain, grouped = network(bias=False), dst_kernels.group_(network(bias=False))
     for model in (plain, grouped):
         losses = [model(images(step)).square().mean() for step in range(2)]
         for loss in losses:
             loss.backward()
-    for expected, actual in zip(plain.parameters(), grouped.parameters(), strict=True):
-        assert torch.equal(actual.grad, expected.grad)
+    assert_equal_gradients(grouped, plain)
 
 
 @pytest.mark.parametrize("frozen", ["weight", "threshold", "both"])
@@ -243,11 +235,8 @@ def test_frozen_layers(frozen, launches):
         return model
 
     plain, grouped = model(), dst_kernels.group_(model())
-    for each in (plain, grouped):
-        each(images(0)).square().mean().backward()
-    for expected, actual in zip(plain.parameters(), grouped.parameters(), strict=True):
-        assert (expected.grad is None) == (actual.grad is None)
-        assert expected.grad is None or torch.equal(actual.grad, expected.grad)
+    backward(plain, grouped)
+    assert_equal_gradients(grouped, plain)
     assert launches[POST, "tensors"] == (3 if frozen == "both" else 4)
 
 
@@ -317,8 +306,7 @@ def test_activation_checkpointing(reentrant):
     for step in range(3):
         for model in (plain, grouped):
             model(images(step, requires_grad=True)).square().mean().backward()
-    for expected, actual in zip(plain.parameters(), grouped.parameters(), strict=True):
-        assert torch.equal(actual.grad, expected.grad)
+    assert_equal_gradients(grouped, plain)
 
 
 def test_compiled_models_mask_layer_by_layer(launches):
@@ -393,8 +381,7 @@ def test_autocast_switched_within_a_forward():
     for model in (plain, grouped):
         with torch.autocast("cpu", torch.bfloat16):
             model(images(0)).square().mean().backward()
-    for expected, actual in zip(plain.parameters(), grouped.parameters(), strict=True):
-        assert torch.equal(actual.grad, expected.grad)
+    assert_equal_gradients(grouped, plain)
 
 
 @every_backend
@@ -419,8 +406,7 @@ def test_backward_inside_the_autocast_region(backend, monkeypatch):
         loss = outside(images(0)).float().square().mean()
     loss.backward()
     assert states == [(False, False)] * 4
-    for expected, actual in zip(outside.parameters(), inside.parameters(), strict=True):
-        assert torch.equal(actual.grad, expected.grad)
+    assert_equal_gradients(inside, outside)
 
 
 def test_a_wrong_dtype_is_the_layers_own_error():
@@ -437,8 +423,7 @@ def test_inside_weights_unchanged_layers_keep_their_copies(launches):
             for step in range(2):
                 model(images(step)).square().mean().backward()
     assert not launches
-    for expected, actual in zip(plain.parameters(), grouped.parameters(), strict=True):
-        assert torch.equal(actual.grad, expected.grad)
+    assert_equal_gradients(grouped, plain)
 
 
 def test_fused_layers_go_by_themselves(launches):
@@ -487,10 +472,8 @@ def test_groups_within_groups():
     model = network(bias=False)
     dst_kernels.group_(model[:4])
     inner, outer = nn.Sequential(dst_kernels.group_(network(bias=False))), network(bias=False)
-    for each in (dst_kernels.group_(inner), outer):
-        each(images(0)).square().mean().backward()
-    for expected, actual in zip(outer.parameters(), inner.parameters(), strict=True):
-        assert torch.equal(actual.grad, expected.grad)
+    backward(dst_kernels.group_(inner), outer)
+    assert_equal_gradients(inner, outer)
 
 
 def test_finalized_models_have_no_masks_left():
