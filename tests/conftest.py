@@ -14,10 +14,19 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
+import tempfile
 from collections import defaultdict
 
 import pytest
 import torch
+
+# Code that torch's compiler made for another CPU, or was killed while it wrote, crashes a process:
+# every run has a cache of its own, which its workers share.
+INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
+OWN_CACHE = INDUCTOR not in os.environ
+if OWN_CACHE:
+    os.environ[INDUCTOR] = tempfile.mkdtemp(prefix="dst_kernels_tests_")
 
 GPU = torch.cuda.is_available()
 if not GPU:  # before the kernels are decorated
@@ -96,6 +105,8 @@ def _all_but_pairs(items: list[pytest.Item]) -> set[pytest.Item]:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
+    if OWN_CACHE:
+        shutil.rmtree(os.environ[INDUCTOR], ignore_errors=True)
     if not hasattr(config, "workerinput") and not config.option.collectonly:
         other = "pytest" if config.option.rest else "pytest --rest"
         print(f"This was one tier of the tests; `{other}` runs the other one.")
