@@ -54,16 +54,15 @@ def test_a_step_is_that_of_gates_masked_by_themselves(kind, options, backend):
 
 
 @every_granularity
-@pytest.mark.parametrize("surrogate", ["long_tailed", "triangular"])
-def test_granularities_and_surrogates(granularity, surrogate):
-    module = build(MaskedLSTM, granularity=granularity, surrogate=surrogate)
+def test_granularities_surrogates_and_the_structure_gradient(granularity):
     shapes = {"row": (4 * UNITS,), "layer": (4,), "element": (4 * UNITS, INPUTS)}
-    assert module.threshold_ih_l0.shape == shapes[granularity]
-    check_step(module, {}, sequence())
-
-
-def test_without_structure_gradient():
-    check_step(build(MaskedGRU, structure_gradient=False), {}, sequence())
+    for surrogate, structure_gradient in (("long_tailed", False), ("triangular", True)):
+        module = build(
+            MaskedLSTM, granularity=granularity, surrogate=surrogate,
+            structure_gradient=structure_gradient,
+        )  # fmt: skip
+        assert module.threshold_ih_l0.shape == shapes[granularity]
+        check_step(module, {}, sequence())
 
 
 @every_module
@@ -447,11 +446,11 @@ def test_on_a_gpu_weights_are_flat_and_results_the_parents(kind, options):
             parameter.grad = parameter.grad.cpu()
         gradients = expected_gradients(module.cpu(), twin)
         for name, parameter in module.named_parameters():
-            close = (
-                {"rtol": 1e-4, "atol": 1e-4} if autocast is None else {"rtol": 5e-3, "atol": 5e-3}
-            )
-            grad = parameter.grad.cpu().double()
-            torch.testing.assert_close(grad, gradients[name].double(), **close, msg=name)
+            tolerance = 1e-4 if autocast is None else 5e-3
+            torch.testing.assert_close(
+                parameter.grad.cpu().double(), gradients[name].double(), rtol=tolerance,
+                atol=tolerance, msg=name,
+            )  # fmt: skip
 
 
 @pytest.mark.gpu

@@ -110,6 +110,19 @@ def test_options_of_a_layer_changed_between_steps(option, backend):
     go_on(twins, data)
 
 
+def test_a_guard_switched_on_between_steps(backend):
+    """What the last step has packed is all 0, and nothing but the ratio changes."""
+    twins, data = trained(backend)
+    for ratio in (None, 0.01):
+        for side in twins.sides:
+            masked_layers(side.model)[1].reset_ratio = ratio
+        if ratio is None:
+            twins.on_models(lambda model: masked_layers(model)[1].reset_threshold(30.0))
+        go_on(twins, data)
+        for side in twins.sides:
+            assert bool((masked_layers(side.model)[1].threshold > 20).all()) == (ratio is None)
+
+
 # -- conversions -------------------------------------------------------------------------------
 
 
