@@ -18,11 +18,6 @@ STEPS = 10
 every_network = pytest.mark.parametrize("network", [linear, other_granularities])
 
 
-@pytest.fixture
-def backend(best_backend):
-    return best_backend
-
-
 def make(model, backend, **options):
     return Twins(model, backend=backend, **{**OPTIONS, **options})
 
