@@ -6,13 +6,15 @@ The gate compiles, so it runs in processes of its own: in these tests Triton int
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
+import torch
 
 from .__main__ import main
 from .baseline import Baseline
@@ -22,35 +24,72 @@ from .widths import tile_accesses
 pytest.importorskip("triton.language")
 
 ROOT = Path(__file__).parents[2]
-KERNELS = ("-m", "tests.compile_gate.rule_breakers")
+KERNELS = "tests.compile_gate.rule_breakers"
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def run():
+    """As `python -m`, where Triton compiles."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580
-    )
+    with forked.Server(environment, preload=("torch", "triton.language")) as server:
+        yield functools.partial(server.run, folder=ROOT, timeout=580)
 
 
 @pytest.mark.slow
-def test_everything_shipped_passes():
-    result = run("-m", "tests.compile_gate")
+def test_everything_shipped_passes(run):
+    result = run("tests.compile_gate")
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr[-5000:]}"
 
 
 @pytest.mark.slow
-def test_sizes_of_one_unaligned_and_beyond_32_bits_compile():
-    result = run("-m", "tests.compile_gate.odd_variants")
+def test_sizes_of_one_unaligned_and_beyond_32_bits_compile(run):
+    result = run("tests.compile_gate.odd_variants")
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr[-5000:]}"
     assert "0 of" in result.stdout and not result.stdout.startswith("0 of 0")
 
 
+def test_every_tile_is_compiled_for_hopper_and_every_kernel_for_ampere():
+    from dst_kernels.backends.triton import tiles
+
+    from .variants import shipped
+
+    names: dict[int, list[str]] = {}
+    kernels: dict[int, set[str]] = {}
+    for variant in shipped():
+        for architecture in variant.architectures:
+            names.setdefault(architecture, []).append(variant.name)
+            kernels.setdefault(architecture, set()).add(variant.kernel.__name__)
+    assert kernels[80] == kernels[90] and len(kernels[90]) == 10
+    bf16, tf32, float32 = (
+        tiles.Traits(dtype, tf32, hopper=True)
+        for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False))
+    )
+    products, gradients = tiles.conv_product_tiles, tiles.conv_grad_weight_tiles
+    for traits, product_tiles, gradient_tiles in (
+        (bf16, tiles.PRODUCT_TILES[90], tiles.GRAD_WEIGHT_TILES[90]),
+        (bf16, tiles.MORE_PRODUCT_TILES, tiles.MORE_GRAD_WEIGHT_TILES),
+        (tf32, tiles.PRODUCT_TILES[90], tiles.TF32_GRAD_WEIGHT_TILES),
+        (float32, tiles.FLOAT32_PRODUCT_TILES, tiles.FLOAT32_GRAD_WEIGHT_TILES),
+    ):
+        x = "bf16" if traits is bf16 else "fp32"
+        found = {
+            *((f"{purpose} fp32->{x}", tile) for tile in product_tiles
+              for purpose in ("forward", "grad_input")),
+            *((f"conv {purpose} fp32->{x}", tile) for tile in products(traits)
+              for purpose in ("forward", "grad_input")),
+            *((f"grad_weight fp32,{x}", tile) for tile in gradient_tiles),
+            *((f"conv grad_weight fp32,{x}", tile) for tile in gradients(traits)),
+        }  # fmt: skip
+        for purpose, tile in found:
+            begin = f"{purpose} {traits.precision} row"
+            assert any(n.startswith(begin) and n.endswith(f" {tile}") for n in names[90]), begin
+
+
 @pytest.fixture(scope="module")
-def gate(tmp_path_factory):
+def gate(run, tmp_path_factory):
     """The gate's output on kernels that break its rules."""
     missing = tmp_path_factory.mktemp("aot") / "no_baseline.json"
-    result = run(*KERNELS, "--baseline", str(missing), "--jobs", "2")
+    result = run(KERNELS, "--baseline", str(missing), "--jobs", "2")
     assert result.returncode == 1, f"{result.stdout}\n{result.stderr[-5000:]}"
     return result.stdout
 
@@ -96,9 +135,9 @@ def test_a_missing_baseline_is_said(gate):
     assert "No baseline for Triton" in gate
 
 
-def test_a_baseline_is_written_and_compared_with(tmp_path):
+def test_a_baseline_is_written_and_compared_with(run, tmp_path):
     path = tmp_path / "baseline.json"
-    arguments = (*KERNELS, "--baseline", str(path), "--filter", "GOOD streaming", "--arch", "90")
+    arguments = (KERNELS, "--baseline", str(path), "--filter", "GOOD streaming", "--arch", "90")
     assert run(*arguments, "--update-baseline").returncode == 0
     text = path.read_text()
     assert re.fullmatch(r"\d+", re.findall(r'"registers": (\d+)', text)[0])
@@ -116,9 +155,9 @@ def test_a_baseline_needs_a_folder(monkeypatch, capsys, tmp_path):
     assert f"no folder {path.parent}" in capsys.readouterr().err
 
 
-def test_no_baseline_is_written_of_what_violates(tmp_path):
+def test_no_baseline_is_written_of_what_violates(run, tmp_path):
     path = tmp_path / "baseline.json"
-    result = run(*KERNELS, "--baseline", str(path), "--filter", "bad arg", "--update-baseline")
+    result = run(KERNELS, "--baseline", str(path), "--filter", "bad arg", "--update-baseline")
     assert result.returncode == 1
     assert not path.exists()
 

@@ -1,7 +1,9 @@
-"""Every kernel in every configuration that the launchers' defaults can choose, for the gate.
+"""Every kernel in every tile that the launchers' defaults can choose, for the gate.
 
 Sizes and addresses are taken as multiples of 16, as in layers worth a GPU: odd ones compile to
-slower code of the same kernels.
+slower code of the same kernels. For Hopper (90) all tiles are compiled; what only makes a kernel
+smaller, or hardly another one, in the largest alone. For Ampere (80) each kernel is compiled in
+its largest tiles, for float32 weights under autocast and in TF32.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ __all__ = [
     "SIXTEEN_BIT",
     "Variant",
     "granularities",
+    "is_of_ampere",
     "unit_strides",
     "variant",
 ]
@@ -40,6 +41,12 @@ class Variant:
 AUTOCAST = (("fp32", "bf16"), ("fp32", "fp16"))
 SIXTEEN_BIT = (("bf16", "bf16"), ("fp16", "fp16"))
 FLOAT32 = (("fp32", "fp32"),)
+
+
+def is_of_ampere(weight: str, x: str, precision: str) -> bool:
+    """Whether kernels are compiled for Ampere with these dtypes, too."""
+    return weight == "fp32" and (x == "bf16" or precision == "tf32")
+
 
 # Integers that are just numbers, so of any divisibility; least_pruned may exceed 32 bits.
 _PLAIN = {

@@ -15,7 +15,7 @@ from dst_kernels.backends.triton.conv_product import conv_product_kernel
 from dst_kernels.backends.triton.masking import ALONG_C, ALONG_R, ELEMENT, SURROGATE_CODES
 from dst_kernels.backends.triton.tiles import Traits, conv_grad_weight_tiles, conv_product_tiles
 
-from .base import Variant, unit_strides, variant
+from .base import Variant, is_of_ampere, unit_strides, variant
 
 __all__ = ["convolutions"]
 
@@ -38,23 +38,28 @@ _TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def _cases(architecture: int, tiles: Callable[[Traits], Sequence]) -> Iterator[tuple]:
-    """(tile, weight, activations, PRECISION, whether on tensor cores)."""
+    """(tile, weight, activations, PRECISION, whether on tensor cores, whether the largest)."""
     for weight, x, tf32 in _DTYPES:
         traits = Traits(_TORCH[x], tf32, hopper=architecture == 90)
+        if architecture == 80 and not is_of_ampere(weight, x, traits.precision):
+            continue
         of_traits = tiles(traits)
-        for tile in of_traits[-1:] if x == "fp16" else of_traits:
-            yield tile, weight, x, traits.precision, traits.tensor_cores
+        for tile in of_traits[-1:] if x == "fp16" or architecture == 80 else of_traits:
+            largest = tile is of_traits[-1]
+            yield tile, weight, x, traits.precision, traits.tensor_cores, largest
 
 
 def _products(architecture: int) -> Iterator[Variant]:
-    for tile, weight, x, precision, tensor_cores in _cases(architecture, conv_product_tiles):
+    for tile, weight, x, precision, tensor_cores, largest in _cases(
+        architecture, conv_product_tiles
+    ):
         for purpose in ("forward", "grad_input"):
             by_input = purpose == "grad_input"
             for granularity, axis in (
                 ("row", ALONG_C if by_input else ALONG_R),
                 ("element", ELEMENT),
             ):
-                if granularity == "element" and (weight, x) != ("fp32", "bf16"):
+                if granularity == "element" and ((weight, x) != ("fp32", "bf16") or not largest):
                     continue
                 strides = ["wr" if by_input else "wc", "xc", "or"]
                 if granularity == "row":
@@ -87,7 +92,9 @@ def _products(architecture: int) -> Iterator[Variant]:
 
 def _grad_weights(architecture: int) -> Iterator[Variant]:
     """With the epilogue, and slabs; the surrogates differ only where the linear layer's do."""
-    for tile, weight, x, precision, tensor_cores in _cases(architecture, conv_grad_weight_tiles):
+    for tile, weight, x, precision, tensor_cores, largest in _cases(
+        architecture, conv_grad_weight_tiles
+    ):
         constants = {
             **unit_strides("gr", "xc"),
             "PRECISION": precision,
@@ -100,7 +107,7 @@ def _grad_weights(architecture: int) -> Iterator[Variant]:
         options = {"warps": tile.warps, "stages": tile.stages, "tensor_cores": tensor_cores}
         for granularity, axis in (("row", ALONG_R), ("element", ELEMENT)):
             element = granularity == "element"
-            if element and (weight, x) != ("fp32", "bf16"):
+            if element and ((weight, x) != ("fp32", "bf16") or not largest):
                 continue
             yield variant(
                 f"conv grad_weight {weight},{x} {precision} {granularity} {tile}",

@@ -24,7 +24,16 @@ from dst_kernels.backends.triton.tiles import (
     ProductTile,
 )
 
-from .base import AUTOCAST, FLOAT32, SIXTEEN_BIT, Variant, granularities, unit_strides, variant
+from .base import (
+    AUTOCAST,
+    FLOAT32,
+    SIXTEEN_BIT,
+    Variant,
+    granularities,
+    is_of_ampere,
+    unit_strides,
+    variant,
+)
 
 __all__ = ["linear"]
 
@@ -34,7 +43,7 @@ def linear(architecture: int) -> Iterator[Variant]:
     yield from _products(_product_cases(architecture))
     yield from _finishes(architecture)
     yield from _grad_weights(_grad_weight_cases(architecture))
-    yield from _slabs()
+    yield from _slabs(architecture)
     if architecture == 90:
         yield from _more()
 
@@ -61,8 +70,15 @@ def _product_cases(architecture: int) -> Iterator[_ProductCase]:
             for weight, x in dtypes:
                 if x == "fp16" and not largest:
                     continue  # the code of bf16
+                if architecture == 80 and not (largest and is_of_ampere(weight, x, precision)):
+                    continue
                 tensor_cores = x != "fp32" or precision == "tf32"
                 yield _ProductCase(tile, weight, x, precision, tensor_cores, largest)
+
+
+def _with_elements(tile: ProductTile, weight: str, x: str, largest: bool) -> bool:
+    """Whether to compile this with a threshold for each weight, which is rare: at both ends."""
+    return x == "bf16" and (largest or (weight == "fp32" and tile.block_m == 16))
 
 
 def _grad_weight_cases(architecture: int) -> Iterator[tuple[GradWeightTile, str, str, str, bool]]:
@@ -72,7 +88,12 @@ def _grad_weight_cases(architecture: int) -> Iterator[tuple[GradWeightTile, str,
         (FLOAT32_GRAD_WEIGHT_TILES, FLOAT32, "ieee"),
     ):
         for tile in tiles:
+            largest = tile is tiles[-1]
             for weight, x in dtypes:
+                if x == "fp16" and not largest:
+                    continue  # the code of bf16
+                if architecture == 80 and not (largest and is_of_ampere(weight, x, precision)):
+                    continue
                 yield tile, weight, x, precision, x != "fp32" or precision == "tf32"
 
 
@@ -98,8 +119,10 @@ def _products(cases: Iterable[_ProductCase]) -> Iterator[Variant]:
                 continue
             transposed = purpose == "grad_input"
             for granularity, (axis, unit) in granularities(transposed).items():
-                if granularity == "layer" or (granularity == "element" and x != "bf16"):
-                    continue  # a layer's threshold is read as one for each row
+                if granularity == "layer":
+                    continue  # its threshold is read as one for each row
+                if granularity == "element" and not _with_elements(tile, weight, x, largest):
+                    continue
                 for split in (False, True):
                     of_another = granularity != "row" or x == "fp16" or purpose == "unguarded"
                     if split and (of_another or not largest):
@@ -206,13 +229,15 @@ def _grad_weights(cases: Iterable[tuple]) -> Iterator[Variant]:
                 )
 
 
-def _slabs() -> Iterator[Variant]:
+def _slabs(architecture: int) -> Iterator[Variant]:
     for tile, x, precision, tensor_cores in (
         (SLAB_TILE, "bf16", "ieee", True),
         (SLAB_TILE, "fp16", "ieee", True),
         (TF32_SLAB_TILE, "fp32", "tf32", True),
         *((tile, "fp32", "ieee", False) for tile in FLOAT32_GRAD_WEIGHT_TILES),
     ):
+        if architecture == 80 and not is_of_ampere("fp32", x, precision):
+            continue
         yield variant(
             f"slabs {x} {precision} {tile}",
             slabs_kernel,

@@ -20,8 +20,9 @@ __all__ = ["streams"]
 def streams() -> Iterator[Variant]:
     """pack, its second launch, and post, for long rows and short ones."""
     long, short = ((pack_tile(columns, 1), post_tile(columns, 1)) for columns in (4096, 256))
-    yield from _passes(*long)
-    yield from _passes(*short, every_dtype=False)
+    for found in (*_passes(*long), *_passes(*short, every_dtype=False)):
+        ampere = found.name.startswith(("pack fp32->bf16", "apply_guard fp32->bf16", "post bf16,"))
+        yield found if ampere else dataclasses.replace(found, architectures=(90,))
     # What only tuning can choose, as it is used most: under autocast, with a threshold a row.
     tuned = [
         *(("pack fp32->bf16 row", tile, long[1]) for tile in stream_candidates(long[0])),
@@ -70,6 +71,8 @@ def _passes(
                     stages=tile.stages,
                     wide_accesses=True,
                 )
+                if packed == "fp16" or not every_dtype:
+                    continue  # it writes only where a layer has collapsed
                 yield variant(
                     f"apply_guard {name}",
                     apply_guard_kernel,
