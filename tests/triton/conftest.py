@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
+
 import pytest
 import torch
 from torch._dynamo import trace_rules
@@ -16,6 +19,24 @@ def poison_(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype.is_floating_point:
         return tensor.fill_(float("nan"))
     return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max // 2)
+
+
+@pytest.fixture
+def overflows_are_found():
+    """Keeps what the next fixture takes away, for tests with numbers that are large enough."""
+
+
+@pytest.fixture(autouse=True)
+def _quick_interpreter(request, monkeypatch):
+    """Without computing every sum and product of 32-bit integers again in 64 bits.
+
+    That takes nearly half of the interpreter's time, to find what overflows.
+    """
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is not None and "overflows_are_found" not in request.fixturenames:
+        builder = interpreter.interpreter_builder
+        options = dataclasses.replace(builder.options, sanitize_overflow=False)
+        monkeypatch.setattr(builder, "options", options)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from triton_cases import (
     SURROGATES,
     check,
+    crossed,
     every_granularity,
     normal,
     on_gpu,
@@ -96,9 +98,8 @@ CONVS = {
     "one dimension": Conv((11,), (3,), stride=(2,), padding=(1,), dilation=(2,)),
     "one dimension, grouped": Conv((8,), (4,), groups=2, padding=(3,)),
     "one dimension, pointwise": Conv((8,), (1,)),
-    "tails of every tile": Conv((13, 11), (1, 2), channels=33, filters=130, padding=(0, 1)),
+    "tails of every tile": Conv((7, 6), (1, 2), channels=17, filters=66, padding=(0, 1)),
 }
-every_conv = pytest.mark.parametrize("of", list(CONVS.values()), ids=list(CONVS))
 # The interpreter takes as long as there are taps.
 SOME = {
     "strided and grouped": Conv((5, 4), (1, 2), filters=6, groups=2, stride=(1, 2), padding=(0, 1)),
@@ -143,11 +144,12 @@ def check_all(of, device, *, surrogate="long_tailed", **options):
     check("masked_conv_grad_weight", grad, input, weight, threshold, *geometry, surrogate, True)
 
 
-@every_conv
-@pytest.mark.parametrize(
-    ("granularity", "channels_last"), [("row", True), ("element", False)], ids=str
+@crossed(
+    ("of", "granularity", "channels_last"),
+    {name: (of,) for name, of in CONVS.items()},
+    {"row": ("row", True), "element": ("element", False)},
 )
-def test_all_geometries(of, channels_last, granularity, device):
+def test_all_geometries(of, granularity, channels_last, device):
     check_all(of, device, granularity=granularity, channels_last=channels_last)
 
 
@@ -177,26 +179,25 @@ def test_sizes_that_fill_a_gpu(stride, channels, of_input, dtype, of_threshold, 
     check_all(of, device, dtypes=(of_input, dtype, of_threshold))
 
 
-@pytest.mark.parametrize("structure_gradient", [True, False])
 @pytest.mark.parametrize("surrogate", SURROGATES)
-@every_granularity
-def test_all_surrogates(surrogate, structure_gradient, granularity, device):
+def test_all_surrogates(surrogate, device):
     of = SOME["strided and grouped"]
-    input, weight, threshold, _, grad = arguments(of, device, granularity=granularity)
-    options = surrogate, structure_gradient
-    check("masked_conv_grad_weight", grad, input, weight, threshold, *of.geometry, *options)
+    for granularity, structure_gradient in (("row", True), ("layer", True), ("element", False)):
+        input, weight, threshold, _, grad = arguments(of, device, granularity=granularity)
+        options = surrogate, structure_gradient
+        check("masked_conv_grad_weight", grad, input, weight, threshold, *of.geometry, *options)
 
 
 @some_convs
-@every_granularity
-def test_the_guard_decides_exactly(of, granularity, device):
+def test_the_guard_decides_exactly(of, device):
     """At the ratio thresholds count as 0 for the whole product; one weight above it they do not."""
-    input, weight, threshold, bias, _ = arguments(of, device, granularity=granularity)
-    kept = reference.threshold_mask(weight, threshold).sum().item()
-    for counted in {kept - 1, kept, kept + 1} & set(range(weight.numel() + 1)):
-        ratio, fires = counted / weight.numel(), counted >= kept
-        _, effective = check("masked_conv", input, weight, threshold, bias, ratio, *of.geometry)
-        same((effective,), torch.zeros_like(threshold) if fires else threshold)
+    for granularity in ("row", "layer", "element"):
+        input, weight, threshold, bias, _ = arguments(of, device, granularity=granularity)
+        kept = reference.threshold_mask(weight, threshold).sum().item()
+        for counted in {kept - 1, kept, kept + 1} & set(range(weight.numel() + 1)):
+            ratio, fires = counted / weight.numel(), counted >= kept
+            _, effective = check("masked_conv", input, weight, threshold, bias, ratio, *of.geometry)
+            same((effective,), torch.zeros_like(threshold) if fires else threshold)
 
 
 @pytest.mark.parametrize("of_bias", [None, F16, F32], ids=str)
@@ -219,22 +220,22 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-@pytest.mark.parametrize("which", ["input", "weight", "threshold", "grad", "all"])
-@some_convs
-def test_layouts(of, layout, which, device):
-    input, weight, threshold, _, grad = arguments(
-        of, device, granularity="element", channels_last=False
-    )
-    tensors = {"input": input, "weight": weight, "threshold": threshold, "grad": grad}
-    for each in tensors:
-        if which in (each, "all"):
-            tensors[each] = LAYOUTS[layout](tensors[each])
-    input, weight, threshold, grad = tensors.values()
-    limit = threshold.flatten(1)[:, 0] if which == "threshold" else threshold
-    geometry = of.geometry
-    check("masked_conv", input, weight, limit, None, 0.01, *geometry)
-    check("masked_conv_grad_input", grad, list(input.shape), weight, limit, *geometry)
-    check("masked_conv_grad_weight", grad, input, weight, limit, *geometry, "triangular", True)
+def test_layouts(layout, device):
+    convs = itertools.islice(itertools.cycle(SOME.values()), list(LAYOUTS).index(layout), None)
+    for which, of in zip(("input", "weight", "threshold", "grad", "all"), convs, strict=False):
+        input, weight, threshold, _, grad = arguments(
+            of, device, granularity="element", channels_last=False
+        )
+        tensors = {"input": input, "weight": weight, "threshold": threshold, "grad": grad}
+        for each in tensors:
+            if which in (each, "all"):
+                tensors[each] = LAYOUTS[layout](tensors[each])
+        input, weight, threshold, grad = tensors.values()
+        limit = threshold.flatten(1)[:, 0] if which == "threshold" else threshold
+        geometry = of.geometry
+        check("masked_conv", input, weight, limit, None, 0.01, *geometry)
+        check("masked_conv_grad_input", grad, list(input.shape), weight, limit, *geometry)
+        check("masked_conv_grad_weight", grad, input, weight, limit, *geometry, "triangular", True)
 
 
 @pytest.mark.parametrize("name", ["strided and grouped", "pointwise"])
@@ -259,9 +260,10 @@ def test_mixed_memory_formats(name, device):
 SMALL_PRODUCT = ProductTile(block_m=16, block_r=16, block_c=16, warps=4, stages=2, unroll=2)
 
 
-@pytest.mark.parametrize(("split", "pieces"), [(1, 2), (2, 1), (5, 1)])
-@pytest.mark.parametrize(
-    ("granularity", "of_input"), [("row", F16), ("layer", F32), ("element", F32)], ids=str
+@crossed(
+    ("split", "pieces", "granularity", "of_input"),
+    {"in pieces": (1, 2), "split": (2, 1), "split further": (5, 1)},
+    {"row": ("row", F16), "layer": ("layer", F32), "element": ("element", F32)},
 )
 def test_small_and_split_tiles(split, pieces, granularity, of_input, device, monkeypatch):
     gradient = GradWeightTile(
@@ -271,7 +273,7 @@ def test_small_and_split_tiles(split, pieces, granularity, of_input, device, mon
     monkeypatch.setattr(conv, "conv_grad_weight_tile", lambda *_: gradient)
     dtypes = of_input, F32, F32
     for name, channels_last in (("strided and grouped", True), ("one dimension", False)):
-        of = replace(SOME[name], channels=36, filters=34, batch=3)
+        of = replace(SOME[name], channels=34, filters=34, batch=3)
         check_all(of, device, granularity=granularity, dtypes=dtypes, channels_last=channels_last)
 
 
@@ -338,25 +340,23 @@ EMPTY = {
 
 
 @pytest.mark.parametrize("name", list(EMPTY))
-@pytest.mark.parametrize("ratio", [None, 1.0])
-@every_granularity
-def test_sizes_of_zero(name, ratio, granularity, device):
+def test_sizes_of_zero(name, device):
     of = EMPTY[name]
     input, weight = (normal(*s, device=device) for s in (of.input_shape, of.weight_shape))
-    threshold = thresholds(of.weight_shape, granularity, device=device)
     bias, grad = normal(of.filters, device=device), normal(*of.output_shape, device=device)
-    output, effective = run("masked_conv", input, weight, threshold, bias, ratio, *of.geometry)
     expected = bias.view(-1, *[1] * len(of.size)).expand(of.output_shape)
-    same((output,), expected)
-    same((effective,), reference.effective_threshold(weight, threshold, ratio))
-    shape = list(of.input_shape)
-    (grad_input,) = run("masked_conv_grad_input", grad, shape, weight, threshold, *of.geometry)
-    assert not grad_input.any()
-    options = "long_tailed", True
-    for result in run(
-        "masked_conv_grad_weight", grad, input, weight, threshold, *of.geometry, *options
-    ):
-        assert not result.any()
+    geometry, options = of.geometry, ("long_tailed", True)
+    for granularity in ("row", "scalar", "layer", "element"):
+        threshold = thresholds(of.weight_shape, granularity, device=device)
+        for ratio in (None, 1.0):
+            output, effective = run("masked_conv", input, weight, threshold, bias, ratio, *geometry)
+            same((output,), expected)
+            same((effective,), reference.effective_threshold(weight, threshold, ratio))
+        gradients = (
+            *run("masked_conv_grad_input", grad, list(input.shape), weight, threshold, *geometry),
+            *run("masked_conv_grad_weight", grad, input, weight, threshold, *geometry, *options),
+        )
+        assert not any(gradient.any() for gradient in gradients)
 
 
 @pytest.mark.parametrize("name", ["no images", "no images, pointwise"])

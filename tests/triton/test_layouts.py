@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from triton_cases import check, every_granularity, gradient_along, normal, run, same, thresholds
+from triton_cases import check, gradient_along, normal, run, same, thresholds
 
 from dst_kernels import reference
 
@@ -26,14 +26,18 @@ LAYOUTS = {
 every_layout = pytest.mark.parametrize("layout", list(LAYOUTS))
 
 
-def arranged(tensor, layout):
-    return LAYOUTS[layout](tensor) if tensor.dim() > 1 else tensor
+def one_by_one_and_all(tensors, layout):
+    """The tensors by name: one in this layout and the others dense, for each, and all in it."""
+    for which in (*tensors, "all"):
+        yield {
+            name: LAYOUTS[layout](tensor) if which in (name, "all") else tensor
+            for name, tensor in tensors.items()
+        }
 
 
 @poisoned
 @every_layout
-@pytest.mark.parametrize("which", ["input", "weight", "threshold", "grad", "all"])
-def test_linear(layout, which, device):
+def test_linear(layout, device):
     M, N, K = 6, 19, 37
     tensors = {
         "input": normal(M, K, device=device),
@@ -41,41 +45,35 @@ def test_linear(layout, which, device):
         "threshold": thresholds((N, K), "element", device=device),
         "grad": normal(M, N, device=device),
     }
-    for name in tensors:
-        if which in (name, "all"):
-            tensors[name] = arranged(tensors[name], layout)
-    input, weight, threshold, grad = tensors.values()
-    for limit, ratio in ((threshold, 0.01), (threshold[:, 0], 1.0)):
-        check("masked_linear", input, weight, limit, None, ratio)
-        check("masked_linear_grad_input", grad, weight, limit)
-        check("masked_linear_grad_weight", grad, input, weight, limit, "triangular", True)
+    for arranged in one_by_one_and_all(tensors, layout):
+        input, weight, threshold, grad = arranged.values()
+        for limit, ratio in ((threshold, 0.01), (threshold[:, 0], 1.0)):
+            check("masked_linear", input, weight, limit, None, ratio)
+            check("masked_linear_grad_input", grad, weight, limit)
+            check("masked_linear_grad_weight", grad, input, weight, limit, "triangular", True)
 
 
 @poisoned
 @every_layout
-@pytest.mark.parametrize("which", ["weight", "threshold", "grad", "all"])
 @pytest.mark.parametrize("shape", [(7, 37), (4, 3, 2, 5)], ids=str)
-def test_weight_ops(layout, which, shape, device):
+def test_weight_ops(layout, shape, device):
     tensors = {
         "weight": normal(*shape, device=device),
         "threshold": thresholds(shape, "element", device=device),
         "grad": normal(*shape, device=device),
     }
-    for name in tensors:
-        if which in (name, "all"):
-            tensors[name] = arranged(tensors[name], layout)
-    weight, threshold, grad = tensors.values()
-    for limit in (threshold, threshold.flatten(1)[:, 0]):
-        for ratio in (None, 1.0):
+    for arranged in one_by_one_and_all(tensors, layout):
+        weight, threshold, grad = arranged.values()
+        for limit, ratio in ((threshold, None), (threshold.flatten(1)[:, 0], 1.0)):
             same(
                 run("masked_weight", weight, limit, ratio, F16),
                 reference.masked_weight(weight, limit, ratio, F16),
             )
-        same(
-            run("effective_threshold", weight, limit, 0.5),
-            reference.effective_threshold(weight, limit, 0.5),
-        )
-        check("masked_weight_backward", grad, weight, limit, "long_tailed", True)
+            same(
+                run("effective_threshold", weight, limit, 0.5),
+                reference.effective_threshold(weight, limit, 0.5),
+            )
+            check("masked_weight_backward", grad, weight, limit, "long_tailed", True)
 
 
 FORMATS = {
@@ -88,10 +86,14 @@ FORMATS = {
 @pytest.mark.parametrize(
     "shape", [(6, 4, 3, 2), (6, 1, 3, 3), (6, 4, 1, 1), (1, 4, 3, 2), (4, 3, 2, 2, 3)], ids=str
 )
-@every_granularity
-def test_memory_formats(shape, granularity, device):
+def test_memory_formats(shape, device):
     """In any mix of contiguous and channels last; each result in its own argument's format."""
-    for formats in itertools.product(FORMATS[len(shape)], repeat=3):
+    mixes = [
+        (granularity, mix)
+        for granularity, tensors in (("row", 2), ("layer", 2), ("element", 3))
+        for mix in itertools.product(FORMATS[len(shape)], repeat=tensors)
+    ]
+    for granularity, formats in mixes:
         weight = normal(*shape, device=device).contiguous(memory_format=formats[0])
         grad = gradient_along(weight).contiguous(memory_format=formats[1])
         threshold = thresholds(shape, granularity, device=device)
@@ -164,6 +166,7 @@ def far_apart(device):
     return place
 
 
+@pytest.mark.usefixtures("overflows_are_found")
 @pytest.mark.parametrize("transposed", [False, True])
 def test_offsets_beyond_32_bits(transposed, far_apart, device):
     """Of arguments; a product of two 32-bit numbers would run over."""

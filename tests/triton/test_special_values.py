@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
-from triton_cases import SURROGATES, every_granularity, run, same
+from triton_cases import SURROGATES, every_axis, run, same
 
 from dst_kernels import reference
 
@@ -41,20 +42,19 @@ def close(ours, expected):
         torch.testing.assert_close(result, truth, rtol=4 * eps, atol=4 * eps, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", [F16, F32, F64], ids=str)
-@every_granularity
-def test_pack(granularity, dtype, device):
+@every_axis
+def test_pack(granularity, device):
     weights = [*WEIGHTS, NAN, INF, -INF]
-    weight, candidates = grid([*LIMITS, NAN, -INF], weights, granularity, dtype, device)
-    for threshold in candidates:
-        for ratio in (None, 0.0, 0.5, 1.0):
+    for dtype in (F16, F32, F64):
+        weight, candidates = grid([*LIMITS, NAN, -INF], weights, granularity, dtype, device)
+        for threshold, ratio in itertools.product(candidates, (None, 0.0, 0.5, 1.0)):
             same(
                 run("masked_weight", weight, threshold, ratio, dtype),
                 reference.masked_weight(weight, threshold, ratio, dtype),
             )
 
 
-@every_granularity
+@every_axis
 def test_an_infinite_threshold_prunes_all_finite_weights(granularity, device):
     weight, candidates = grid([INF, INF], WEIGHTS, granularity, F32, device)
     for threshold in candidates:
@@ -68,11 +68,10 @@ def test_an_infinite_threshold_prunes_all_finite_weights(granularity, device):
         assert torch.equal(product, weight.t()) and not effective.any()
 
 
-@pytest.mark.parametrize("structure_gradient", [True, False])
 @pytest.mark.parametrize("surrogate", SURROGATES)
-@every_granularity
-def test_post(granularity, surrogate, structure_gradient, device):
-    for dtype in (F32, F64):
+@every_axis
+def test_post(granularity, surrogate, device):
+    for dtype, structure_gradient in ((F32, True), (F64, False)):
         weight, candidates = grid(LIMITS, WEIGHTS, granularity, dtype, device)
         grad = torch.linspace(0.01, 1, weight.numel(), dtype=dtype, device=device).view_as(weight)
         grad = grad.copysign(weight)  # so that sums in another order are a rounding apart, too
@@ -85,7 +84,7 @@ def test_post(granularity, surrogate, structure_gradient, device):
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
-@every_granularity
+@every_axis
 def test_gradients_beside_nan_and_infinity(granularity, surrogate, device):
     """By post and by the fused kernel, whose G is the same."""
     weights = [*WEIGHTS, *NON_FINITE]
@@ -116,7 +115,7 @@ def test_nan_in_one_row_stays_there(device):
 
 
 @pytest.mark.parametrize("dtype", [F16, F32], ids=str)
-@every_granularity
+@every_axis
 def test_products(granularity, dtype, device):
     """Whole rows are compared at once, so that a NaN weight says nothing about its neighbours."""
     weight, candidates = grid(LIMITS, WEIGHTS, granularity, dtype, device)
@@ -130,7 +129,7 @@ def test_products(granularity, dtype, device):
         same(run("masked_linear_grad_input", of_rows, weight, threshold), masked)
 
 
-@every_granularity
+@every_axis
 def test_products_with_nan(granularity, device):
     limits = [*LIMITS, NAN]
     weight, candidates = grid(limits, WEIGHTS, granularity, F32, device)
@@ -144,18 +143,18 @@ def test_products_with_nan(granularity, device):
         same(run("masked_linear_grad_input", of_rows, weight, threshold), expected)
 
 
-@pytest.mark.parametrize("limit", [*LIMITS, NAN, INF, -INF])
-@every_granularity
-def test_the_guard_counts_whatever_the_threshold_is(granularity, limit, device):
+@every_axis
+def test_the_guard_counts_whatever_the_threshold_is(granularity, device):
     """In sizes that fill no tile: what lies beyond the edges must not be counted."""
-    weight, (threshold, *_) = grid([limit] * 3, WEIGHTS, granularity, F32, device)
-    kept = reference.threshold_mask(weight, threshold).sum().item()
     input = torch.ones(2, len(WEIGHTS), device=device)
-    for counted in {kept - 1, kept} & set(range(weight.numel() + 1)):
-        ratio = counted / weight.numel()
-        expected = torch.zeros_like(threshold) if counted == kept else threshold
-        same(run("effective_threshold", weight, threshold, ratio), expected)
-        same(run("masked_linear", input, weight, threshold, None, ratio)[1:], expected)
+    for limit in (*LIMITS, NAN, INF, -INF):
+        weight, (threshold, *_) = grid([limit] * 3, WEIGHTS, granularity, F32, device)
+        kept = reference.threshold_mask(weight, threshold).sum().item()
+        for counted in {kept - 1, kept} & set(range(weight.numel() + 1)):
+            ratio = counted / weight.numel()
+            expected = torch.zeros_like(threshold) if counted == kept else threshold
+            same(run("effective_threshold", weight, threshold, ratio), expected)
+            same(run("masked_linear", input, weight, threshold, None, ratio)[1:], expected)
 
 
 def test_the_comparison_is_made_before_rounding(device):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from triton_cases import (
     BFLOAT16,
+    GRANULARITIES,
     SURROGATES,
     check,
     every_granularity,
@@ -35,10 +38,10 @@ every_shape = pytest.mark.parametrize("shape", SHAPES + CONVOLUTIONS, ids=str)
 
 
 @every_shape
-@every_granularity
-def test_pack_of_all_shapes(shape, granularity, device):
-    weight, threshold = normal(*shape, device=device), thresholds(shape, granularity, device=device)
-    for ratio in (None, 0.0, 1.0):
+def test_pack_of_all_shapes(shape, device):
+    weight = normal(*shape, device=device)
+    for granularity, ratio in itertools.product(GRANULARITIES, (None, 0.0, 1.0)):
+        threshold = thresholds(shape, granularity, device=device)
         same(
             run("masked_weight", weight, threshold, ratio, F32),
             reference.masked_weight(weight, threshold, ratio, F32),
@@ -86,18 +89,19 @@ def test_pack_to_bfloat16_of_numbers_that_need_no_rounding(device):
         )
 
 
-@every_granularity
 @pytest.mark.parametrize("shape", [(1, 1), (3, 130), (130, 65), (2, 4099), (8, 3, 5)], ids=str)
-def test_the_guard_counts_exactly(shape, granularity, device):
+def test_the_guard_counts_exactly(shape, device):
     """It fires at the ratio and not one weight above it."""
-    weight, threshold = normal(*shape, device=device), thresholds(shape, granularity, device=device)
-    kept = reference.threshold_mask(weight, threshold).sum().item()
-    for counted in {kept - 1, kept, kept + 1} & set(range(weight.numel() + 1)):
-        ratio, fires = counted / weight.numel(), counted >= kept
-        (effective,) = run("effective_threshold", weight, threshold, ratio)
-        same((effective,), torch.zeros_like(threshold) if fires else threshold)
-        masked = reference.masked_weight(weight, effective, None, F16)[0]
-        same(run("masked_weight", weight, threshold, ratio, F16), (masked, effective))
+    weight = normal(*shape, device=device)
+    for granularity in GRANULARITIES:
+        threshold = thresholds(shape, granularity, device=device)
+        kept = reference.threshold_mask(weight, threshold).sum().item()
+        for counted in {kept - 1, kept, kept + 1} & set(range(weight.numel() + 1)):
+            ratio, fires = counted / weight.numel(), counted >= kept
+            (effective,) = run("effective_threshold", weight, threshold, ratio)
+            same((effective,), torch.zeros_like(threshold) if fires else threshold)
+            masked = reference.masked_weight(weight, effective, None, F16)[0]
+            same(run("masked_weight", weight, threshold, ratio, F16), (masked, effective))
 
 
 @pytest.mark.parametrize(
@@ -117,11 +121,11 @@ def test_the_guard_counts_over_blocks_and_programs(shape, tile, device, monkeypa
 
 
 @every_shape
-@every_granularity
-def test_post_of_all_shapes(shape, granularity, device):
-    weight, threshold = normal(*shape, device=device), thresholds(shape, granularity, device=device)
-    grad = gradient_along(weight)
-    check("masked_weight_backward", grad, weight, threshold, "long_tailed", True)
+def test_post_of_all_shapes(shape, device):
+    weight = normal(*shape, device=device)
+    for granularity in GRANULARITIES:
+        threshold, grad = thresholds(shape, granularity, device=device), gradient_along(weight)
+        check("masked_weight_backward", grad, weight, threshold, "long_tailed", True)
 
 
 @pytest.mark.parametrize("of_grad", [F16, F32, F64, BFLOAT16])
@@ -135,13 +139,12 @@ def test_post_in_all_dtypes(of_grad, dtype, of_threshold, granularity, device):
     check("masked_weight_backward", grad, weight, threshold, "long_tailed", True)
 
 
-@pytest.mark.parametrize("structure_gradient", [True, False])
 @pytest.mark.parametrize("surrogate", SURROGATES)
-@every_granularity
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-def test_post_with_all_surrogates(surrogate, structure_gradient, granularity, dtype, device):
+def test_post_with_all_surrogates(surrogate, dtype, device):
     shape = (9, 40)
-    weight = normal(*shape, dtype=dtype, device=device)
-    threshold = thresholds(shape, granularity, dtype=dtype, device=device)
-    grad = gradient_along(weight, dtype)
-    check("masked_weight_backward", grad, weight, threshold, surrogate, structure_gradient)
+    for granularity, structure_gradient in itertools.product(GRANULARITIES, (True, False)):
+        weight = normal(*shape, dtype=dtype, device=device)
+        threshold = thresholds(shape, granularity, dtype=dtype, device=device)
+        grad = gradient_along(weight, dtype)
+        check("masked_weight_backward", grad, weight, threshold, surrogate, structure_gradient)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
@@ -19,6 +20,24 @@ GRANULARITIES = ("row", "scalar", "layer", "element")
 SURROGATES = ("long_tailed", "rectangular", "triangular", "straight_through")
 
 every_granularity = pytest.mark.parametrize("granularity", GRANULARITIES)
+# A scalar threshold comes to the kernels as one of a layer does.
+every_axis = pytest.mark.parametrize("granularity", ("row", "layer", "element"))
+
+
+def crossed(names: Sequence[str], first: Mapping[str, tuple], second: Mapping[str, tuple]):
+    """Parametrized by all combinations, of which each of `first` has one that is not slow."""
+    return pytest.mark.parametrize(
+        names,
+        [
+            pytest.param(
+                *first[one], *second[other], id=f"{one}-{other}",
+                marks=[pytest.mark.slow] * (i % len(second) != j),
+            )
+            for i, one in enumerate(first)
+            for j, other in enumerate(second)
+        ],
+    )  # fmt: skip
+
 
 # The interpreter's bfloat16 products are wrong, and its casts to it do not round.
 on_gpu = pytest.mark.gpu
