@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 import gzip
+import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from typer.testing import CliRunner
 
 from dst_kernels.training.commands import app
 
 
+def numbers_of(figure: Figure, file, **options: object) -> None:
+    """What is drawn, as text: equal where the pictures would be, and at no cost."""
+    for axes in figure.axes:
+        for line in axes.lines:
+            file.write(f"{line.get_label()} {line.get_xydata().tolist()}\n".encode())
+        for area in axes.patches:
+            file.write(f"{area.get_path().vertices.tolist()}\n".encode())
+
+
 @pytest.fixture
-def cli(tmp_path, monkeypatch):
+def pictures():
+    """Keeps them; drawing them takes most of a short run."""
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, request):
     """Run `dst-kernels ARGS...` in an empty folder; the result has exit_code and output."""
     monkeypatch.chdir(tmp_path)
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(Figure, "savefig", numbers_of)
     monkeypatch.setenv("COLUMNS", "120")
 
     def run(*args: object):
@@ -30,12 +49,24 @@ def cli(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory) -> Path:
-    """A finished run of one epoch: copy it, never change it."""
-    directory = tmp_path_factory.mktemp("trained") / "run"
-    result = CliRunner().invoke(app, ["train", "--epochs", "1", "--out", str(directory)])
-    assert result.exit_code == 0, result.output
-    return directory
+def run_of(tmp_path_factory) -> Callable[..., Path]:
+    """A finished run with these options, the same whenever it is asked for.
+
+    Copied to `to`, where a test may change it; else nobody may.
+    """
+    runs: dict[tuple[str, ...], Path] = {}
+
+    def run(*options: object, to: Path | None = None) -> Path:
+        given = tuple(map(str, options))
+        if given not in runs:
+            runs[given] = tmp_path_factory.mktemp("runs") / "run"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Figure, "savefig", numbers_of)
+                result = CliRunner().invoke(app, ["train", *given, "--out", str(runs[given])])
+            assert result.exit_code == 0, result.output
+        return runs[given] if to is None else Path(shutil.copytree(runs[given], to))
+
+    return run
 
 
 @pytest.fixture

@@ -130,9 +130,9 @@ def test_images_too_small_for_the_model_are_refused(cli, image_dir):
     assert "--model 'lenet-5' does not take the 3x12x12 images of image-folder" in message
 
 
-def test_a_directory_that_holds_a_run_is_never_overwritten(cli, tmp_path):
-    assert cli("train", "--epochs", 1, "--out", "run").exit_code == 0
-    assert cli("train", "--epochs", 1, "--compare", "--out", "both").exit_code == 0
+def test_a_directory_that_holds_a_run_is_never_overwritten(cli, run_of, tmp_path):
+    run_of("--epochs", 1, to=tmp_path / "run")
+    run_of("--epochs", 2, "--compare", to=tmp_path / "both")
     for out in ("run", "both"):
         files = [path for path in sorted((tmp_path / out).rglob("*")) if path.is_file()]
         before = [path.read_bytes() for path in files]

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from dst_kernels.training import cli as entry
+from dst_kernels.training.commands import app
 
 PLOTS = ("accuracy_and_ratio.png", "layer_ratios.png", "thresholds.png")
 
@@ -29,11 +31,14 @@ def assert_is_a_picture(path):
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50  # several colours, smoothed lines
 
 
-@pytest.fixture
-def finished(cli, tmp_path):
-    result = cli("train", "--epochs", 3, "--out", "run", "--seed", 4)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with real pictures, which no test changes, and what it printed."""
+    directory = tmp_path_factory.mktemp("finished") / "run"
+    options = ["--epochs", "3", "--out", str(directory), "--seed", "4"]
+    result = CliRunner(env={"COLUMNS": "120"}).invoke(app, ["train", *options])
     assert result.exit_code == 0, result.output
-    return tmp_path / "run", result.output
+    return directory, result.output
 
 
 def test_a_run_writes_config_metrics_summary_model_and_plots(finished):
@@ -128,6 +133,7 @@ def test_a_terminal_gets_a_live_view_of_every_layer(tmp_path):
 COMMAND = "from dst_kernels.training.cli import main; main()"
 
 
+@pytest.mark.usefixtures("pictures")
 def test_dense_twin(cli, tmp_path):
     result = cli("train", "--epochs", 1, "--dense", "--out", "run")
     assert result.exit_code == 0, result.output
@@ -139,7 +145,8 @@ def test_dense_twin(cli, tmp_path):
     assert_is_a_picture(tmp_path / "run" / "accuracy_and_ratio.png")
 
 
-def test_compare_trains_both_and_shows_the_difference(cli, tmp_path):
+@pytest.mark.usefixtures("pictures")
+def test_compare_trains_both_and_shows_the_difference(cli, run_of, tmp_path):
     result = cli("train", "--epochs", 2, "--compare", "--out", "both")
     assert result.exit_code == 0, result.output
     both = json.loads((tmp_path / "both" / "comparison.json").read_text())
@@ -151,18 +158,21 @@ def test_compare_trains_both_and_shows_the_difference(cli, tmp_path):
     assert f"{100 * difference:+.2f} points" in result.output
     assert_is_a_picture(tmp_path / "both" / "comparison.png")
     # Each twin is what a run of its own gives.
-    alone = cli("train", "--epochs", 2, "--dense", "--out", "alone")
-    assert alone.exit_code == 0
-    for name in ("metrics.csv", "model.safetensors"):
-        paths = [tmp_path / folder / name for folder in ("alone", "both/dense")]
-        assert paths[0].read_bytes() == paths[1].read_bytes()
+    for kind, options in (("dense", ("--dense",)), ("sparse", ("--seed", 0))):
+        alone = run_of("--epochs", 2, *options)
+        for name in ("metrics.csv", "model.safetensors"):
+            assert (alone / name).read_bytes() == (tmp_path / "both" / kind / name).read_bytes()
 
 
-def test_a_seed_repeats_a_run_exactly_and_another_does_not(cli, tmp_path):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert cli("train", "--epochs", 2, "--seed", seed, "--out", name).exit_code == 0
+def test_a_seed_repeats_a_run_exactly_and_another_does_not(cli, run_of, tmp_path):
+    assert cli("train", "--epochs", 2, "--seed", 1, "--out", "again").exit_code == 0
+    runs = (
+        run_of("--epochs", 2, "--seed", 1),
+        tmp_path / "again",
+        run_of("--epochs", 2, "--seed", 0),
+    )
     for name in ("metrics.csv", "model.safetensors", "layer_ratios.png"):
-        a, b, c = ((tmp_path / run / name).read_bytes() for run in "abc")
+        a, b, c = ((run / name).read_bytes() for run in runs)
         assert a == b
         assert a != c
 
@@ -189,6 +199,7 @@ def test_mnist_with_its_preset_from_raw_files(cli, tmp_path, mnist_dir):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("pictures")
 def test_image_folder_with_a_torchvision_model(cli, tmp_path, image_dir):
     result = cli(
         *("train", "--dataset", "image-folder", "--data-dir", image_dir, "--image-size", 32),

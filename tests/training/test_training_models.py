@@ -91,13 +91,13 @@ def test_images_which_a_model_cannot_take_are_refused(name):
         build_model(RunConfig(model=name), (channels, 10, 10), 10)
 
 
-def test_load_model_gives_back_what_was_trained(cli, tmp_path):
-    cli("train", "--epochs", 2, "--out", "run")
+def test_load_model_gives_back_what_was_trained(run_of):
+    run = run_of("--epochs", 4)
     state = torch.get_rng_state()
-    model = load_model(tmp_path / "run")
+    model = load_model(run)
     assert torch.equal(torch.get_rng_state(), state)
     assert not model.training
-    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)["model"]
     assert set(saved) == set(model.state_dict())
     for name, value in model.state_dict().items():
         assert torch.equal(value, saved[name])

@@ -7,12 +7,13 @@ from test_training_cli import assert_is_a_picture
 
 
 @pytest.fixture
-def two_runs(cli, tmp_path):
+def two_runs(run_of, tmp_path):
     for seed in (0, 1):
-        assert cli("train", "--epochs", 2, "--seed", seed, "--out", f"seed-{seed}").exit_code == 0
+        run_of("--epochs", 2, "--seed", seed, to=tmp_path / f"seed-{seed}")
     return tmp_path
 
 
+@pytest.mark.usefixtures("pictures")
 def test_runs_are_compared_in_a_table_and_a_plot(cli, two_runs):
     result = cli("report", "seed-0", "seed-1")
     assert result.exit_code == 0, result.output
@@ -29,8 +30,8 @@ def test_runs_are_compared_in_a_table_and_a_plot(cli, two_runs):
     assert "plot replaced: report.png" in again.output
 
 
-def test_a_comparison_counts_as_two_runs_and_unfinished_ones_say_so(cli, two_runs):
-    assert cli("train", "--epochs", 2, "--compare", "--out", "both").exit_code == 0
+def test_a_comparison_counts_as_two_runs_and_unfinished_ones_say_so(cli, run_of, two_runs):
+    run_of("--epochs", 2, "--compare", to=two_runs / "both")
     config = two_runs / "seed-1" / "config.json"
     config.write_text(config.read_text().replace('"epochs": 2', '"epochs": 9'))
     result = cli("report", "both", "seed-1")
@@ -41,12 +42,14 @@ def test_a_comparison_counts_as_two_runs_and_unfinished_ones_say_so(cli, two_run
     assert "mean of" not in result.output
 
 
-def test_runs_of_different_recipes_are_not_averaged(cli, two_runs):
-    options = ("--model", "lenet-5", "--seed", 1, "--out", "lenet-5")
-    assert cli("train", "--epochs", 1, *options).exit_code == 0
-    result = cli("report", "seed-0", "lenet-5")
+def test_runs_of_different_recipes_are_not_averaged(cli, run_of, two_runs):
+    options = ("--epochs", 1, "--seed", 1)
+    run_of(*options, "--model", "lenet-5", to=two_runs / "lenet-5")
+    run_of(*options, "--alpha", 0.01, to=two_runs / "stricter")
+    result = cli("report", "seed-0", "lenet-5", "stricter")
     assert "lenet-5 on digits" in result.output
     assert "lenet-300-100 on digits" in result.output
+    assert re.search(r"stricter\s+lenet-300-100 on digits\s+0\.01", result.output)
     assert "mean of" not in result.output
 
 
