@@ -109,7 +109,7 @@ def test_the_guard_fires_at_its_count_and_not_one_above(library, shape, granular
 
 def test_more_segments_than_a_table_holds_of_all_dtypes(library):
     weights, thresholds, settings, dtypes, grads = [], [], [], [], []
-    for i in range(600):
+    for i in range(460):  # some 390 of a dtype fill a table
         weight = torch.randn(1 + i % 5, 1 + i % 11).to(DTYPES[i % 3 * (i % 5 == 0)])
         weights.append(weight)
         thresholds.append(threshold_like(weight, GRANULARITIES[i % 4 % 3]))
