@@ -4,9 +4,9 @@ Triton compiles an integer argument anew where it is 1, not a multiple of 16, or
 bits. The interpreter does not, so what breaks there breaks first on a GPU.
 
 What the launchers round up to whole blocks is never 1, and is not made 1 here. It matters: ptxas
-12.9.86, which comes with Triton 3.8, ends with a segmentation fault at any optimisation level where
-`part`, the number of columns and the strides of `x` and element-wise thresholds are all 1. That of
-CUDA 13.0 compiles the same code.
+12.9.86, which comes with Triton 3.8, ends with a segmentation fault (at -O1 and above) where
+`part`, the number of columns and the strides of `x` and of element-wise thresholds are all 1. That
+of CUDA 13.0 compiles the same code.
 """
 
 from __future__ import annotations

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 from cuda_emulation import build
 
@@ -18,79 +16,89 @@ pytestmark = [
 ]
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 
-# file, what is right, what is wrong, the tests that must notice: a file and an expression for -k
+# file, what is right, what is wrong, the source that is compiled with that, the tests that must
+# notice: a file and an expression for -k
 MUTANTS = {
     "a sum does not wait for the other warps": (
         "reduce.cuh",
         "  __syncthreads();\n  T total",
         "  T total",
+        "pack.cu",
         ("weights", "pack_is and float32-torch.float32-aligned"),
     ),
     "a new threshold is not waited for": (
         "reduce.cuh",
         "  __syncthreads();\n  return first",
         "  return first",
+        "sgd_step.cu",
         ("emulation", "order and reversed"),
     ),
     "all rows share one threshold": (
         "pack.cu",
         "entry.threshold[share.row]",
         "entry.threshold[0]",
+        "pack.cu",
         ("weights", "pack_is and float32-torch.float32-aligned"),
     ),
     "the guard fires one weight late": (
         "guard.cu",
         "kept > entry.collapsed",
         "kept >= entry.collapsed",
+        "guard.cu",
         ("weights", "guard"),
     ),
     "the count after a reset begins anywhere": (
         "pack.cu",
         "if (block == 0) *entry.kept = 0;",
         "",
+        "pack.cu",
         ("weights", "guard"),
     ),
     "the guard acts where infinity was found": (
         "guard.cu",
         "*found_inf == 1.0f",
         "*found_inf == 2.0f",
+        "guard.cu",
         ("steps", "infinity"),
     ),
     "sums of pieces are added to the wrong row": (
         "post.cu",
         "entry.partial + row * entry.pieces",
         "entry.partial + row",
+        "post.cu",
         ("weights", "post_is and float32-torch.float32-aligned"),
     ),
     "dW is made under the new threshold": (
         "step.cuh",
         "old, old_threshold)",
         "old, threshold)",
+        "sgd_step.cu",
         ("steps", "accurate and sgd-torch.float32-torch.float32-aligned"),
     ),
     "the weight is masked before it is rounded": (
         "step.cuh",
         "return to_floats(rounded)",
         "return parameter",
+        "sgd_step.cu",
         ("steps", "accurate and sgd-torch.bfloat16-torch.bfloat16-aligned"),
     ),
 }
 
 
-def run_tests(csrc: Path, file: str, expression: str) -> int:
-    options = ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER")  # those of the run around this one
-    environment = {name: value for name, value in os.environ.items() if name not in options}
-    environment["DST_EMULATION_CSRC"] = str(csrc)
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-    test = HERE / f"test_cuda_{file}.py"
-    result = subprocess.run(
-        [*command, str(test), "-m", "not gpu", "-k", expression],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+@pytest.fixture(scope="module")
+def server():
+    with forked.Server() as server:
+        yield server
+
+
+def run_tests(server: forked.Server, csrc: Path, source: str, file: str, expression: str) -> int:
+    environment = {"DST_EMULATION_CSRC": str(csrc), "DST_EMULATION_SOURCE": source}
+    options = ("-n", 0, "-x", "-q", "-p", "no:cacheprovider", "-m", "not gpu", "-k", expression)
+    options += ("--every-combination",)
+    tests = HERE / f"test_cuda_{file}.py"
+    result = server.run("pytest", *options, tests, folder=ROOT, environment=environment)
     return result.returncode
 
 
@@ -100,17 +108,18 @@ def copied(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", list(MUTANTS))
-def test_a_mistake_is_noticed(name, tmp_path):
-    file, right, wrong, tests = MUTANTS[name]
+def test_a_mistake_is_noticed(name, server, tmp_path):
+    file, right, wrong, compiled, tests = MUTANTS[name]
     csrc = copied(tmp_path)
     path = csrc / "cuda" / file
     source = path.read_text()
     assert right in source, "the mutation must follow the kernel"
     path.write_text(source.replace(right, wrong))
-    result = run_tests(csrc, *tests)
+    result = run_tests(server, csrc, compiled, *tests)
     # The emulation may also abort the process, at a barrier that not all threads reach.
     assert result == pytest.ExitCode.TESTS_FAILED or result == -signal.SIGABRT
 
 
-def test_a_copy_without_a_mistake_passes(tmp_path):
-    assert run_tests(copied(tmp_path), "weights", "guard") == pytest.ExitCode.OK
+def test_a_copy_without_a_mistake_passes(server, tmp_path):
+    result = run_tests(server, copied(tmp_path), "pack.cu", "weights", "guard")
+    assert result == pytest.ExitCode.OK

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 import dst_kernels
@@ -25,49 +23,49 @@ MUTANTS = {
         "masking.py",
         r"return tl\.where\(tl\.abs\(weight\) <= threshold, 0\.0, (.+)\)",
         r"return \1",
-        "special_values::test_pack",
+        "special_values::test_pack[row]",
     ),
     "ties are kept": (
         "masking.py",
         r"tl\.abs\(weight\) <= threshold",
         "tl.abs(weight) < threshold",
-        "special_values::test_pack",
+        "special_values::test_pack[row]",
     ),
     "gradients of ties are kept": (
         "masking.py",
         r"margin <= 0\.0",
         "margin < 0.0",
-        "special_values::test_post",
+        "special_values::test_post[row-long_tailed]",
     ),
     "the surrogate ends before 1": (
         "masking.py",
         r"distance > 1\.0",
         "distance >= 1.0",
-        "special_values::test_post",
+        "special_values::test_post[row-long_tailed]",
     ),
     "NaN is pruned": (
         "masking.py",
         r"weight \+ nan_or_zero",
         "weight",
-        "special_values::test_pack",
+        "special_values::test_pack[row]",
     ),
     "the structure gradient is left out": (
         "masking.py",
         r"if STRUCTURE_GRADIENT:",
         "if False:",
-        "linear_ops::test_all_surrogates",
+        "linear_ops::test_all_surrogates[long_tailed]",
     ),
     "the product skips the tail of K": (
         "product.py",
         r"range\(begin, end, BLOCK_C",
         "range(begin, end - (end - begin) % BLOCK_C, BLOCK_C",
-        "linear_ops::test_all_shapes_in_float32",
+        "linear_ops::test_all_shapes_in_float32[row-(3, 63, 1)]",
     ),
     "the weight's gradient skips the tail of M": (
         "grad_weight.py",
         r"range\(begin, end, BLOCK_M",
         "range(begin, end - (end - begin) % BLOCK_M, BLOCK_M",
-        "linear_ops::test_all_shapes_in_float32",
+        "linear_ops::test_all_shapes_in_float32[row-(3, 63, 1)]",
     ),
     "the convolution skips its last tap": (
         "conv_product.py",
@@ -109,72 +107,68 @@ MUTANTS = {
         "product.py",
         r"tl\.abs\(w\) <= t",
         "tl.abs(w) < t",
-        "special_values::test_the_guard_counts_whatever_the_threshold_is",
+        "special_values::test_the_guard_counts_whatever_the_threshold_is[row]",
     ),
     "pack counts ties as kept": (
         "pack.py",
         r"tl\.abs\(w\) <= t",
         "tl.abs(w) < t",
-        "special_values::test_the_guard_counts_whatever_the_threshold_is",
+        "special_values::test_the_guard_counts_whatever_the_threshold_is[row]",
     ),
     "the guard fires one weight late": (
         "pack.py",
         r">= least_pruned",
         "> least_pruned",
-        "weight_ops::test_the_guard_counts_exactly",
+        "weight_ops::test_the_guard_counts_exactly[(8, 3, 5)]",
     ),
     "pack leaves a hole": (
         "pack.py",
         r"(masked\(w, t\)\.to\(packed\.dtype\.element_ty\),\s+mask=inside)",
         r"\1 & (c[None, :] > 0)",
-        "weight_ops::test_pack_of_all_shapes",
+        "weight_ops::test_pack_of_all_shapes[(5, 3, 3, 2)]",
     ),
 }
 
 
-def run_tests(root: Path, tests: str) -> int:
-    options = ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER")  # those of the run around this one
-    environment = {name: value for name, value in os.environ.items() if name not in options}
-    environment["PYTHONPATH"] = str(root)
+@pytest.fixture(scope="module")
+def server():
+    with forked.Server() as server:
+        yield server
+
+
+def run_tests(server: forked.Server, root: Path, tests: str) -> int:
     file, _, test = tests.partition("::")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        f"pythonpath={root} {ROOT}",
-    ]
-    result = subprocess.run(
-        [*command, str(HERE / f"test_{file}.py::{test}")],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    return result.returncode
+    options = ("-n", 0, "-x", "-q", "-p", "no:cacheprovider", "-o", f"pythonpath={root} {ROOT}")
+    tests = HERE / f"test_{file}.py::{test}"
+    environment = {"PYTHONPATH": str(root)}
+    return server.run(
+        "pytest", *options, tests, folder=root, path=[root], environment=environment
+    ).returncode
 
 
 def copied(root: Path) -> Path:
+    """The folder with the kernels, of a copy of the package; these tests need no library."""
     package = Path(dst_kernels.__file__).parent
-    shutil.copytree(package, root / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    left_out = shutil.ignore_patterns("__pycache__", "*.so")
+    shutil.copytree(package, root / package.name, ignore=left_out)
     return root / package.name / "backends" / "triton"
 
 
 @pytest.mark.parametrize("name", list(MUTANTS))
-def test_a_mistake_is_noticed(name, tmp_path):
+def test_a_mistake_is_noticed(name, server, tmp_path):
     file, right, wrong, tests = MUTANTS[name]
     path = copied(tmp_path) / file
     source, replaced = re.subn(right, wrong, path.read_text())
     assert replaced, "the mutation must follow the kernel"
     path.write_text(source)
-    assert run_tests(tmp_path, tests) == pytest.ExitCode.TESTS_FAILED
+    assert run_tests(server, tmp_path, tests) == pytest.ExitCode.TESTS_FAILED
 
 
-def test_a_copy_without_a_mistake_passes(tmp_path):
+def test_a_copy_without_a_mistake_passes(server, tmp_path):
     copied(tmp_path)
-    assert run_tests(tmp_path, "special_values::test_pack") == pytest.ExitCode.OK
+    tests = {
+        "special_values::test_pack[row]",
+        *(tests for *_, tests in MUTANTS.values() if tests.endswith("]")),
+    }
+    for one in sorted(tests):
+        assert run_tests(server, tmp_path, one) == pytest.ExitCode.OK

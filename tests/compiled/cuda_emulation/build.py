@@ -39,16 +39,22 @@ def compiler() -> str | None:
 def build() -> Path:
     """The path of the library, which defines `torch.ops.dst_kernels_emulated`.
 
-    DST_EMULATION_CSRC names another folder than csrc to build from.
+    With DST_EMULATION_SOURCE, that file of csrc/cuda is another folder's, DST_EMULATION_CSRC, as is
+    what it includes.
     """
-    csrc = Path(os.environ.get("DST_EMULATION_CSRC", CSRC))
-    sources = [*(csrc / "cuda").glob("*.cu"), HERE / "fibers.cpp", HERE / "library.cpp"]
+    sources = {path.name: CSRC for path in (CSRC / "cuda").glob("*.cu")}
+    if other := os.environ.get("DST_EMULATION_SOURCE"):
+        # First, for the linker takes the first definition of what is inline.
+        del sources[other]
+        sources = {other: Path(os.environ["DST_EMULATION_CSRC"]), **sources}
+    files = [(csrc / "cuda" / name, csrc) for name, csrc in sources.items()]
+    files += [(HERE / name, CSRC) for name in ("fibers.cpp", "library.cpp")]
     schemas = re.findall(
-        r'library\.def\(\s*((?:"[^"]*"\s*)+)\)', (csrc / "cpu" / "library.cpp").read_text()
+        r'library\.def\(\s*((?:"[^"]*"\s*)+)\)', (CSRC / "cpu" / "library.cpp").read_text()
     )
     folder = _folder()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda source: _object(source, csrc, schemas), sorted(sources)))
+        objects = list(pool.map(lambda file: _object(*file, schemas), files))
     library = folder / f"{_digest([path.name for path in objects])}.so"
     libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
     # The few functions of PyTorch that the emulation replaces must be found here first.
