@@ -32,9 +32,10 @@ def test_runs_are_compared_in_a_table_and_a_plot(cli, two_runs):
 
 def test_a_comparison_counts_as_two_runs_and_unfinished_ones_say_so(cli, run_of, two_runs):
     run_of("--epochs", 2, "--compare", to=two_runs / "both")
-    config = two_runs / "seed-1" / "config.json"
-    config.write_text(config.read_text().replace('"epochs": 2', '"epochs": 9'))
-    result = cli("report", "both", "seed-1")
+    for seed in (0, 1):  # which only together could be averaged
+        config = two_runs / f"seed-{seed}" / "config.json"
+        config.write_text(config.read_text().replace('"epochs": 2', '"epochs": 9'))
+    result = cli("report", "both", "seed-0", "seed-1")
     assert result.exit_code == 0, result.output
     assert re.search(r"both/dense\s+dense\s+0\s+2\s+[\d.]+ %\s+100\.00 %", result.output)
     assert re.search(r"both/sparse\s+0\.004", result.output)
