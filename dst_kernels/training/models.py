@@ -1,4 +1,4 @@
-"""Classifiers by name: the paper's LeNets and LSTMs, and every classifier of torchvision."""
+"""Classifiers by name: the paper's networks, and every classifier of torchvision."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from torch.nn import functional as F
 from .config import RunConfig
 from .errors import UsageError, require_one_of
 
-__all__ = ["LeNet5", "LeNet300", "RowLSTM", "build_model", "input_channels", "load_model"]
+__all__ = [
+    "VGG",
+    "LeNet5",
+    "LeNet300",
+    "RowLSTM",
+    "WideResNet",
+    "build_model",
+    "input_channels",
+    "load_model",
+]
 
 
 class LeNet300(nn.Module):
@@ -67,11 +76,85 @@ class RowLSTM(nn.Module):
         return self.fc(output[:, -1])
 
 
+_VGG_16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)
+
+
+class VGG(nn.Sequential):
+    """VGG for small images with batch norm; 0 among the layers' filters halves the image.
+
+    By default the 13 convolutions of VGG-16 and two linear layers, for 32x32 images.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], classes: int, layers: tuple[int, ...] = _VGG_16
+    ) -> None:
+        inputs, *sides = shape
+        halvings = layers.count(0) + 1
+        if min(sides) < 2**halvings:
+            raise ValueError(f"it needs {2**halvings}x{2**halvings} or more")
+        features: list[nn.Module] = []
+        for filters in layers:
+            if not filters:
+                features.append(nn.MaxPool2d(2))
+                continue
+            convolution = nn.Conv2d(inputs, filters, 3, padding=1, bias=False)
+            features += [convolution, nn.BatchNorm2d(filters), nn.ReLU(inplace=True)]
+            inputs = filters
+        outputs = inputs * (sides[0] >> halvings) * (sides[1] >> halvings)
+        hidden = nn.Linear(outputs, inputs), nn.BatchNorm1d(inputs), nn.ReLU(inplace=True)
+        head = nn.AvgPool2d(2), nn.Flatten(), *hidden, nn.Linear(inputs, classes)
+        super().__init__(*features, *head)
+        for module in self:
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                nn.init.constant_(module.weight, 0.5)
+
+
+class _WideBlock(nn.Module):
+    """Puts batch norm and ReLU before each of two 3x3 convolutions; 1x1 where the width changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(inputs), nn.BatchNorm2d(outputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.shortcut = None
+        if inputs != outputs:
+            self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        active = F.relu(self.norm1(input), inplace=True)
+        residual = input if self.shortcut is None else self.shortcut(active)
+        hidden = F.relu(self.norm2(self.conv1(active)), inplace=True)
+        return self.conv2(hidden) + residual
+
+
+class WideResNet(nn.Sequential):
+    """The wide ResNet for small images that is called WRN-`depth`-`width`."""
+
+    def __init__(
+        self, shape: tuple[int, int, int], classes: int, depth: int = 28, width: int = 8
+    ) -> None:
+        blocks: list[nn.Module] = []
+        inputs = 16
+        for group, filters in enumerate((16 * width, 32 * width, 64 * width)):
+            for block in range((depth - 4) // 6):
+                blocks.append(_WideBlock(inputs, filters, 2 if group and not block else 1))
+                inputs = filters
+        stem = nn.Conv2d(shape[0], 16, 3, padding=1, bias=False)
+        norm = nn.BatchNorm2d(inputs), nn.ReLU(inplace=True)
+        head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)
+        super().__init__(stem, *blocks, *norm, *head)
+
+
 _PAPERS = {
     "lenet-300-100": LeNet300,
     "lenet-5": LeNet5,
     "lstm-a": functools.partial(RowLSTM, units=128),
     "lstm-b": functools.partial(RowLSTM, units=256),
+    "vgg-16": VGG,
+    "wrn-16-8": functools.partial(WideResNet, depth=16),
+    "wrn-16-10": functools.partial(WideResNet, depth=16, width=10),
+    "wrn-28-8": WideResNet,
 }
 
 

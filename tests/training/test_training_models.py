@@ -6,7 +6,7 @@ import torch
 import dst_kernels
 from dst_kernels.training.config import RunConfig
 from dst_kernels.training.errors import UsageError
-from dst_kernels.training.models import build_model, load_model
+from dst_kernels.training.models import _dense_model, build_model, load_model
 from dst_kernels.training.results import thresholds_by_layer
 
 
@@ -26,6 +26,33 @@ def test_masked_weights_and_thresholds_are_as_many_as_the_papers(name, weights, 
     assert report.total == weights
     assert sum(t.numel() for t in thresholds_by_layer(model).values()) == thresholds
     assert report.remaining_ratio > 0.999  # training starts dense
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "thresholds"),
+    [
+        ("vgg-16", 14_977_728, 4_746),
+        ("wrn-16-8", 10_954_160, 4_506),
+        ("wrn-16-10", 17_107_632, 5_626),
+        ("wrn-28-8", 23_340_464, 8_090),
+    ],
+)
+def test_networks_for_cifar_are_masked_as_the_papers(name, weights, thresholds):
+    with torch.device("meta"):  # sizes are all that counts
+        model = _dense_model(name, (3, 32, 32), 10)
+        dst_kernels.sparsify_(model, dst_kernels.SparsifyConfig.paper())
+    of_layers = {key: p for key, p in model.named_parameters() if "threshold" in key}
+    masked = [model.get_parameter(key.replace("threshold", "weight")) for key in of_layers]
+    assert sum(weight.numel() for weight in masked) == weights
+    assert sum(threshold.numel() for threshold in of_layers.values()) == thresholds
+
+
+@pytest.mark.parametrize(("name", "side"), [("vgg-16", 32), ("lenet-5", 16)])
+def test_too_small_images_are_refused_with_what_is_needed(name, side):
+    _dense_model(name, (3, side, side), 10)
+    message = rf"'{name}' does not take the 3x{side}x{side - 1} .*: it needs {side}x{side} or more"
+    with pytest.raises(UsageError, match=message):
+        build_model(RunConfig(model=name), (3, side, side - 1), 10)
 
 
 def test_dense_twin_starts_from_the_same_weights_and_has_no_thresholds():
