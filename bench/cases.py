@@ -1,49 +1,84 @@
-"""What is measured, as data: an op at one size, a training step of a model, a list of weights."""
+"""The kinds of cases that can be measured, as data, and the dtype modes they are measured in."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .errors import UsageError, require_one_of
-from .models import MODELS
-from .modes import MODES, Mode
-from .shapes import WEIGHT_LISTS, Shape
+import torch
 
-__all__ = [
-    "CONV",
-    "LINEAR",
-    "MASKED_WEIGHT",
-    "MODEL",
-    "OPS",
-    "WEIGHT_LIST",
-    "AnyCase",
-    "Case",
-    "ConvCase",
-    "LayerCase",
-    "ListCase",
-    "ModelCase",
-    "case_of",
-]
+from .results import UsageError, require_one_of
 
-LINEAR = "linear"
-CONV = "conv"
-MASKED_WEIGHT = "masked_weight"
-MODEL = "model"
-WEIGHT_LIST = "weights"
-OPS = (LINEAR, CONV, MASKED_WEIGHT, WEIGHT_LIST, MODEL)
-
-# Up to this share the collapse guard resets the thresholds, and a case is no longer what it says.
-_GUARD = 0.01
+Shape = tuple[int, ...]
 
 
-class _Named:
-    """What all kinds of cases share: the dtype's mode, and a name that says all they consist of."""
+@dataclass(frozen=True)
+class Mode:
+    """A dtype mode: parameters are stored in `weight`, products run in `compute`."""
 
-    op: str
-    dtype: str
-    remaining_ratio: float
+    name: str
+    weight: torch.dtype
+    compute: torch.dtype
+    tf32: bool = False
+
+    def autocast(self, device_type: str) -> AbstractContextManager:
+        """Return the autocast region of a forward, or nothing where weights have `compute`."""
+        if self.weight == self.compute:
+            return nullcontext()
+        # Every call casts as the first of a step does, and no cache leaks into a CUDA graph.
+        return torch.autocast(device_type, self.compute, cache_enabled=False)
+
+    @contextmanager
+    def precision(self, tune: bool = False) -> Iterator[None]:
+        """Set float32 products to TF32 or exact; with `tune`, cuDNN looks for its fastest ones."""
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+        try:
+            with torch.backends.cudnn.flags(enabled=True, benchmark=tune, allow_tf32=self.tf32):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+_MODES = (
+    Mode("bf16-autocast", torch.float32, torch.bfloat16),
+    Mode("bf16", torch.bfloat16, torch.bfloat16),
+    Mode("fp16-autocast", torch.float32, torch.float16),
+    Mode("tf32", torch.float32, torch.float32, tf32=True),
+    Mode("fp32", torch.float32, torch.float32),
+)
+MODES = {mode.name: mode for mode in _MODES}
+FP64 = Mode("fp64", torch.float64, torch.float64)  # for what is right; nothing is timed in it
+
+_GUARD = 0.01  # at or below this share the collapse guard would change the thresholds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One thing to measure; `form` names its sizes, so that its name can be read back.
+
+    Raises UsageError for a `dtype` that is not in `MODES`, sizes below 1, and a `remaining_ratio`
+    (share of the weights that the thresholds keep) beyond 1 or for the collapse guard.
+    """
+
+    op: ClassVar[str]
+    form: ClassVar[str]
+    dtype: str = "bf16-autocast"
+    remaining_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_one_of("dtype", self.dtype, MODES)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and value < 1:
+                raise UsageError(f"{field.name} is {value}. Accepted: a positive number.")
+        if not _GUARD < (ratio := self.remaining_ratio) <= 1:
+            raise UsageError(f"remaining_ratio is {ratio}. Accepted: above {_GUARD}, at most 1.")
 
     @property
     def mode(self) -> Mode:
@@ -51,128 +86,57 @@ class _Named:
 
     @property
     def name(self) -> str:
-        """The case's identity in results."""
-        return f"{self.op}{self._sizes_in_name()}-{self.dtype}-r{self.remaining_ratio:g}"
-
-    @property
-    def sizes(self) -> tuple[str, str, str]:
-        """For the columns M, N and K of results; empty where a case has no such size."""
-        return "", "", ""
-
-    def _sizes_in_name(self) -> str:
-        raise NotImplementedError
-
-    def _check_dtype_and_ratio(self) -> None:
-        require_one_of("dtype", self.dtype, list(MODES))
-        if not _GUARD < self.remaining_ratio <= 1:
-            raise UsageError(
-                f"remaining_ratio is {self.remaining_ratio}. Accepted: above {_GUARD}, at most 1."
-            )
+        """Identify the case in results."""
+        sizes = self.form.format(**vars(self))
+        return f"{self.op}-{sizes}-{self.dtype}-r{self.remaining_ratio:g}"
 
 
 @dataclass(frozen=True)
-class Case(_Named):
-    """One op at one size.
+class LinearCase(Case):
+    """A linear layer: input [M, K] times (weight [N, K] * mask)^T plus bias [N]."""
 
-    Args:
-        op: "linear": input [M, K] times (weight [N, K] * mask)^T plus bias [N];
-            "masked_weight": weight * mask in the compute dtype, whose forward is the pack and whose
-            backward is the post of the weight-side pipeline (M is 0).
-        M: tokens. N: out features. K: in features.
-        dtype: a name in `modes.MODES`.
-        remaining_ratio: share of the weights that the thresholds keep, above the guard's 0.01.
-
-    Raises UsageError for an unknown op or dtype and for sizes or ratios out of range.
-    """
-
-    op: str
+    op = "linear"
+    form = "m{M}-n{N}-k{K}"
     M: int
     N: int
     K: int
-    dtype: str
-    remaining_ratio: float = 0.1
-
-    def __post_init__(self) -> None:
-        require_one_of("op", self.op, [LINEAR, MASKED_WEIGHT])
-        tokens_fit = self.M == 0 if self.op == MASKED_WEIGHT else self.M > 0
-        if not (tokens_fit and self.N > 0 and self.K > 0):
-            raise UsageError(
-                f"M, N, K are {self.M}, {self.N}, {self.K}. Accepted: positive numbers, and M = 0 "
-                f"exactly where op is {MASKED_WEIGHT!r}."
-            )
-        self._check_dtype_and_ratio()
 
     @property
-    def sizes(self) -> tuple[str, str, str]:
-        return str(self.M or ""), str(self.N), str(self.K)
+    def shapes(self) -> tuple[Shape, Shape, Shape]:  # of input, weight and output
+        return (self.M, self.K), (self.N, self.K), (self.M, self.N)
 
     @property
-    def weight_shape(self) -> Shape:
-        return self.N, self.K
-
-    @property
-    def input_shape(self) -> Shape | None:
-        """None where the op has no input."""
-        return (self.M, self.K) if self.op == LINEAR else None
-
-    @property
-    def output_shape(self) -> Shape:
-        return (self.M, self.N) if self.op == LINEAR else self.weight_shape
-
-    @property
-    def layer_options(self) -> dict:
-        """What `torch.nn.Linear` is made with."""
+    def layer_options(self) -> dict[str, int]:
         return {"in_features": self.K, "out_features": self.N}
-
-    def _sizes_in_name(self) -> str:
-        tokens = f"-m{self.M}" if self.M else ""
-        return f"{tokens}-n{self.N}-k{self.K}"
 
 
 @dataclass(frozen=True)
-class ConvCase(_Named):
+class ConvCase(Case):
     """A convolution of square images with a square kernel, channels last, without bias.
 
-    The padding is half the kernel, so that stride 1 keeps an image's size where the kernel is odd.
-
-    Args:
-        batch: images. side: of an image, in pixels.
-        C: channels of the input. N: filters.
-        kernel: its side, in pixels. stride, groups: as in `torch.nn.Conv2d`.
-        dtype, remaining_ratio: as in `Case`.
-
-    As a matrix product it has M = batch * output positions, N, and K = weights of a filter.
-    Raises UsageError for an unknown dtype and for sizes, groups or ratios out of range.
+    `batch` images of `side` pixels and C channels meet N filters; the padding is half the kernel.
+    As a matrix product it has M = batch * output positions, and K weights in a filter.
     """
 
+    op = "conv"
+    form = "b{batch}-i{side}-c{C}-n{N}-k{kernel}-s{stride}-g{groups}"
     batch: int
     side: int
     C: int
     N: int
     kernel: int
-    dtype: str
     stride: int = 1
     groups: int = 1
-    remaining_ratio: float = 0.1
-
-    op: ClassVar[str] = CONV
 
     def __post_init__(self) -> None:
-        sizes = (self.batch, self.side, self.C, self.N, self.kernel, self.stride, self.groups)
-        if min(sizes) < 1 or self.C % self.groups or self.N % self.groups:
-            raise UsageError(
-                f"batch, side, C, N, kernel, stride, groups are {', '.join(map(str, sizes))}. "
-                "Accepted: positive numbers, and groups that divide C and N."
-            )
-        self._check_dtype_and_ratio()
-
-    @property
-    def padding(self) -> int:
-        return self.kernel // 2
+        super().__post_init__()
+        if self.C % self.groups or self.N % self.groups:
+            accepted = f"a divisor of C and N ({self.C}, {self.N})"
+            raise UsageError(f"groups is {self.groups}. Accepted: {accepted}.")
 
     @property
     def output_side(self) -> int:
-        return (self.side + 2 * self.padding - self.kernel) // self.stride + 1
+        return (self.side + 2 * (self.kernel // 2) - self.kernel) // self.stride + 1
 
     @property
     def M(self) -> int:
@@ -183,126 +147,101 @@ class ConvCase(_Named):
         return self.C // self.groups * self.kernel**2
 
     @property
-    def sizes(self) -> tuple[str, str, str]:
-        return str(self.M), str(self.N), str(self.K)
+    def shapes(self) -> tuple[Shape, Shape, Shape]:
+        images = (self.batch, self.C, self.side, self.side)
+        filters = (self.N, self.C // self.groups, self.kernel, self.kernel)
+        return images, filters, (self.batch, self.N, self.output_side, self.output_side)
 
     @property
-    def weight_shape(self) -> Shape:
-        return self.N, self.C // self.groups, self.kernel, self.kernel
-
-    @property
-    def input_shape(self) -> Shape:
-        return self.batch, self.C, self.side, self.side
-
-    @property
-    def output_shape(self) -> Shape:
-        return self.batch, self.N, self.output_side, self.output_side
-
-    @property
-    def geometry(self) -> dict[str, int]:
-        """What a convolution is called with beside its tensors."""
-        return {"stride": self.stride, "padding": self.padding, "groups": self.groups}
-
-    @property
-    def layer_options(self) -> dict:
-        """What `torch.nn.Conv2d` is made with."""
+    def layer_options(self) -> dict[str, int]:
         channels = {"in_channels": self.C, "out_channels": self.N, "kernel_size": self.kernel}
-        return {**channels, **self.geometry, "bias": False}
+        geometry = {"stride": self.stride, "padding": self.kernel // 2, "groups": self.groups}
+        return {**channels, **geometry, "bias": False}
 
-    @classmethod
-    def from_name(cls, sizes: str, dtype: str, remaining_ratio: float) -> ConvCase:
-        """From the middle of a case's name. Raises UsageError where it is none."""
-        found = re.fullmatch(r"b(\d+)-i(\d+)-c(\d+)-n(\d+)-k(\d+)-s(\d+)-g(\d+)", sizes)
-        if not found:
-            raise UsageError(f"no convolution is named {sizes!r}. Accepted: names in results.")
-        batch, side, C, N, kernel, stride, groups = map(int, found.groups())
-        return cls(batch, side, C, N, kernel, dtype, stride, groups, remaining_ratio)
 
-    def _sizes_in_name(self) -> str:
-        return (
-            f"-b{self.batch}-i{self.side}-c{self.C}-n{self.N}"
-            f"-k{self.kernel}-s{self.stride}-g{self.groups}"
-        )
+LayerCase = LinearCase | ConvCase
+
+
+def _resnet_50() -> Iterator[Shape]:
+    """Yield the weights of ResNet-50's 53 convolutions and of its last layer."""
+    inputs = 64
+    yield (inputs, 3, 7, 7)
+    for blocks, width in ((3, 64), (4, 128), (6, 256), (3, 512)):
+        for block in range(blocks):
+            yield from ((width, inputs, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1))
+            if block == 0:
+                yield (4 * width, inputs, 1, 1)
+            inputs = 4 * width
+    yield (1000, inputs)
+
+
+WEIGHT_LISTS: dict[str, tuple[Shape, ...]] = {
+    "resnet-50": tuple(_resnet_50()),
+    "small": ((96, 64), (8, 3, 3, 3), (16, 8, 1, 1), (33, 70)),
+}
 
 
 @dataclass(frozen=True)
-class ModelCase(_Named):
-    """A whole training step: forward, loss, regulariser, backward, optimizer.
+class WeightsCase(Case):
+    """The weight side alone, of one weight or many in one call: masking them, and their gradients.
 
-    Args:
-        model: a name in `models.MODELS`, which says what is trained on what and by which optimizer.
-        batch: samples (images, sequences, tokens) of a step; the column M of results.
-        dtype, remaining_ratio: as in `Case`.
-
-    Raises UsageError for an unknown model or dtype and for a batch or ratio out of range.
+    `weights` is a name in `WEIGHT_LISTS` (convolutions' weights lie in memory channels last), or
+    "NxK" or "COUNTxNxK" for equal matrices. `list` has their shapes, `numel` how many they hold.
     """
 
-    model: str
-    batch: int
-    dtype: str
-    remaining_ratio: float = 0.1
-
-    op: ClassVar[str] = MODEL
+    op = "weights"
+    form = "{weights}"
+    weights: str
 
     def __post_init__(self) -> None:
-        require_one_of("model", self.model, list(MODELS))
-        if self.batch < 1:
-            raise UsageError(f"batch is {self.batch}. Accepted: a positive number.")
-        self._check_dtype_and_ratio()
+        super().__post_init__()
+        sizes = r"[1-9]\d*(x[1-9]\d*){1,2}"
+        if self.weights not in WEIGHT_LISTS and not re.fullmatch(sizes, self.weights):
+            names = ", ".join(WEIGHT_LISTS)
+            raise UsageError(f"weights is {self.weights!r}. Accepted: {names}, NxK, COUNTxNxK.")
 
     @property
-    def sizes(self) -> tuple[str, str, str]:
-        return str(self.batch), "", ""
-
-    def _sizes_in_name(self) -> str:
-        return f"-{self.model}-b{self.batch}"
-
-
-@dataclass(frozen=True)
-class ListCase(_Named):
-    """The weight side of a whole model: all its weights in one call.
-
-    Args:
-        weights: a name in `shapes.WEIGHT_LISTS`.
-        dtype, remaining_ratio: as in `Case`.
-
-    Raises UsageError for an unknown list or dtype and for a ratio out of range.
-    """
-
-    weights: str
-    dtype: str
-    remaining_ratio: float = 0.1
-
-    op: ClassVar[str] = WEIGHT_LIST
-
-    def __post_init__(self) -> None:
-        require_one_of("weights", self.weights, list(WEIGHT_LISTS))
-        self._check_dtype_and_ratio()
+    def list(self) -> tuple[Shape, ...]:
+        if self.weights in WEIGHT_LISTS:
+            return WEIGHT_LISTS[self.weights]
+        *count, rows, columns = map(int, self.weights.split("x"))
+        return ((rows, columns),) * (count[0] if count else 1)
 
     @property
     def numel(self) -> int:
-        return WEIGHT_LISTS[self.weights].numel
-
-    def _sizes_in_name(self) -> str:
-        return f"-{self.weights}"
+        return sum(map(math.prod, self.list))
 
 
-LayerCase = Case | ConvCase
-AnyCase = LayerCase | ModelCase | ListCase
+@dataclass(frozen=True)
+class ModelCase(Case):
+    """A whole training step: forward, loss, regulariser, backward, optimizer.
 
-
-def case_of(name: str, M: str, N: str, K: str, dtype: str, remaining_ratio: str) -> AnyCase:
-    """The case of that name, from its name and the columns of results.
-
-    Raises UsageError where there is no such case any more.
+    `model` is a name in `networks.MODELS`, which says what is trained on what and by which rule;
+    `batch` counts samples, and is the column M of results.
     """
-    op, _, rest = name.partition("-")
-    rest = rest.removesuffix(f"-{dtype}-r{remaining_ratio}")
-    ratio = float(remaining_ratio)
-    if op == MODEL:
-        return ModelCase(rest.removesuffix(f"-b{M}"), int(M), dtype, ratio)
-    if op == WEIGHT_LIST:
-        return ListCase(rest, dtype, ratio)
-    if op == CONV:
-        return ConvCase.from_name(rest, dtype, ratio)
-    return Case(op, int(M or 0), int(N), int(K), dtype, ratio)
+
+    op = "model"
+    form = "{model}-b{batch}"
+    model: str
+    batch: int
+
+    @property
+    def M(self) -> int:
+        return self.batch
+
+
+CASES = {kind.op: kind for kind in (LinearCase, ConvCase, WeightsCase, ModelCase)}
+_READ = {"int": ("[0-9]+", int), "float": (r"[0-9]+(?:\.[0-9]+)?", float), "str": (".+", str)}
+
+
+def case_named(name: str) -> Case:
+    """Return the case of that name, of any suite or none; raises UsageError if there is none."""
+    if kind := CASES.get(name.partition("-")[0]):
+        parts = {field.name: _READ[field.type] for field in dataclasses.fields(kind)}
+        parts["dtype"] = "|".join(MODES), str
+        groups = {part: f"(?P<{part}>{pattern})" for part, (pattern, _) in parts.items()}
+        form = f"{kind.op}-{kind.form}-{{dtype}}-r{{remaining_ratio}}"
+        if found := re.fullmatch(form.format(**groups), name):
+            return kind(**{part: parts[part][1](text) for part, text in found.groupdict().items()})
+    accepted = "names as in the column case of results"
+    raise UsageError(f"no case is named {name!r}. Accepted: {accepted}.")

@@ -2,155 +2,137 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+import itertools
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 
-from .cases import AnyCase, case_of
-from .ceilings import CEILING
-from .environment import CPU, is_predicted
-from .results import ERROR, SKIPPED, Row
+from .cases import Case, case_named
+from .results import CPU, ERROR, SKIPPED, Row, UsageError
 
-__all__ = ["COMPILED_DST", "Measurements", "by_gpu", "geometric_mean", "only_gpu"]
+CEILING = "ceiling"  # the contender that stands for what the machine can do at best
+COPY, GEMM = "copy", "gemm"  # its cases
+CHOSEN = "chosen"  # the contender that stands for the tile that the library takes
 
-COMPILED_DST = ("dst_compiled", "dst_compiled_forced_prologue")
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
+Figures = dict[str, float]  # of each run, by its date
+_Names = str | Sequence[str]
+_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 
 
-def by_gpu(rows: Iterable[Row]) -> dict[str, Measurements]:
-    """The rows of each device apart: figures of two devices are never compared."""
-    groups: dict[str, list[Row]] = {}
+def duration(seconds: float) -> str:
+    """Return a time in three digits of the unit that suits."""
+    size, unit = next((one for one in _UNITS if seconds >= one[0]), _UNITS[-1])
+    return f"{seconds / size:.3g} {unit}"
+
+
+def by_device(rows: Iterable[Row]) -> dict[str, Measurements]:
+    """Return the rows of each device apart: figures of two devices are never compared."""
+    groups = defaultdict(list)
     for row in rows:
-        groups.setdefault(row.gpu, []).append(row)
+        groups[row.gpu].append(row)
     return {gpu: Measurements(gpu, group) for gpu, group in groups.items()}
 
 
-def only_gpu(rows: Iterable[Row]) -> list[Row]:
-    """Measured on a GPU."""
-    return [row for row in rows if row.gpu != CPU and not is_predicted(row.gpu)]
+def only_gpu(rows: Iterable[Row], name: str | None = None) -> Measurements:
+    """Return what is of the GPU whose name contains `name`; UsageError if none or several do."""
+    found = [one for one in by_device(rows).values() if not one.on_cpu]
+    fitting = [one for one in found if name is None or name.lower() in one.gpu.lower()]
+    if len(fitting) != 1:
+        names = ", ".join(one.gpu for one in found) or "no GPU: all rows are of a CPU"
+        raise UsageError(f"--gpu is {name!r}. Accepted: part of the name of one of {names}.")
+    return fitting[0]
 
 
 class Measurements:
-    """The figures of one device.
+    """The figures of one device (for a processor `gpu` is "cpu: " and its name).
 
-    Attributes:
-        gpu: the device's name; "cpu" for none.
-        cases: by name, in the order of their first rows.
-        reasons: (case, provider, pass, reason), newest last, for what has no figure.
-        rows: all.
-
-    A figure is left out where its provider was found wrong on the case later or in the same run.
+    `cases` are by name; `reasons`: (case, contender, pass, reason) of what has no figure. A figure
+    is left out where its contender was found wrong on the case later or in the same run.
     """
 
     def __init__(self, gpu: str, rows: Sequence[Row]) -> None:
         self.gpu, self.rows = gpu, list(rows)
-        self.cases: dict[str, AnyCase] = {}
+        self.cases: dict[str, Case] = {}
         self.reasons: list[tuple[str, str, str, str]] = []
-        self._figures: dict[tuple[str, str, str, str], dict[str, float]] = {}
-        wrong = {}
+        self._figures: dict[tuple[str, str, str, str], Figures] = {}
+        wrong: dict[tuple[str, str], str] = defaultdict(str)  # the last date
         for row in self.rows:
             if row.metric == ERROR:
-                wrong[row.case, row.provider] = max(
-                    row.date, wrong.get((row.case, row.provider), "")
-                )
+                key = row.case, row.provider
+                wrong[key] = max(row.date, wrong[key])
         for row in self.rows:
             if row.provider != CEILING and row.case not in self.cases:
-                self.cases[row.case] = case_of(
-                    row.case, row.M, row.N, row.K, row.dtype, row.remaining_ratio
-                )
+                self.cases[row.case] = case_named(row.case)
             if row.metric in (ERROR, SKIPPED):
                 self.reasons.append((row.case, row.provider, row.pass_, row.value))
-            elif row.date > wrong.get((row.case, row.provider), ""):
+            elif row.date > wrong[row.case, row.provider]:
                 key = (row.case, row.provider, row.pass_, row.metric)
                 self._figures.setdefault(key, {})[row.date] = row.figure
 
-    def figures(self, case: str, provider: str, pass_name: str, metric: str) -> dict[str, float]:
-        """By the date of the run."""
-        return self._figures.get((case, provider, pass_name, metric), {})
+    @property
+    def on_cpu(self) -> bool:
+        """Whether they are of a processor rather than a GPU."""
+        return self.gpu.startswith(CPU)
 
-    def newest(self, case: str, provider: str, pass_name: str, metric: str) -> float | None:
-        figures = self.figures(case, provider, pass_name, metric)
+    def figures(self, case: str, contender: _Names, pass_name: str, metric: _Names) -> Figures:
+        """Return a figure of every run, by its date; of several names the least."""
+        least: Figures = {}
+        for name, one in itertools.product(_several(contender), _several(metric)):
+            for date, value in self._figures.get((case, name, pass_name, one), {}).items():
+                least[date] = min(value, least.get(date, value))
+        return least
+
+    def newest(self, case: str, contender: str, pass_name: str, metric: _Names) -> float | None:
+        """Return a figure of the newest run that has it, of several metrics the least."""
+        figures = self.figures(case, contender, pass_name, metric)
         return figures[max(figures)] if figures else None
 
     def ratio(
-        self, case: str, pass_name: str, metric: str, ours: str, others: str | Sequence[str]
+        self, case: str, pass_name: str, metric: _Names, ours: _Names, others: _Names
     ) -> float | None:
-        """`ours` over the least of `others` in the newest run that has both; None without one."""
-        mine = self.figures(case, ours, pass_name, metric)
-        theirs = self._least(case, pass_name, metric, others)
-        both = mine.keys() & theirs.keys()
-        return mine[max(both)] / theirs[max(both)] if both else None
-
-    def best_ratio(
-        self, case: str, pass_name: str, ours: Sequence[str], others: Sequence[str]
-    ) -> float | None:
-        """The least of `time` and `graph_time` of any of `ours` over that of `others`, in the
-        newest run that has both; None without one.
-        """
-        mine, theirs = (self._fastest(case, pass_name, names) for names in (ours, others))
-        both = mine.keys() & theirs.keys()
-        return mine[max(both)] / theirs[max(both)] if both else None
+        """Return `ours` over `others`, of several names the least, in the newest run with both."""
+        sides = ((case, side, pass_name, metric) for side in (ours, others))
+        return self._compared(operator.truediv, *sides)
 
     def difference(
         self, case: str, pass_name: str, metric: str, ours: str, other: str
     ) -> float | None:
-        """`ours` less `other` in the newest run that has both; None without one."""
-        mine, theirs = (self.figures(case, name, pass_name, metric) for name in (ours, other))
-        both = mine.keys() & theirs.keys()
-        return mine[max(both)] - theirs[max(both)] if both else None
+        """Return `ours` less `other` in the newest run with both."""
+        sides = ((case, side, pass_name, metric) for side in (ours, other))
+        return self._compared(operator.sub, *sides)
 
-    def time_ratio(
-        self, case: str, pass_name: str, ours: str, others: str | Sequence[str]
-    ) -> float | None:
-        """As `ratio`: of `graph_time` where the newest run has it of both sides, else of `time`.
+    def share_of_copy(self, case: str, contender: str, pass_name: str) -> float | None:
+        """Return its bandwidth over that of a copy in the newest run with both."""
+        mine = (case, contender, pass_name, "bandwidth")
+        return self._compared(operator.truediv, mine, (COPY, CEILING, "forward", "bandwidth"))
 
-        Short work is timed under a CUDA graph, where launches cost nobody anything; each of
-        `others` that has a time must then have one there, or the best of them might be missed.
+    def _compared(self, operation: Callable, *sides: tuple) -> float | None:
+        mine, theirs = (self.figures(*side) for side in sides)
+        runs = mine.keys() & theirs.keys()
+        return operation(mine[max(runs)], theirs[max(runs)]) if runs else None
+
+    def time_ratio(self, case: str, pass_name: str, ours: _Names, others: _Names) -> float | None:
+        """Return `ratio` of `graph_time` where the newest run has it of all, else of `time`.
+
+        Short work is timed under a CUDA graph, where launches cost nobody anything; everybody
+        who has a time must then have one there, or the best of them might be missed.
         """
-        names = [others] if isinstance(others, str) else others
-        run = max(
-            self.figures(case, ours, pass_name, "time").keys()
-            & self._least(case, pass_name, "time", names).keys(),
-            default=None,
-        )
-        if run is None:
-            return None
-        sides = (ours, *(n for n in names if run in self.figures(case, n, pass_name, "time")))
-        under_graph = all(run in self.figures(case, n, pass_name, "graph_time") for n in sides)
-        metric = "graph_time" if under_graph else "time"
-        return (
-            self.figures(case, ours, pass_name, metric)[run]
-            / self._least(case, pass_name, metric, names)[run]
-        )
 
-    def share_of_ceiling(
-        self, case: str, provider: str, pass_name: str, metric: str, ceiling: str
-    ) -> float | None:
-        """Bandwidth or flops over those of the ceiling's case in the same run, the newest."""
-        reached = self.figures(case, provider, pass_name, metric)
-        possible = self.figures(ceiling, CEILING, "forward", metric)
-        both = reached.keys() & possible.keys()
-        return reached[max(both)] / possible[max(both)] if both else None
+        def reached(names: _Names, metric: str = "time") -> Figures:
+            return self.figures(case, names, pass_name, metric)
 
-    def _least(
-        self, case: str, pass_name: str, metric: str, providers: str | Sequence[str]
-    ) -> dict[str, float]:
-        """By the date of the run, the least figure of any of the providers."""
-        names = [providers] if isinstance(providers, str) else providers
-        return _least(self.figures(case, name, pass_name, metric) for name in names)
+        mine, theirs = reached(ours), reached(others)
+        run = max(mine.keys() & theirs.keys(), default=None)
+        timed = [name for name in (*_several(ours), *_several(others)) if run in reached(name)]
+        if timed and all(run in reached(name, "graph_time") for name in timed):
+            mine, theirs = reached(ours, "graph_time"), reached(others, "graph_time")
+        return mine[run] / theirs[run] if timed else None
 
-    def _fastest(self, case: str, pass_name: str, providers: Sequence[str]) -> dict[str, float]:
-        """The same of both kinds of time."""
-        metrics = ("time", "graph_time")
-        return _least(self._least(case, pass_name, metric, providers) for metric in metrics)
+    def fastest(self, case: str, pass_name: str, contenders: Sequence[str]) -> str | None:
+        """Return the name of the contender with the least time in its newest run."""
+        times = {name: self.newest(case, name, pass_name, "time") for name in contenders}
+        return min(filter(times.get, times), key=times.get, default=None)
 
 
-def _least(several: Iterable[dict[str, float]]) -> dict[str, float]:
-    """By the date of the run, the least of several figures."""
-    least: dict[str, float] = {}
-    for figures in several:
-        for date, value in figures.items():
-            least[date] = min(value, least.get(date, value))
-    return least
+def _several(names: _Names) -> Sequence[str]:
+    return [names] if isinstance(names, str) else names

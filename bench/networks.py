@@ -1,164 +1,50 @@
-"""The networks whose training steps are measured, in plain torch.nn: nothing here is masked yet."""
+"""What is trained: networks in plain torch.nn with their random data, loss and optimizer.
+
+The paper's are those of `dst_kernels.training`. torchvision is imported where one of its networks
+is built, and has no stochastic depth here: each way of training must meet the same network.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["GPT", "VGG", "RowLSTM", "WideResNet", "lenet_5", "lenet_300_100"]
+from dst_kernels.training.models import VGG, LeNet5, LeNet300, RowLSTM, WideResNet
 
-_VGG_16 = (64, 64, None, 128, 128, None, 256, 256, 256, None, 512, 512, 512, None, 512, 512, 512)
+from .cases import Mode, Shape
 
-
-def lenet_300_100(linear: type[nn.Linear] = nn.Linear) -> nn.Sequential:
-    """784-300-100-10 with ReLU between."""
-    return nn.Sequential(linear(784, 300), nn.ReLU(), linear(300, 100), nn.ReLU(), linear(100, 10))
-
-
-def lenet_5() -> nn.Sequential:
-    """In Caffe's form, for 28x28 images: 20 and 50 filters of 5x5, then 500 units."""
-    return nn.Sequential(
-        nn.Conv2d(1, 20, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(20, 50, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(800, 500),
-        nn.ReLU(),
-        nn.Linear(500, 10),
-    )
-
-
-class RowLSTM(nn.Module):
-    """Reads images row by row: two LSTM layers, then a linear layer on their last output."""
-
-    def __init__(self, width: int = 28, units: int = 128, classes: int = 10) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(width, units, num_layers=2, batch_first=True)
-        self.fc = nn.Linear(units, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.fc(self.lstm(images)[0][:, -1])
-
-
-class VGG(nn.Sequential):
-    """VGG for 32x32 images with batch norm; by default the 13 convolutions of VGG-16.
-
-    Args:
-        layers: filters of each convolution; None halves the image.
-        classes: of the last layer.
-    """
-
-    def __init__(self, layers: Sequence[int | None] = _VGG_16, classes: int = 10) -> None:
-        features: list[nn.Module] = []
-        inputs = 3
-        for filters in layers:
-            if filters is None:
-                features.append(nn.MaxPool2d(2))
-                continue
-            features += [
-                nn.Conv2d(inputs, filters, 3, padding=1, bias=False),
-                nn.BatchNorm2d(filters),
-                nn.ReLU(inplace=True),
-            ]
-            inputs = filters
-        super().__init__(
-            *features,
-            nn.AvgPool2d(2),
-            nn.Flatten(),
-            nn.Linear(inputs, inputs),
-            nn.BatchNorm1d(inputs),
-            nn.ReLU(inplace=True),
-            nn.Linear(inputs, classes),
-        )
-        for module in self:
-            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-                nn.init.constant_(module.weight, 0.5)
-
-
-class _WideBlock(nn.Module):
-    """Batch norm and ReLU before each of two 3x3 convolutions; 1x1 where the width changes."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.norm1 = nn.BatchNorm2d(inputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.shortcut = None
-        if inputs != outputs:
-            self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-
-    def forward(self, input: Tensor) -> Tensor:
-        active = F.relu(self.norm1(input), inplace=True)
-        residual = input if self.shortcut is None else self.shortcut(active)
-        hidden = F.relu(self.norm2(self.conv1(active)), inplace=True)
-        return self.conv2(hidden) + residual
-
-
-class WideResNet(nn.Sequential):
-    """Wide ResNet for 32x32 images: WRN-`depth`-`width`."""
-
-    def __init__(self, depth: int = 28, width: int = 8, classes: int = 10) -> None:
-        blocks: list[nn.Module] = []
-        inputs = 16
-        for group, filters in enumerate((16 * width, 32 * width, 64 * width)):
-            for block in range((depth - 4) // 6):
-                blocks.append(_WideBlock(inputs, filters, 2 if group and not block else 1))
-                inputs = filters
-        super().__init__(
-            nn.Conv2d(3, 16, 3, padding=1, bias=False),
-            *blocks,
-            nn.BatchNorm2d(inputs),
-            nn.ReLU(inplace=True),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(inputs, classes),
-        )
+SGD, ADAMW = "sgd", "adamw"
 
 
 class _Block(nn.Module):
-    """Causal attention and a perceptron four times as wide, each after a layer norm."""
+    """Adds causal attention and a perceptron four times as wide, each after a layer norm."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, input: Tensor) -> Tensor:
-        hidden = input + self.out(self._attention(self.norm1(input)))
+        qkv = self.qkv(self.norm1(input)).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        qkv = (each.transpose(-3, -2) for each in qkv)
+        mixed = F.scaled_dot_product_attention(*qkv, is_causal=True)
+        hidden = input + self.out(mixed.transpose(-3, -2).flatten(-2))
         return hidden + self.down(F.gelu(self.up(self.norm2(hidden)), approximate="tanh"))
-
-    def _attention(self, input: Tensor) -> Tensor:
-        query, key, value = self.qkv(input).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        query, key, value = (each.transpose(-3, -2) for each in (query, key, value))
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return mixed.transpose(-3, -2).flatten(-2)
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer, GPT-2's smallest by default: 124 M parameters, no dropout.
-
-    The head shares its weight with the embedding, and so stays dense when the model is converted.
-    """
+    """GPT-2 without dropout; its head shares the embedding's weight, and so always stays dense."""
 
     def __init__(
-        self,
-        vocabulary: int = 50257,
-        context: int = 1024,
-        width: int = 768,
-        layers: int = 12,
-        heads: int = 12,
+        self, vocabulary: int, context: int, width: int = 768, layers: int = 12, heads: int = 12
     ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width)
@@ -175,3 +61,114 @@ class GPT(nn.Module):
         positions = torch.arange(tokens.shape[-1], device=tokens.device)
         hidden = self.tokens(tokens) + self.positions(positions)
         return self.head(self.norm(self.blocks(hidden)))
+
+
+_zoo = partial(importlib.import_module, "torchvision.models")
+
+
+def _resnet_small() -> nn.Module:
+    """Build a block of each width, each a quarter as wide outside and a sixteenth inside."""
+    resnet = _zoo().resnet
+    narrow = type("NarrowBottleneck", (resnet.Bottleneck,), {"expansion": 1})
+    return resnet.ResNet(narrow, [1, 1, 1, 1], num_classes=10, width_per_group=4)
+
+
+def _convnext_small() -> nn.Module:
+    """Build blocks that count from the first step on."""
+    convnext = _zoo().convnext
+    blocks = [convnext.CNBlockConfig(8, 16, 1), convnext.CNBlockConfig(16, None, 1)]
+    return convnext.ConvNeXt(blocks, layer_scale=1.0, num_classes=10)
+
+
+def _vit(**sizes: int) -> nn.Module:
+    """Build a vision transformer, ViT-B/16 without sizes."""
+    zoo = _zoo()
+    network = zoo.VisionTransformer(**sizes) if sizes else zoo.vit_b_16(weights=None)
+    # torchvision starts it at zero, where a masked weight stays.
+    nn.init.normal_(network.heads.head.weight, std=0.02)
+    return network
+
+
+# What draws a batch; `on` says where: generator and device.
+
+
+def _images(shape: Shape, classes: int, batch: int, mode: Mode, **on) -> tuple[Tensor, Tensor]:
+    images = torch.randn(batch, *shape, **on).to(mode.weight, memory_format=torch.channels_last)
+    return images, torch.randint(classes, (batch,), **on)
+
+
+def _text(vocabulary: int, context: int, batch: int, mode: Mode, **on) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(vocabulary, (batch, context + 1), **on)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def _activations(inputs: int, outputs: int, batch: int, mode: Mode, **on) -> tuple[Tensor, Tensor]:
+    # In the compute dtype: a layer amid others gets what the product before it gave.
+    input, grad = (torch.randn(batch, n, **on).to(mode.compute) for n in (inputs, outputs))
+    return input.requires_grad_(), grad
+
+
+def _cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output.flatten(0, -2), target.flatten())
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is trained, on what and by which rule.
+
+    `network` draws fresh weights from torch's global generator. Without a `loss` the target is the
+    gradient of the output, and the input wants one, as in a layer amid others.
+    """
+
+    network: Callable[[], nn.Module]
+    data: Callable[..., tuple[Tensor, Tensor]]  # of a number of samples, a mode, and `on`
+    optimizer: str = SGD
+    small: str | None = None  # a model of the same kind in which the same code is verified
+    loss: Callable[[Tensor, Tensor], Tensor] | None = _cross_entropy
+    unit: str = "images"  # what throughput counts
+    units: int = 1  # of a sample
+
+
+def _papers(kind: type[nn.Module], shape: Shape, *rest, **sizes) -> Model:
+    return Model(partial(kind, shape, 10, **sizes), partial(_images, shape, 10), *rest)
+
+
+def _gpt(vocabulary: int, context: int, small: str | None = None, **size: int) -> Model:
+    network, data = partial(GPT, vocabulary, context, **size), partial(_text, vocabulary, context)
+    return Model(network, data, ADAMW, small, unit="tokens", units=context)
+
+
+def _layer(inputs: int, outputs: int, small: str | None = None) -> Model:
+    network = lambda: nn.Sequential(nn.Linear(inputs, outputs))  # noqa: E731
+    return Model(network, partial(_activations, inputs, outputs), ADAMW, small, None, "tokens")
+
+
+_MNIST, _CIFAR, _TINY = (1, 28, 28), (3, 32, 32), (3, 16, 16)
+_IMAGENET, _CIFAR_10 = partial(_images, (3, 224, 224), 1000), partial(_images, _CIFAR, 10)
+_VIT_SMALL = {"image_size": 16, "patch_size": 4, "num_layers": 2, "num_heads": 2}
+_VIT_SMALL |= {"hidden_dim": 32, "mlp_dim": 64, "num_classes": 10}
+
+MODELS = {
+    "lenet-300-100": _papers(LeNet300, _MNIST),
+    "lenet-5": _papers(LeNet5, _MNIST),
+    "lstm-a": _papers(RowLSTM, _MNIST, ADAMW, "lstm-small", units=128),
+    "vgg-16": _papers(VGG, _CIFAR, SGD, "vgg-small"),
+    "wrn-28-8": _papers(WideResNet, _CIFAR, SGD, "wrn-small"),
+    "resnet-50": Model(lambda: _zoo().resnet50(weights=None), _IMAGENET, SGD, "resnet-small"),
+    "convnext-t": Model(
+        lambda: _zoo().convnext_tiny(weights=None, stochastic_depth_prob=0.0),
+        *(_IMAGENET, ADAMW, "convnext-small"),
+    ),
+    "vit-b-16": Model(_vit, _IMAGENET, ADAMW, "vit-small"),
+    "gpt": _gpt(50257, 1024, "gpt-small"),
+    "linear-4096": _layer(4096, 4096, "linear-64"),
+    "lstm-small": _papers(RowLSTM, (1, 5, 6), ADAMW, units=8),
+    "vgg-small": _papers(VGG, _CIFAR, layers=(8, 0, 8, 0, 16, 0, 16, 0, 16)),
+    "wrn-small": _papers(WideResNet, _TINY, depth=10, width=1),
+    "resnet-small": Model(_resnet_small, _CIFAR_10),
+    "convnext-small": Model(_convnext_small, _CIFAR_10, ADAMW),
+    "vit-small": Model(partial(_vit, **_VIT_SMALL), partial(_images, _TINY, 10), ADAMW),
+    "gpt-small": _gpt(61, 16, width=32, layers=2, heads=2),
+    "linear-64": _layer(64, 48),
+}
+"""By the names that a `ModelCase` may have: first those for a GPU, then their small kin."""

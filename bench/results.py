@@ -1,45 +1,141 @@
-"""results.csv: one figure a row, flushed row by row, so that a cut-off run keeps what it has."""
+"""results.csv: one figure a row, written row by row, with where and by what it was measured."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import csv
+import datetime
+import importlib.metadata
+import io
+import os
+import platform
+import re
+import subprocess
+from collections import namedtuple
+from collections.abc import Callable, Iterable
+from dataclasses import astuple, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 
-from .cases import AnyCase
-from .csv_rows import RowsFile, columns, read_rows
-from .environment import Environment
-from .errors import UsageError
+import torch
 
-__all__ = ["COLUMNS", "ERROR", "SKIPPED", "ResultsFile", "Row", "Run", "read_all", "read_results"]
+ROOT = Path(__file__).resolve().parent.parent
+CPU = "cpu"  # how the column gpu begins in rows without one
 
-# Metrics whose value is a reason: the provider is wrong, or cannot run here. Such a provider (or,
+# Metrics whose value is a reason: the contender is wrong, or cannot run here. Such a contender (or,
 # with a pass, such a measurement) has no figures.
-ERROR = "error"
-SKIPPED = "skipped"
+ERROR, SKIPPED = "error", "skipped"
+
+_UNKNOWN, _LONGEST_REASON = "unknown", 300
+_CODE = ("dst_kernels", "csrc", "bench", ":!bench/results")  # what a figure depends on
+
+
+class UsageError(ValueError):
+    """Unusable input; the message names the argument, what was given and what is accepted."""
+
+
+class WrongResultError(RuntimeError):
+    """A contender computes something else than the reference."""
+
+
+def require_one_of(argument: str, given: object, accepted: Iterable[str]) -> None:
+    """Raise UsageError unless `given` is among the accepted names."""
+    if given not in (names := list(accepted)):
+        raise UsageError(f"{argument} {given!r} is unknown. Accepted: {', '.join(names)}.")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the error in one line of bounded length, so that one row of a CSV is one line."""
+    # Where the first ends in a colon, torch.compile names the cause in the second.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    text = f"{type(error).__name__}: {said}".removesuffix(": ")
+    return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 1] + "…"
+
+
+def write_with(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file of the same suffix beside `path`, then rename it to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file under a name of its own, then rename it to `path`."""
+    write_with(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row, with the columns' names but for `pass`; all as text, as in the file."""
+class Environment:
+    """The columns that all rows of one run share; `date` (UTC) tells runs apart."""
 
-    suite: str
-    case: str
-    provider: str
-    pass_: str
-    metric: str
-    value: str
-    unit: str
-    M: str
-    N: str
-    K: str
-    dtype: str
-    remaining_ratio: str
     gpu: str
     torch: str
     triton: str
     commit: str
     date: str
+
+    @classmethod
+    def now(cls, device: torch.device, commit: str | None = None) -> Environment:
+        """Describe this process; `commit` serves a copy of the code that has no git history."""
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+        triton = importlib.metadata.version("triton") if find_spec("triton") else "none"
+        date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return cls(gpu, torch.__version__, triton, commit or _commit(), date)
+
+    @property
+    def known(self) -> bool:
+        """Whether the commit says which code ran."""
+        return self.commit != _UNKNOWN and not self.commit.endswith("-dirty")
+
+    def made(self, row: Row) -> bool:
+        """Return whether a row was measured on this device, with these versions, by this code."""
+        return self.known and (row.gpu, row.torch, row.triton, row.commit) == astuple(self)[:4]
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Return the device "cuda" or "cpu", for None what is there; raises UsageError for others."""
+    if name not in (None, "cuda", "cpu"):
+        raise UsageError(f"--device is {name!r}. Accepted: cuda, cpu.")
+    if name == "cuda" and not torch.cuda.is_available():
+        seen = "but torch sees no CUDA device here"
+        raise UsageError(f"--device is 'cuda', {seen}. Accepted here: --device cpu.")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def slug(text: str) -> str:
+    """Return a device's name as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _processor() -> str:
+    """Return the processor's name: figures of two are never compared. One thread is used."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", info.read_text(), re.M) if info.exists() else []
+    return f"{CPU}: {names[0] if names else platform.processor() or platform.machine()}"
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--short=12", "HEAD")
+        return commit + ("-dirty" if git("status", "--porcelain", "--", *_CODE) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return _UNKNOWN
+
+
+_FIGURE = "suite case provider pass metric value unit M N K dtype remaining_ratio"
+_COLUMNS = (*_FIGURE.split(), *(field.name for field in fields(Environment)))
+
+
+class Row(namedtuple("Row", [name.replace("pass", "pass_") for name in _COLUMNS])):
+    """One row, all as text; `provider` is the contender. A case may have no M, N or K."""
 
     @property
     def figure(self) -> float | None:
@@ -47,66 +143,77 @@ class Row:
         return None if self.metric in (ERROR, SKIPPED) else float(self.value)
 
 
-COLUMNS = columns(Row)
-_COMMAND = "run"
+class ResultsFile:
+    """Appends rows to a results.csv, each flushed, so that a cut-off run keeps what it has.
 
-
-class ResultsFile(RowsFile[Row]):
-    """Appends rows to a CSV; a context manager.
-
-    Raises UsageError where `path` holds something with another header.
+    It is a context manager, and raises UsageError where `path` has another header.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, Row, _COMMAND)
+    def __init__(self, path: Path, environment: Environment) -> None:
+        self.path, self.environment = path, environment
 
+    def __enter__(self) -> ResultsFile:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = _read(self.path) if self.path.exists() else ""
+        complete = text.rfind("\n") + 1  # a run killed while writing leaves part of a row
+        if complete < len(text):
+            os.truncate(self.path, len(text[:complete].encode()))
+        self._file = open(self.path, "a", newline="", encoding="utf-8")
+        self._writer = csv.writer(self._file, lineterminator="\n")
+        if not complete:
+            self._write(_COLUMNS)
+        return self
 
-@dataclass(frozen=True)
-class Run:
-    """Turns figures into rows of a file."""
-
-    file: ResultsFile
-    environment: Environment
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def add(
-        self,
-        suite: str,
-        case: AnyCase | str,
-        provider: str,
-        pass_name: str,
-        metric: str,
-        value: float | str,
-        unit: str = "",
+        self, suite: str, case, contender: str, pass_name: str, metric: str, value, unit: str = ""
     ) -> None:
-        """`case`: a case, or a name for what is none (then its columns stay empty)."""
-        if isinstance(case, str):
-            about = (case, "", "", "", "", "")
-        else:
-            about = (case.name, *case.sizes, case.dtype, f"{case.remaining_ratio:g}")
-        name, M, N, K, dtype, ratio = about
-        # Bytes and launches are exact: a goal may compare them with what is allowed to the last.
+        """Append a number or text of a `cases.Case`, or of a name that is none and has no sizes."""
+        name, about = case, [""] * 5
+        if not isinstance(case, str):
+            sizes = (getattr(case, size, "") for size in "MNK")
+            name, about = case.name, (*sizes, case.dtype, f"{case.remaining_ratio:g}")
+        # Bytes and launches are exact: a goal may compare them to the last digit.
         text = str(value) if isinstance(value, (str, int)) else f"{value:.6g}"
-        here = self.environment
-        self.file.add(
-            Row(
-                *(suite, name, provider, pass_name, metric, text, unit),
-                *(M, N, K, dtype, ratio),
-                *(here.gpu, here.torch, here.triton, here.commit, here.date),
-            )
-        )
+        figure = (suite, name, contender, pass_name, metric, text, unit)
+        self._write((*figure, *about, *astuple(self.environment)))
+
+    def _write(self, values: Iterable[str]) -> None:
+        self._writer.writerow(values)
+        self._file.flush()
 
 
-def read_results(path: Path) -> list[Row]:
-    """All complete rows of a results.csv.
-
-    Raises UsageError where it cannot be read or is none.
-    """
-    return read_rows(path, Row, _COMMAND)
-
-
-def read_all(paths: Iterable[Path]) -> list[Row]:
-    """The rows of several files. Raises UsageError where there are none at all."""
-    rows = [row for path in paths for row in read_results(path)]
+def read_results(*paths: Path) -> list[Row]:
+    """Return all complete rows; raises UsageError for what is no results.csv, and without rows."""
+    rows = []
+    for path in paths:
+        text = _read(path)
+        lines = csv.reader(io.StringIO(text[: text.rfind("\n") + 1]))
+        next(lines, None)  # the header
+        for number, values in enumerate(lines, start=2):
+            try:
+                if len(values) != len(_COLUMNS):
+                    raise ValueError(f"{len(values)} values for {len(_COLUMNS)} columns")
+                rows.append(Row(*values))
+                _ = rows[-1].figure
+            except ValueError as error:
+                raise UsageError(f"{path}, line {number}: {error}") from error
     if not rows:
         raise UsageError(f"no figures in {', '.join(map(str, paths))}. Accepted: a run's results.")
     return rows
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+    header, expected = text.split("\n", 1)[0].rstrip("\r"), ",".join(_COLUMNS)
+    if text and header != expected:
+        advice = "as written by python -m bench run; choose another folder or move the file away"
+        raise UsageError(
+            f"{path} has the header {header[:200]!r}. Accepted: {expected!r}, {advice}."
+        )
+    return text

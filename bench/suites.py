@@ -1,192 +1,94 @@
-"""Which cases are measured together, in order of priority."""
+"""Which cases are measured together: a new shape, network or list of weights is added here."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .cases import LINEAR, MASKED_WEIGHT, AnyCase, Case, ConvCase, ListCase, ModelCase
-from .errors import require_one_of
-
-__all__ = ["SUITES", "Suite", "suite_named"]
+from .cases import Case, ConvCase, LinearCase, ModelCase, WeightsCase
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Cases, the most valuable first, so that a run with a time limit gets those.
+    """Cases for a GPU that are measured together, the most valuable first.
 
-    Args:
-        name: on the command line and in results.
-        cases: for a GPU.
-        small: for a CPU, so that the same code runs there; None: `cases`.
-        compiled: how many of them, from the first, are for providers that go through
-            torch.compile, too (None: all). A compilation with autotuning takes as long as
-            everything else of many cases.
-        compiled_small: the same of `small`.
+    On a CPU the same code runs on the `small` ones, if there are some.
     """
 
     name: str
-    cases: tuple[AnyCase, ...]
-    small: tuple[AnyCase, ...] | None = None
-    compiled: int | None = None
-    compiled_small: int | None = None
+    cases: tuple[Case, ...]
+    small: tuple[Case, ...] = ()
 
-    def cases_on(self, device_type: str) -> tuple[AnyCase, ...]:
-        return self.small if self._is_small_on(device_type) else self.cases
-
-    def compiled_cases_on(self, device_type: str) -> tuple[AnyCase, ...]:
-        count = self.compiled_small if self._is_small_on(device_type) else self.compiled
-        return self.cases_on(device_type)[:count]
-
-    def _is_small_on(self, device_type: str) -> bool:
-        return device_type == "cpu" and self.small is not None
+    def cases_on(self, device_type: str) -> tuple[Case, ...]:
+        """Return the cases for "cuda" or "cpu"."""
+        return self.small if device_type == "cpu" and self.small else self.cases
 
 
-_TOKENS = (16, 128, 1024, 8192, 65536)
-# The shape that most goals speak of first, then from small to large.
-_SHAPES = ((4096, 4096), (1024, 1024), (4096, 14336), (14336, 4096), (8192, 8192))
-_SIDES = (4096, 8192, 16384, 2048, 1024)  # of square weights: 1 M to 256 M, those of goals first
-_AMP = "bf16-autocast"
+def _linear() -> Iterator[Case]:
+    """Yield linear layers: the goals' shape first, what takes longest and least last."""
+    shapes = ((4096, 4096), (1024, 1024), (4096, 14336), (14336, 4096), (8192, 8192))
+    for N, K in shapes:
+        for M in (16, 128, 1024, 8192):
+            yield LinearCase(M, N, K)
+        if N == K == 4096:
+            yield LinearCase(4096, N, K, dtype="tf32")
+            yield LinearCase(4096, N, K, dtype="bf16")
+    for N, K in shapes:
+        yield LinearCase(65536, N, K)
 
-# (side, C, N, kernel, stride): of ResNet-50, of VGG-16 and WRN-28-8 for CIFAR.
-_RESNET = (
-    (56, 64, 64, 3, 1),
-    (56, 256, 64, 1, 1),
-    (28, 128, 128, 3, 1),
-    (14, 256, 256, 3, 1),
-    (14, 1024, 256, 1, 1),
-    (7, 512, 512, 3, 1),
-    (7, 2048, 512, 1, 1),
-    (56, 256, 512, 1, 2),
-    (56, 128, 128, 3, 2),
-    (224, 3, 64, 7, 2),
+
+def _conv() -> Iterator[Case]:
+    """Yield convolutions of known networks, by side, C, N, kernel, and stride where it is not 1."""
+    resnet_50 = [(56, 64, 64, 3), (56, 256, 64, 1), (28, 128, 128, 3), (14, 256, 256, 3)]
+    resnet_50 += [(14, 1024, 256, 1), (7, 512, 512, 3), (7, 2048, 512, 1)]
+    resnet_50 += [(56, 256, 512, 1, 2), (56, 128, 128, 3, 2), (224, 3, 64, 7, 2)]
+    vgg_16 = [(32, 64, 64, 3), (8, 256, 256, 3), (4, 512, 512, 3), (2, 512, 512, 3)]
+    wrn_28_8 = [(32, 128, 128, 3), (16, 256, 256, 3), (8, 512, 512, 3)]
+    for batch, network in ((256, resnet_50), (128, vgg_16), (128, wrn_28_8)):
+        for sizes in network:
+            yield ConvCase(batch, *sizes)
+    yield ConvCase(128, 56, 96, 96, 7, groups=96)  # depthwise, of ConvNeXt-T
+
+
+def _models(batches: dict[str, int], **options: str) -> tuple[Case, ...]:
+    return tuple(ModelCase(model, batch, **options) for model, batch in batches.items())
+
+
+_MODELS = {"vgg-16": 128, "wrn-28-8": 128, "resnet-50": 256, "gpt": 8, "convnext-t": 128}
+_MODELS |= {"vit-b-16": 128, "lenet-5": 128, "lenet-300-100": 128, "lstm-a": 100}
+_SMALL_MODELS = {"lenet-300-100": 64, "lenet-5": 64, "vgg-small": 8, "wrn-small": 8}
+_SMALL_MODELS |= {"resnet-small": 8, "convnext-small": 8, "vit-small": 8, "gpt-small": 4}
+_SMALL_MODELS |= {"lstm-small": 8}
+_STEPS = tuple(ModelCase("linear-4096", tokens) for tokens in (1024, 8192, 128))
+
+_MATRICES = tuple(WeightsCase(f"{side}x{side}") for side in (4096, 8192, 16384, 2048, 1024))
+_WEIGHTS = (WeightsCase("4x4096x4096"), WeightsCase("resnet-50"), *_MATRICES)
+_WEIGHTS += (WeightsCase("4096x4096", dtype="bf16"),)
+
+_LINEAR, _ODD = LinearCase(32, 96, 64), LinearCase(33, 70, 50, dtype="bf16")
+_CONV, _LIST = ConvCase(4, 9, 8, 16, 3, 2), WeightsCase("small")
+_SMALL_CONVS = (ConvCase(4, 8, 16, 24, 3), _CONV, ConvCase(4, 8, 24, 16, 1, dtype="fp32"))
+_SMALL_CONVS += (ConvCase(2, 8, 16, 16, 7, groups=16, dtype="fp32"),)
+
+# A small one of each kind; no tile divides the second.
+_SMOKE = (LinearCase(128, 1024, 1024), LinearCase(100, 1000, 520))
+_SMOKE += (LinearCase(1024, 1024, 1024, dtype="fp16-autocast"), _CONV)
+_SMOKE += (ModelCase("lenet-300-100", 128), _LIST)
+_SMALL_SMOKE = (_LINEAR, ModelCase("lenet-300-100", 16, dtype="fp32"), _LIST, _ODD, _CONV)
+
+# Sizes that people train on a CPU.
+_CPU = (LinearCase(64, 300, 784, dtype="fp32"), LinearCase(256, 1024, 1024, dtype="fp32"))
+_CPU += (LinearCase(256, 1024, 1024), ConvCase(16, 32, 64, 64, 3, dtype="fp32"))
+_CPU += (ConvCase(16, 16, 64, 128, 1, dtype="fp32"), WeightsCase("1024x1024", dtype="fp32"))
+_CPU += (WeightsCase("resnet-50", dtype="fp32"),)
+
+_SUITES = (
+    Suite("linear", tuple(_linear()), (_LINEAR, LinearCase(32, 96, 64, dtype="fp32"), _ODD)),
+    Suite("model", _models(_MODELS), _models(_SMALL_MODELS, dtype="fp32")),
+    Suite("conv", tuple(_conv()), _SMALL_CONVS),
+    Suite("steps", _STEPS, (ModelCase("linear-64", 32, dtype="fp32"),)),
+    Suite("streaming", _WEIGHTS, (_LIST, WeightsCase("128x96"))),
+    Suite("smoke", _SMOKE, _SMALL_SMOKE),
+    Suite("cpu", _CPU),
 )
-_CIFAR = (
-    (32, 64, 64, 3, 1),
-    (8, 256, 256, 3, 1),
-    (4, 512, 512, 3, 1),
-    (2, 512, 512, 3, 1),
-    (32, 128, 128, 3, 1),
-    (16, 256, 256, 3, 1),
-    (8, 512, 512, 3, 1),
-)
-
-
-def _linear(M: int, N: int, K: int, dtype: str) -> Case:
-    return Case(LINEAR, M, N, K, dtype)
-
-
-def _weights(N: int, K: int, dtype: str) -> Case:
-    return Case(MASKED_WEIGHT, 0, N, K, dtype)
-
-
-def _conv(batch: int, side: int, C: int, N: int, kernel: int, stride: int) -> ConvCase:
-    return ConvCase(batch, side, C, N, kernel, _AMP, stride)
-
-
-_SMALL_CONV = ConvCase(4, 9, 8, 16, 3, _AMP, stride=2)
-
-SUITES = {
-    suite.name: suite
-    for suite in (
-        Suite(
-            "smoke",
-            (
-                _linear(128, 1024, 1024, _AMP),
-                _weights(1024, 1024, _AMP),
-                _linear(100, 1000, 520, _AMP),  # no tile divides these
-                _linear(1024, 1024, 1024, "fp16-autocast"),
-                _SMALL_CONV,
-                ModelCase("lenet-300-100", 128, _AMP),
-                ListCase("small", _AMP),
-            ),
-            compiled=0,
-        ),
-        Suite(
-            "streaming",
-            (
-                ListCase("4x4096x4096", _AMP),
-                ListCase("resnet-50", _AMP),
-                *(_weights(side, side, _AMP) for side in _SIDES),
-                _weights(4096, 4096, "bf16"),
-            ),
-            small=(ListCase("small", _AMP), _weights(128, 96, _AMP)),
-            compiled=3,  # the first single weight; nothing compiles lists
-        ),
-        Suite(
-            "steps",
-            tuple(ModelCase("linear-4096", tokens, _AMP) for tokens in (1024, 8192, 128)),
-            small=(ModelCase("linear-64", 32, "fp32"),),
-            compiled=1,
-        ),
-        Suite(
-            "model",
-            (
-                ModelCase("vgg-16", 128, _AMP),
-                ModelCase("wrn-28-8", 128, _AMP),
-                ModelCase("resnet-50", 256, _AMP),
-                ModelCase("gpt", 8, _AMP),
-                ModelCase("convnext-t", 128, _AMP),
-                ModelCase("vit-b-16", 128, _AMP),
-                ModelCase("lenet-5", 128, _AMP),
-                ModelCase("lenet-300-100", 128, _AMP),
-                ModelCase("lstm-a", 100, _AMP),
-            ),
-            small=(
-                ModelCase("lenet-300-100", 64, "fp32"),
-                ModelCase("lenet-5", 64, "fp32"),
-                ModelCase("vgg-small", 8, "fp32"),
-                ModelCase("wrn-small", 8, "fp32"),
-                ModelCase("resnet-small", 8, "fp32"),
-                ModelCase("convnext-small", 8, "fp32"),
-                ModelCase("vit-small", 8, "fp32"),
-                ModelCase("gpt-small", 4, "fp32"),
-                ModelCase("lstm-small", 8, "fp32"),
-            ),
-            compiled_small=1,
-        ),
-        Suite(
-            "linear",
-            (
-                *(_linear(M, *_SHAPES[0], _AMP) for M in _TOKENS),
-                _linear(4096, 4096, 4096, "tf32"),
-                _linear(4096, 4096, 4096, "bf16"),
-                *(_linear(M, *shape, _AMP) for shape in _SHAPES[1:] for M in _TOKENS),
-            ),
-        ),
-        Suite(
-            "conv",
-            (
-                *(_conv(256, *shape) for shape in _RESNET),
-                *(_conv(128, *shape) for shape in _CIFAR),
-                ConvCase(128, 56, 96, 96, 7, _AMP, groups=96),  # of ConvNeXt-T
-            ),
-            small=(
-                ConvCase(4, 8, 16, 24, 3, _AMP),
-                _SMALL_CONV,
-                ConvCase(4, 8, 24, 16, 1, "fp32"),
-                ConvCase(2, 8, 16, 16, 7, "fp32", groups=16),
-            ),
-            compiled=4,
-            compiled_small=1,
-        ),
-        Suite(
-            "cpu",
-            (
-                _linear(32, 96, 64, _AMP),
-                _weights(128, 96, _AMP),
-                ModelCase("lenet-300-100", 64, "fp32"),
-                ListCase("small", _AMP),
-                _linear(32, 96, 64, "fp32"),
-                _linear(33, 70, 50, "bf16"),
-                _SMALL_CONV,
-            ),
-            compiled=2,
-        ),
-    )
-}
-
-
-def suite_named(name: str) -> Suite:
-    """Raises UsageError for an unknown name."""
-    require_one_of("--suite", name, list(SUITES))
-    return SUITES[name]
+SUITES = {suite.name: suite for suite in _SUITES}

@@ -1,280 +1,262 @@
-"""Times every tile that the fused products of a case can run in, and checks what each computes."""
+"""Times every tile that our fused products can run in, and says how good the chosen ones are.
+
+tiles.csv has the format of results.csv: the contender is the tile, the pass is the product. What
+the library takes has a second contender, "chosen".
+"""
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
-from torch import Tensor
 
-from .cases import AnyCase, LayerCase
-from .display import Display
-from .environment import Environment
-from .errors import UsageError, WrongResultError, first_line, require_one_of
-from .measure import DeviceLostError, one_thread, record_failure
-from .problem import Problem
+from dst_kernels.backends import unavailable
+
+from .cases import Case
+from .contenders import problem_of
+from .measure.run import DeviceLostError, Display, choose, record_failure
+from .measure.timing import device_time
+from .measurements import CHOSEN
+from .results import ERROR, SKIPPED, ResultsFile, UsageError, WrongResultError
 from .suites import SUITES
-from .tile_rows import NO, YES, TileRow, TilesFile
-from .timing import Timing, device_time
-from .tune_compile import Compilation, compilations, compile_kernels
-from .tune_products import PRODUCTS, Call, Launches, calls, in_tile, launches_of, split_of
-from .workers import run_each
 
-__all__ = ["TUNED_SUITES", "Sweep", "check_device", "tuned_cases"]
+_OF_LAYERS = ("forward", "grad_input", "grad_weight")
+PRODUCTS = {"linear": _OF_LAYERS, "conv": _OF_LAYERS, "weights": ("pack", "post")}
+_TUNED = ("linear", "conv", "streaming")  # the most valuable suite first
+_COMPILING = 0.5  # share of the time; what is not compiled by then is where it is timed
+_FLOAT32_SUMS = 1e-4  # what another order of a sum may change, in the unit of the largest result
 
-TUNED_SUITES = ("linear", "conv", "streaming")
-"""The most valuable first."""
-
-_SHARE_OF_COMPILING = 0.5  # of the time: what is not compiled by then is where it is timed
-# What another order of a float32 sum may change, in the unit of the largest result.
-_FLOAT32_SUMS = 1e-4
+Call = Callable[[], tuple[torch.Tensor, ...]]  # makes a product's results anew
 
 
-def tuned_cases(
-    suites: Sequence[str], device_type: str, parts: Sequence[str] = ()
-) -> list[LayerCase]:
-    """Those of the suites that have tiles to choose; only those whose name contains one of `parts`
-    where given.
+class Task(NamedTuple):
+    """A product of a case in one tile; `chosen`: the library's own choice."""
 
-    Raises UsageError for an unknown suite and where nothing is left.
+    case: Case
+    product: str
+    tile: Any
+    chosen: bool = False
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """The case, contender and pass of its rows."""
+        split = getattr(self.tile, "split", 1)
+        return self.case.name, f"{self.tile}{f' split {split}' * (split > 1)}", self.product
+
+
+def tune(
+    file: ResultsFile, device: torch.device, filters: Sequence[str], deadline: float, known: list
+) -> str | None:
+    """Time the tiles of those products whose CASE/PRODUCT fits; return why the device was lost.
+
+    Each is checked against the chosen tile before. `known` rows are not repeated. Raises UsageError
+    where Triton's kernels cannot run and where nothing fits.
     """
-    for name in suites:
-        require_one_of("--suite", name, list(SUITES))
-    every = [case for name in suites for case in SUITES[name].cases_on(device_type)]
-    cases = [case for case in dict.fromkeys(every) if case.op in PRODUCTS]
-    if not cases:
-        raise UsageError(
-            f"--suite {', '.join(suites)} has no single layer or weight. "
-            f"Accepted: {', '.join(name for name in SUITES if _any_tuned(SUITES[name].cases))}."
-        )
-    for part in parts:
-        if not any(part in case.name for case in cases):
-            raise UsageError(
-                f"--case {part!r} is in no case's name. "
-                f"Accepted: part of one of {', '.join(case.name for case in cases)}."
-            )
-    return [case for case in cases if not parts or any(part in case.name for part in parts)]
-
-
-def _any_tuned(cases: Iterable[AnyCase]) -> bool:
-    return any(case.op in PRODUCTS for case in cases)
-
-
-def check_device(device: torch.device) -> None:
-    """Raise UsageError where Triton's kernels cannot run."""
-    from dst_kernels.backends import unavailable
-
-    reason = unavailable("triton", device)
-    if reason is not None:
+    if (reason := unavailable("triton", device)) is not None:
         raise UsageError(
             f"--device is '{device.type}', where Triton's kernels cannot run: {reason}. Accepted: "
             "a CUDA device, or a CPU with TRITON_INTERPRET=1."
         )
-
-
-@dataclass
-class Sweep:
-    """Measures cases into a file.
-
-    Args:
-        deadline: on the clock of `time.monotonic`; nothing is begun after it.
-        known: rows of the same code to go on from.
-
-    Attributes:
-        timed, without: how many tiles have a time, and a reason for none.
-        left_out: products of cases for which the time was too short.
-        lost: why the device cannot be used any more, else None.
-    """
-
-    file: TilesFile
-    environment: Environment
-    device: torch.device
-    display: Display
-    deadline: float = float("inf")
-    known: Sequence[TileRow] = ()
-    timed: int = 0
-    without: int = 0
-    left_out: list[str] = field(default_factory=list)
-    lost: str | None = None
-
-    def __post_init__(self) -> None:
-        self._done = {row.key for row in self.known}
-        # (case, product) whose chosen tile does not run, so that there is nothing to compare with.
-        self._broken = {row.key[:2] for row in self.known if row.is_chosen and row.reason}
-
-    def compile_ahead(self, cases: Sequence[LayerCase], jobs: int) -> None:
-        """Fill Triton's cache; a tile that ends the compiler's process is recorded as that."""
-        if self._is_late():
-            return
-        tasks = [
-            task for task in compilations(cases) if self._key(task, task.tile) not in self._done
-        ]
-        begin = time.monotonic()
-        end = begin + _SHARE_OF_COMPILING * (self.deadline - begin)
-        self.display.begin(len(tasks))
-        self.display.now(f"compiling in {jobs} processes")
-        finished = 0
+    every = [case for name in _TUNED for case in SUITES[name].cases_on(device.type)]
+    pairs = {f"{case.name}/{name}": (case, name) for case in every for name in PRODUCTS[case.op]}
+    done = {(row.case, row.provider, row.pass_) for row in known}
+    with Display() as display:
+        sweep = _Sweep(file, device, deadline, done, display)
         try:
-            for outcome in run_each(compile_kernels, tasks, jobs, end):
-                finished += 1
-                self.display.advance()
-                if outcome.died:  # what merely raises does so again, and is recorded, where it runs
-                    task, reason = outcome.task, f"compiling it {outcome.problem}"
-                    self._add(task, task.tile, task.chosen, reason=reason)
-        except RuntimeError as error:
-            self.display.say(f"compiled one at a time, while timing: {error}")
-        took = time.monotonic() - begin
-        self.display.say(f"{finished} of {len(tasks)} tiles compiled ahead in {took:.0f} s")
+            sweep.run([*choose(pairs, filters).values()])
+        except DeviceLostError as error:
+            return str(error)
+    return None
 
-    def measure(self, cases: Sequence[LayerCase]) -> None:
-        """Every tile of every product, in order."""
-        self.display.begin(sum(len(PRODUCTS[case.op]) for case in cases))
-        with one_thread(self.device):
-            for case in cases:
-                try:
-                    self._measure_case(case)
-                except DeviceLostError as error:
-                    self.lost = str(error)
-                    return
 
-    def _measure_case(self, case: LayerCase) -> None:
-        if self._is_late():
-            self._leave_out(case, PRODUCTS[case.op])
-            return
-        with case.mode.precision():
-            try:
-                products = calls(Problem(case, self.device))
-            except Exception as error:  # usually too big for the device
-                for name in PRODUCTS[case.op]:
-                    about = _Product(case, name)
-                    self._add(about, None, False, reason=f"no data: {first_line(error)}")
-                    self.display.advance()
-                return
-            for name, call in products.items():
-                if self._is_late():
-                    self._leave_out(case, [name])
-                    continue
-                self.display.now(f"{case.name}: {name}")
-                if (case.name, name) not in self._broken:
-                    self._measure_product(_Product(case, name), call)
-                self.display.advance()
+class _Sweep(NamedTuple):
+    file: ResultsFile
+    device: torch.device
+    deadline: float
+    done: set[tuple[str, str, str]]
+    display: Display
+
+    def run(self, wanted: list[tuple[Case, str]]) -> None:
         if self.device.type == "cuda":
-            del products, call  # and the data that they hold
-            torch.cuda.empty_cache()
-
-    def _measure_product(self, about: _Product, call: Call) -> None:
-        launches = launches_of(call)
-        if launches.error is not None:
-            chosen = launches.chosen
-            self._add_failure(about, chosen, chosen is not None, launches.error)
-            return
-        for tile in launches.tiles:
-            if self._key(about, tile) in self._done:
-                continue
-            if self._is_late():
-                self._leave_out(about.case, [about.product])
+            self.compile_ahead(wanted)
+        self.display.begin(len(wanted))
+        for case, product in wanted:
+            if time.monotonic() >= self.deadline:
+                self.display.say("The time is up.")
                 return
-            chosen = tile == launches.chosen
             try:
-                timing = self._timing(call, launches, tile)
-            except WrongResultError as error:
-                self._add(about, tile, chosen, reason=str(error))
-            except Exception as error:
-                self._add_failure(about, tile, chosen, error)
-            else:
-                self._add(about, tile, chosen, timing=timing)
-
-    def _timing(self, call: Call, launches: Launches, tile: Any) -> Timing:
-        with _memory_of_nan():
-            _compare(in_tile(call, tile), launches.results)
-        return device_time(lambda: launches(tile), self.device)
-
-    def _add_failure(self, about: _Product, tile: Any, chosen: bool, error: Exception) -> None:
-        def add(name: str, metric: str, reason: str) -> None:
-            self._add(about, tile, chosen, reason=reason)
-
-        record_failure(add, "", error, self.device)
-
-    def _add(
-        self,
-        about: _Product | Compilation,
-        tile: Any,
-        chosen: bool,
-        *,
-        timing: Timing | None = None,
-        reason: str = "",
-    ) -> None:
-        """A row; `tile` is None where it is about all of them."""
-        here, key = self.environment, self._key(about, tile)
-        case, product, text, split = key
-        times = ("", "") if timing is None else (f"{timing.median:.6g}", f"{timing.spread:.6g}")
-        self.file.add(
-            TileRow(
-                *(case, about.case.dtype, product, text, split, YES if chosen else NO),
-                *(*times, reason),
-                *(here.gpu, here.torch, here.triton, here.commit, here.date),
-            )
-        )
-        self._done.add(key)
-        if timing is None:
-            self.without += 1
-            self._broken |= {key[:2]} if chosen else set()
-            self.display.say(f"{case}: {product} {text}, split {split}: {reason}")
-        else:
-            self.timed += 1
-
-    @staticmethod
-    def _key(about: _Product | Compilation, tile: Any) -> tuple[str, str, str, str]:
-        text = "-" if tile is None else str(tile)
-        return about.case.name, about.product, text, str(split_of(tile))
-
-    def _leave_out(self, case: LayerCase, products: Iterable[str]) -> None:
-        for product in products:
-            self.left_out.append(f"{case.name}: {product}")
+                with case.mode.precision():
+                    self._measure(case, product, calls(problem_of(case, self.device))[product])
+            except DeviceLostError:
+                raise
+            except Exception as error:  # too big for the device, or the chosen tile fails
+                self._fail(Task(case, product, None), error)
             self.display.advance()
 
-    def _is_late(self) -> bool:
-        return time.monotonic() >= self.deadline
+    def compile_ahead(self, wanted: list[tuple[Case, str]]) -> None:
+        tasks = [task for pair in wanted for task in tasks_of(*pair) if task.key not in self.done]
+        self.display.say(f"{len(tasks)} tiles are compiled ahead")
+        end = time.monotonic() + _COMPILING * (self.deadline - time.monotonic())
+        for task in compile_all(tasks, os.cpu_count() or 1, end):
+            self._add(task, SKIPPED, "compiling it ends the process")
+
+    def _measure(self, case: Case, product: str, call: Call) -> None:
+        launches = Launches(call)
+        for tile in launches.tiles:
+            task = Task(case, product, tile, tile == launches.chosen)
+            if task.key in self.done or time.monotonic() >= self.deadline:
+                continue
+            try:
+                _verify(call, tile, launches.results)
+                again = lambda tile=tile: [run(tile) for run in launches.runs]  # noqa: E731
+                taken = device_time(again, self.device)
+            except WrongResultError as error:
+                self._add(task, ERROR, str(error))
+            except Exception as error:
+                self._fail(task, error)
+            else:
+                self._add(task, "time", taken.median, "s")
+                self._add(task, "spread", taken.spread, "s")
+                self.display.figure(case.name, task.key[1], product, taken.median, "")
+
+    def _fail(self, task: Task, error: Exception) -> None:
+        record_failure(lambda _, *figure: self._add(task, *figure), "", error, self.device)
+
+    def _add(self, task: Task, metric: str, value: float | str, unit: str = "") -> None:
+        for name in (task.key[1], *[CHOSEN] * task.chosen):
+            self.file.add("tune", task.case, name, task.product, metric, value, unit)
+        self.done.add(task.key)
+        if isinstance(value, str):
+            self.display.say(f"{' '.join(task.key)}: {value}")
 
 
-@dataclass(frozen=True)
-class _Product:
-    case: LayerCase
-    product: str
-
-
-def _compare(results: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Raise WrongResultError where results differ by more than the order of sums explains.
+def _verify(call: Call, tile: Any, expected: Sequence[torch.Tensor]) -> None:
+    """Raise WrongResultError where a tile's results differ by more than the order of sums explains.
 
     That is one rounding to a 16-bit dtype, or several of float32.
     """
+    before = torch.get_deterministic_debug_mode()
+    # New memory is then full of NaN: it might else hold the right results of the tile before.
+    torch.set_deterministic_debug_mode("error")
+    try:
+        results = Launches(call, tile).results
+    finally:
+        torch.set_deterministic_debug_mode(before)
     for index, (result, right) in enumerate(zip(results, expected, strict=True)):
         allowed = max(torch.finfo(right.dtype).eps, _FLOAT32_SUMS) * right.abs().max().item()
         difference = (result.float() - right.float()).abs().max().item()
         if not difference <= allowed:  # NaN is wrong, too
-            raise WrongResultError(
-                f"result {index} is {difference:.3e} from that in the chosen tile, "
-                f"where {allowed:.3e} is allowed"
-            )
+            off = f"result {index} is {difference:.3e} from that in the chosen tile"
+            raise WrongResultError(f"{off}, where {allowed:.3e} is allowed")
 
 
-@contextlib.contextmanager
-def _memory_of_nan() -> Iterator[None]:
-    """New memory is full of NaN: it might else hold the right results of the tile before."""
-    before = torch.are_deterministic_algorithms_enabled()
-    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
+def calls(problem: Any) -> dict[str, Call]:
+    """Return the products of a case by name, each as Triton's kernels make it."""
+    from dst_kernels.backends import triton as ours
+
+    case, guard, rule = problem.case, 0.01, ("long_tailed", True)
+    if case.op == "weights":
+        weight, threshold, grad = problem.weights[0], problem.thresholds[0], problem.grads[0]
+        return {
+            "pack": lambda: ours.masked_weight(weight, threshold, guard, case.mode.compute),
+            "post": lambda: ours.masked_weight_backward(grad, weight, threshold, *rule),
+        }
+    x, weight, threshold = problem.input, problem.weight, problem.threshold
+    grad, geometry, shape = problem.grad_output, (), ()
+    forward, grad_input, grad_weight = (
+        getattr(ours, f"masked_{case.op}{of}") for of in ("", "_grad_input", "_grad_weight")
+    )
+    if case.op == "conv":
+        sides = ((number, number) for number in (case.stride, case.kernel // 2, 1))
+        geometry, shape = (*sides, case.groups), (x.shape,)
+    return {
+        "forward": lambda: forward(x, weight, threshold, problem.bias, guard, *geometry),
+        "grad_input": lambda: (grad_input(grad, *shape, weight, threshold, *geometry),),
+        "grad_weight": lambda: grad_weight(grad, x, weight, threshold, *geometry, *rule),
+    }
+
+
+class Launches:
+    """What a call launches (`runs`) and its `results`, in a tile or in that of the library.
+
+    `chosen` is the library's tile, `tiles` are that and all others. All launches choose alike.
+    """
+
+    def __init__(self, call: Call, tile: Any = None) -> None:
+        from dst_kernels.backends.triton.tuning import choosing
+
+        self.chosen, self.tiles, self.runs = None, [], []
+
+        def take(default: Any, candidates: Sequence[Any], run: Callable[[Any], object]) -> Any:
+            self.chosen = self.chosen or default
+            self.tiles = list(dict.fromkeys((*self.tiles, default, *candidates)))
+            self.runs.append(run)
+            return tile or default
+
+        with choosing(take):
+            self.results = call()
+
+
+# -- compiling ahead: one kernel takes seconds, timing it a tenth of one ------------------------
+
+
+def launches_on(device: str, case: Case, product: str, run: Callable, tile: Any = None) -> Launches:
+    """Make a product's call with kernels that are given to `run` in place of `JITFunction.run`."""
+    from triton.runtime.jit import JITFunction
+
+    with case.mode.precision(), mock.patch.object(JITFunction, "run", run):
+        return Launches(calls(problem_of(case, torch.device(device)))[product], tile)
+
+
+def tasks_of(case: Case, product: str) -> Iterator[Task]:
+    """Yield a product in every tile, by calls on meta tensors that launch nothing."""
+    with contextlib.suppress(Exception):  # raised again, and recorded, where it is timed
+        launches = launches_on("meta", case, product, lambda *_, **options: None)
+        for tile in launches.tiles:
+            yield Task(case, product, tile, tile == launches.chosen)
+
+
+def compile_kernels(tasks: Sequence[Task], done: Any) -> None:
+    """Leave the kernels in Triton's cache, with what launches them; count them in `done`."""
+    from triton.runtime.jit import JITFunction
+
+    launch = JITFunction.run
+
+    def compile_only(self, *args, warmup, **options):
+        kernel = launch(self, *args, warmup=True, **options)
+        _ = kernel.run  # makes Triton build what launches the binary, and load both
+
+    for task in tasks:
+        with contextlib.suppress(Exception):  # raised again where it is timed
+            launches_on("meta", task.case, task.product, compile_only, task.tile)
+        done.value += 1
+
+
+def compile_all(
+    tasks: Sequence[Task], jobs: int, deadline: float, function: Callable = compile_kernels
+) -> Iterator[Task]:
+    """Compile tasks in some processes side by side; yield the tasks that kill their process."""
+    spawn = multiprocessing.get_context("spawn")  # forked, it could not use this process's GPU
+    waiting, running = [tasks[first::jobs] for first in range(jobs)], []
     try:
-        yield
+        while (waiting or running) and time.monotonic() < deadline:
+            for group in filter(None, waiting):
+                done = spawn.Value("i", 0)
+                process = spawn.Process(target=function, args=(group, done), daemon=True)
+                process.start()
+                running.append((process, group, done))
+            ended = [entry for entry in running if not entry[0].is_alive()]
+            running = [entry for entry in running if entry not in ended]
+            died = [(group, done.value) for process, group, done in ended if process.exitcode]
+            yield from (group[place] for group, place in died if place < len(group))
+            waiting = [group[place + 1 :] for group, place in died]
+            time.sleep(0.02)
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=only_warns)
-
-
-def processors() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        for process, *_ in running:
+            process.kill()

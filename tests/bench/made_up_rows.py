@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bench.cases import Case
-from bench.environment import Environment
-from bench.results import ResultsFile, Run
+from bench.measurements import Measurements
+from bench.results import Environment, ResultsFile, read_results
 
 MADE_UP = "made-up device"
 
@@ -17,21 +17,21 @@ def environment(gpu: str = MADE_UP, date: str = "2000-01-01T00:00:00Z") -> Envir
 
 
 def write_rows(path: Path, figures: Iterable[tuple], here: Environment | None = None) -> Path:
-    """`figures`: (case, provider, pass, metric, value), case a Case or a ceiling's name."""
-    with ResultsFile(path) as file:
-        run = Run(file, here or environment())
-        for case, provider, pass_name, metric, value in figures:
-            run.add("linear", case, provider, pass_name, metric, value)
+    """`figures`: (case, contender, pass, metric, value), case a Case or a ceiling's name."""
+    with ResultsFile(path, here or environment()) as file:
+        for figure in figures:
+            file.add("linear", *figure)
     return path
 
 
+def measured(path: Path, figures: Iterable[tuple], gpu: str = MADE_UP) -> Measurements:
+    return Measurements(gpu, read_results(write_rows(path, figures, environment(gpu))))
+
+
 def ceilings(bandwidth: float = 1e12, flops: float = 1e14) -> list[tuple]:
-    return [
-        ("copy", "ceiling", "forward", "bandwidth", bandwidth),
-        ("gemm", "ceiling", "forward", "flops", flops),
-    ]
+    figures = ("copy", bandwidth, "bandwidth"), ("gemm", flops, "flops")
+    return [(name, "ceiling", "forward", metric, value) for name, value, metric in figures]
 
 
-def times(case: Case, pass_name: str, **seconds: float) -> list[tuple]:
-    """The metric `time` of several providers."""
-    return [(case, name, pass_name, "time", value) for name, value in seconds.items()]
+def times(case: Case, pass_name: str, metric: str = "time", **figures: float) -> list[tuple]:
+    return [(case, name, pass_name, metric, value) for name, value in figures.items()]

@@ -1,113 +1,153 @@
-"""results.csv: its columns, appending, cut-off runs, files that are something else."""
+"""Cases and suites; results.csv with its columns and cut-off runs; figures read back from it."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
-from made_up_rows import environment, write_rows
+import torch
+from made_up_rows import environment, measured, times, write_rows
 
-from bench.cases import Case
-from bench.errors import UsageError, first_line
-from bench.results import ResultsFile, Run, read_all, read_results
+from bench.cases import ConvCase, LinearCase, ModelCase, WeightsCase, case_named
+from bench.measurements import Measurements, by_device, duration, only_gpu
+from bench.results import Environment, UsageError, first_line, read_results
+from bench.suites import SUITES
 
-CASE = Case("linear", 16, 32, 64, "bf16")
-HEADER = (
-    "suite,case,provider,pass,metric,value,unit,M,N,K,dtype,remaining_ratio,"
-    "gpu,torch,triton,commit,date"
-)
+CASE, VGG = LinearCase(16, 32, 64, dtype="bf16"), ModelCase("vgg-16", 128)
+AUTO = times(CASE, "forward", auto=1.0)
+HEADER = "suite,case,provider,pass,metric,value,unit,M,N,K,dtype,remaining_ratio,"
+HEADER += "gpu,torch,triton,commit,date"
 
 
-def test_columns_are_those_promised(tmp_path):
-    path = write_rows(tmp_path / "deep" / "results.csv", [(CASE, "auto", "forward", "time", 0.25)])
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "results.csv"
+
+
+@pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
+def test_every_case_is_there_once_and_its_name_reads_back(suite):
+    for device in ("cuda", "cpu"):
+        cases = suite.cases_on(device)
+        assert cases and [case_named(case.name) for case in cases] == list(cases)
+        assert len(set(cases)) == len(cases)
+
+
+def test_what_is_no_case_is_refused():
+    for kind, sizes, options, message in (
+        (LinearCase, (0, 2, 3), {}, "M is 0. Accepted: a positive number"),
+        (LinearCase, (1, 2, 3), {"dtype": "int8"}, "dtype 'int8' is unknown. Accepted: bf16-auto"),
+        (ModelCase, ("gpt", 8), {"remaining_ratio": 0.01}, "remaining_ratio is 0.01. Accepted: "),
+        (ConvCase, (1, 8, 6, 4, 3, 1, 4), {}, "groups is 4. Accepted: a divisor of C and N"),
+        (WeightsCase, ("0x8",), {}, "weights is '0x8'. Accepted: resnet-50, small, NxK"),
+        (case_named, ("linear-m1-n2-bf16-r0.1",), {}, "no case is named 'linear-m1-n2-bf16-r0.1'"),
+        (case_named, ("weights-small-int8-r0.1",), {}, "no case is named"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            kind(*sizes, **options)
+
+
+def test_shapes_are_those_of_torch():
+    case, resnet = ConvCase(2, 9, 8, 16, 3, stride=2, groups=4), WeightsCase("resnet-50")
+    assert case.shapes == ((2, 8, 9, 9), (16, 2, 3, 3), (2, 16, 5, 5))
+    assert (case.M, case.N, case.K) == (2 * 5 * 5, 16, 2 * 9)
+    assert WeightsCase("3x4x5").list == ((4, 5),) * 3
+    assert (len(resnet.list), resnet.numel) == (54, 25_502_912)
+
+
+def test_columns_are_those_promised_and_whole_numbers_exact(path):
+    write_rows(path, [*AUTO, (VGG, "auto", "step", "memory", 117_497_857, "B")])
+    first, second = "auto,forward,time,1,,16,32,64,bf16", "auto,step,memory,117497857,B,128,,,"
+    about = "made-up device,2.99,3.99,abc,2000-01-01T00:00:00Z"
     assert path.read_text().splitlines() == [
-        HEADER,
-        "linear,linear-m16-n32-k64-bf16-r0.1,auto,forward,time,0.25,,16,32,64,bf16,0.1,"
-        "made-up device,2.99,3.99,abc,2000-01-01T00:00:00Z",
+        *(HEADER, f"linear,linear-m16-n32-k64-bf16-r0.1,{first},0.1,{about}"),
+        f"linear,model-vgg-16-b128-bf16-autocast-r0.1,{second}bf16-autocast,0.1,{about}",
     ]
 
 
-def test_whole_numbers_are_exact(tmp_path):
-    figures = [(CASE, "auto", "forward", "saved", value) for value in (117_497_857, 117_497_857.0)]
-    rows = read_results(write_rows(tmp_path / "results.csv", figures))
-    assert [row.value for row in rows] == ["117497857", "1.17498e+08"]
-
-
-def test_a_row_is_in_the_file_as_soon_as_it_is_added(tmp_path):
-    with ResultsFile(tmp_path / "results.csv") as file:
-        Run(file, environment()).add("cpu", CASE, "auto", "forward", "time", 1.0, "s")
-        (row,) = read_results(file.path)
-        assert (row.provider, row.pass_, row.figure, row.unit) == ("auto", "forward", 1.0, "s")
-
-
-def test_a_second_run_appends(tmp_path):
-    path = tmp_path / "results.csv"
-    for value in (1.0, 2.0):
-        write_rows(path, [(CASE, "auto", "forward", "time", value)])
-    assert [row.figure for row in read_results(path)] == [1.0, 2.0]
+@pytest.mark.parametrize("cut", [1, 30])
+def test_half_a_row_is_neither_read_nor_kept(path, cut):
+    write_rows(write_rows(path, AUTO), times(CASE, "forward", auto=2.0))
+    path.write_text(path.read_text()[:-cut])
+    assert [row.figure for row in read_results(path)] == [1]
+    assert [row.figure for row in read_results(write_rows(path, AUTO))] == [1, 1]
     assert path.read_text().count(HEADER) == 1
 
 
-@pytest.mark.parametrize("cut", [1, 30])
-def test_half_a_row_is_neither_read_nor_kept(tmp_path, cut):
-    path = write_rows(
-        tmp_path / "results.csv", [(CASE, "auto", "forward", "time", value) for value in (1.0, 2.0)]
-    )
-    path.write_text(path.read_text()[:-cut])
-    assert [row.figure for row in read_results(path)] == [1.0]
-    write_rows(path, [(CASE, "auto", "forward", "time", 3.0)])
-    assert [row.figure for row in read_results(path)] == [1.0, 3.0]
-
-
 @pytest.mark.parametrize("text", ["a,b,c\n1,2,3\n", "notes", HEADER + ",more\n"])
-def test_a_file_with_another_header_is_left_alone(tmp_path, text):
-    path = tmp_path / "results.csv"
+def test_a_file_with_another_header_is_left_alone(path, text):
     path.write_text(text)
-    with pytest.raises(UsageError, match=r"results\.csv has the header"), ResultsFile(path):
-        pass
-    with pytest.raises(UsageError, match=r"Accepted: 'suite,case,provider"):
-        read_results(path)
+    for use in (read_results, lambda path: write_rows(path, [])):
+        with pytest.raises(UsageError, match=r"has the header .* Accepted: 'suite,case,provider"):
+            use(path)
     assert path.read_text() == text
 
 
-def test_rows_that_cannot_be_read_name_their_line(tmp_path):
-    path = write_rows(tmp_path / "results.csv", [(CASE, "auto", "forward", "time", 1.0)])
-    whole = path.read_text()
-    path.write_text(whole + whole.splitlines()[1].replace(",1,", ",fast,", 1) + "\n")
-    with pytest.raises(UsageError, match=r"line 3: .*'fast'"):
-        read_results(path)
-    path.write_text(whole + "too,short\n")
-    with pytest.raises(UsageError, match="line 3: 2 values for 17 columns"):
-        read_results(path)
-
-
-def test_nothing_to_read(tmp_path):
+def test_rows_that_cannot_be_read_name_their_line(path):
+    whole = write_rows(path, AUTO).read_text()
+    wrong = whole.splitlines()[1].replace(",1,", ",fast,", 1)
+    for row, message in ((wrong, "3: .*'fast'"), ("too,short", "3: 2 values for 17 columns")):
+        path.write_text(f"{whole}{row}\n")
+        with pytest.raises(UsageError, match=f"line {message}"):
+            read_results(path)
     with pytest.raises(UsageError, match=r"missing\.csv cannot be read"):
-        read_results(tmp_path / "missing.csv")
+        read_results(path.with_name("missing.csv"))
     with pytest.raises(UsageError, match="no figures in"):
-        read_all([write_rows(tmp_path / "results.csv", [])])
+        read_results(write_rows(path.with_name("empty.csv"), []))
 
 
-def test_a_reason_is_one_line():
-    assert first_line(RuntimeError("\n  first, with comma\nsecond")) == (
-        "RuntimeError: first, with comma"
-    )
+def test_a_reason_is_one_line_and_a_time_short():
+    assert [*map(duration, (2.5, 0.001, 1.2e-7))] == ["2.5 s", "1 ms", "0.12 µs"]
+    assert first_line(RuntimeError("\n  a, b\nsecond")) == "RuntimeError: a, b"
     assert first_line(KeyError()) == "KeyError"
-    assert first_line(RuntimeError("backend raised:\nValueError: no")) == (
-        "RuntimeError: backend raised: ValueError: no"
-    )
+    assert first_line(TypeError("raised:\nIt: no")) == "TypeError: raised: It: no"
     assert len(first_line(RuntimeError("x" * 10_000))) == 300
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("gemm", 1, 1, 1, "bf16"), "op 'gemm' is unknown. Accepted: linear, masked_weight"),
-        (("linear", 1, 1, 1, "int8"), "dtype 'int8' is unknown"),
-        (("linear", 0, 1, 1, "bf16"), "M, N, K are 0, 1, 1"),
-        (("masked_weight", 5, 1, 1, "bf16"), "M = 0 exactly where op is 'masked_weight'"),
-        (("linear", 1, 1, 1, "bf16", 0.01), r"remaining_ratio is 0\.01. Accepted: above 0\.01"),
-        (("linear", 1, 1, 1, "bf16", 1.5), r"remaining_ratio is 1\.5"),
-    ],
-)
-def test_cases_that_make_no_sense(arguments, message):
-    with pytest.raises(UsageError, match=message):
-        Case(*arguments)
+def test_devices_and_unknown_code_are_not_mixed(path):
+    here = Environment.now(torch.device("cpu"), "abc")
+    assert here.gpu.startswith("cpu: ") and here.gpu.endswith(", 1 thread")
+    rows = read_results(write_rows(path, AUTO, here))
+    assert here.made(rows[0]) and not environment().made(rows[0])
+    for commit in ("abc-dirty", "unknown"):
+        assert not dataclasses.replace(here, commit=commit).made(rows[0]._replace(commit=commit))
+    assert by_device(rows)[here.gpu].on_cpu
+    with pytest.raises(UsageError, match="no GPU: all rows are of a CPU"):
+        only_gpu(rows)
+    rows += [rows[0]._replace(gpu=gpu) for gpu in ("Big 1", "Small 2")]
+    assert only_gpu(rows, "big").gpu == "Big 1"
+    with pytest.raises(UsageError, match="part of the name of one of Big 1, Small 2"):
+        only_gpu(rows)
+
+
+def test_figures_of_one_run_are_compared_the_newest(path):
+    runs = {"auto": 1, "dense": 2}, {"auto": 3, "dense": 4}, {"auto": 9}
+    for day, figures in enumerate(runs):
+        write_rows(path, times(CASE, "forward", **figures), environment(date=f"2000-01-0{day}"))
+    found, where = Measurements("x", read_results(path)), (CASE.name, "forward")
+    assert found.time_ratio(*where, "auto", "dense") == 0.75
+    assert found.time_ratio(*where, "auto", ("dst_compiled", "dense")) == 0.75
+    assert found.time_ratio(*where, "auto", "dst_compiled") is None
+    assert found.difference(*where, "time", "auto", "dense") == -1
+    assert found.newest(CASE.name, "auto", "forward", "time") == 9
+    assert found.fastest(*where, ["auto", "dense", "dst_compiled"]) == "dense"
+    assert found.fastest(*where, ["dst_compiled"]) is None
+
+
+def test_graph_time_counts_where_everybody_has_it(path):
+    figures = times(CASE, "forward", auto=4.0, dense=2.0, gemm=1.0)
+    figures += times(CASE, "forward", "graph_time", auto=1.0, dense=1.0)
+    found, where = measured(path, figures), (CASE.name, "forward")
+    assert found.time_ratio(*where, "auto", "dense") == 1.0
+    assert found.time_ratio(*where, "auto", "gemm") == 4.0
+    assert found.time_ratio(*where, ("auto", "gemm"), "dense") == 0.5
+    assert found.ratio(*where, ("time", "graph_time"), ("auto", "dense"), "gemm") == 1.0
+    assert found.newest(CASE.name, "auto", "forward", ("time", "graph_time")) == 1.0
+
+
+def test_figures_of_a_contender_found_wrong_later_do_not_count(path):
+    wrong = [(CASE, "auto", "", "error", "output: error 1")]
+    for date, figures, newest in (("1", AUTO, 1.0), ("2", wrong, None), ("3", AUTO, 1.0)):
+        write_rows(path, figures, environment(date=date))
+        found = Measurements("x", read_results(path))
+        assert found.newest(CASE.name, "auto", "forward", "time") == newest
+    assert found.reasons == [(CASE.name, "auto", "", "output: error 1")]

@@ -1,0 +1,1 @@
+"""What is measured of a contender, how it is verified and timed, and in which order."""

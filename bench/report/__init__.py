@@ -1,0 +1,1 @@
+"""Tables, plots and goals made of measured rows."""
