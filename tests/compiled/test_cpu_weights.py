@@ -1,4 +1,4 @@
-"""pack, post and regularization of the CPU library against the reference and the naive formulas."""
+"""pack, post and regularization of the CPU library against the reference and the authors' rule."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cpu_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops import naive
+from ops import authors
 from ops.tolerance import assert_as_accurate
 
 from dst_kernels import reference
@@ -165,13 +165,13 @@ def test_post_is_as_accurate_as_the_reference(dtypes):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_post_agrees_with_the_naive_formulas(kind):
+def test_post_agrees_with_the_authors_rule(kind):
     """On numbers that are exact in float32, and so are ties and the surrogates' corners."""
     weight = torch.arange(-16, 17).repeat(9, 1) / 8
     threshold = torch.arange(-4, 5) / 4
     grad = torch.randint(-3, 4, weight.shape).float()
     (of_weight,), (of_threshold,) = post([grad], [weight], [threshold], [kind])
-    expected = naive.gradients(
+    expected = authors.gradients(
         grad, weight, threshold, reference.SURROGATES[kind[0]], bool(kind[1])
     )
     torch.testing.assert_close(of_weight.double(), expected[0], rtol=1e-6, atol=1e-6)
