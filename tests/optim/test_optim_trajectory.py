@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from networks import NETWORKS, linear
+from networks import NETWORKS, conv2d, linear, other_granularities
 from twins import Twins, batches, masked_layers
 
 from dst_kernels.reference.surrogate import SURROGATES
@@ -14,6 +14,14 @@ OPTIONS = {
     "sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3, "alpha": 1e-2},
     "adamw": {"lr": 0.01, "alpha": 1e-2},
 }
+
+# Of the others each takes seconds on the reference.
+FAST = (linear, conv2d, other_granularities)
+EACH_NETWORK = pytest.mark.parametrize(
+    "network",
+    [pytest.param(one, marks=() if one in FAST else pytest.mark.slow) for one in NETWORKS],
+    ids=lambda network: network.__name__,
+)
 
 
 def train_and_compare(network, backend, rule, steps=STEPS, reset_ratio=0.01, **options):
@@ -32,13 +40,13 @@ def train_and_compare(network, backend, rule, steps=STEPS, reset_ratio=0.01, **o
 
 
 @pytest.mark.parametrize("rule", OPTIONS)
-@pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.__name__)
+@EACH_NETWORK
 def test_every_network(network, rule, backend):
     twins = train_and_compare(network, backend, rule, **OPTIONS[rule])
     assert twins.resets >= len(RAISED)
 
 
-@pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.__name__)
+@EACH_NETWORK
 def test_natural_collapse(network, backend):
     """A strong regulariser empties layers, whose thresholds then start over."""
     options = {"lr": 0.1, "momentum": 0.5, "alpha": 0.3}
