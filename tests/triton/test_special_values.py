@@ -68,10 +68,11 @@ def test_an_infinite_threshold_prunes_all_finite_weights(granularity, device):
         assert torch.equal(product, weight.t()) and not effective.any()
 
 
-@pytest.mark.parametrize("surrogate", SURROGATES)
 @every_axis
-def test_post(granularity, surrogate, device):
-    for dtype, structure_gradient in ((F32, True), (F64, False)):
+def test_post(granularity, device):
+    for surrogate, (dtype, structure_gradient) in itertools.product(
+        SURROGATES, ((F32, True), (F64, False))
+    ):
         weight, candidates = grid(LIMITS, WEIGHTS, granularity, dtype, device)
         grad = torch.linspace(0.01, 1, weight.numel(), dtype=dtype, device=device).view_as(weight)
         grad = grad.copysign(weight)  # so that sums in another order are a rounding apart, too
@@ -83,18 +84,18 @@ def test_post(granularity, surrogate, device):
             )
 
 
-@pytest.mark.parametrize("surrogate", SURROGATES)
 @every_axis
-def test_gradients_beside_nan_and_infinity(granularity, surrogate, device):
+def test_gradients_beside_nan_and_infinity(granularity, device):
     """By post and by the fused kernel, whose G is the same."""
     weights = [*WEIGHTS, *NON_FINITE]
     weight, candidates = grid([*LIMITS, NAN, -INF], weights, granularity, F32, device)
     dense = torch.linspace(-1, 1, weight.numel(), device=device).view_as(weight)
     dy, x = torch.eye(len(dense), device=device), dense
-    for threshold in candidates:
-        expected = reference.masked_weight_backward(dense, weight, threshold, surrogate, True)
-        close(run("masked_weight_backward", dense, weight, threshold, surrogate, True), expected)
-        close(run("masked_linear_grad_weight", dy, x, weight, threshold, surrogate, True), expected)
+    for threshold, surrogate in itertools.product(candidates, SURROGATES):
+        options = threshold, surrogate, True
+        expected = reference.masked_weight_backward(dense, weight, *options)
+        close(run("masked_weight_backward", dense, weight, *options), expected)
+        close(run("masked_linear_grad_weight", dy, x, weight, *options), expected)
 
 
 def test_nan_in_one_row_stays_there(device):

@@ -41,7 +41,6 @@ def crossed(names: Sequence[str], first: Mapping[str, tuple], second: Mapping[st
 
 # The interpreter's bfloat16 products are wrong, and its casts to it do not round.
 on_gpu = pytest.mark.gpu
-BFLOAT16 = pytest.param(torch.bfloat16, marks=on_gpu, id="bfloat16")
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, device="cpu") -> Tensor:
