@@ -1,22 +1,21 @@
 """Whole models: their sizes, the same start for everybody, no time for wrong trainings."""
 
-from __future__ import annotations
-
 import pytest
 import torch
+from made_up_rows import CPU
 
 import dst_kernels
 from bench.cases import FP64, MODES, ModelCase
 from bench.contenders import CONTENDERS, REFERENCES, Contender, authors, problem_of
 from bench.contenders.models import Training
+from bench.measure.timing import _capture, count_launches, graph_time, one_stream, replayed
 from bench.measure.verify import Expectation
 from bench.measure.work import rates
 from bench.networks import MODELS, SGD
-from bench.results import UsageError, WrongResultError
+from bench.results import WrongResultError
 
-CPU = torch.device("cpu")
 BY_NAME = {contender.name: contender for contender in CONTENDERS["model"]}
-SMALL = sorted({about.small or name for name, about in MODELS.items()})
+CUDA, SMALL = torch.device("cuda"), sorted({about.small or name for name, about in MODELS.items()})
 
 # Parameters, masked weights, thresholds: those of the paper and of the published networks.
 SIZES = {"lenet-300-100": (266_610, 266_200, 410), "lenet-5": (431_080, 430_500, 580)}
@@ -27,10 +26,6 @@ SIZES |= {"vit-b-16": (86_567_656, 57_980_928, 47_848)}
 SIZES |= {"gpt": (124_439_808, 84_934_656, 82_944), "lstm-a": (214_282, 212_224, 2_058)}
 
 
-def _expectation(name, dtype="fp32", batch=4):
-    return Expectation(ModelCase(name, batch, dtype=dtype), CPU)
-
-
 def _modules(name):
     with torch.device("meta"):
         return MODELS[name].network()
@@ -38,12 +33,11 @@ def _modules(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_everybody_masks_the_same_layers_and_sizes_are_the_published_ones(name):
-    converters = [dst_kernels.sparsify_]
+    converters = [dst_kernels.sparsify_, authors.convert_, authors.convert_branch_free_]
     if "lstm" in name:
         with pytest.raises(TypeError, match="no recurrent layers"):
             authors.convert_(_modules(name))
-    else:
-        converters += [authors.convert_, authors.convert_branch_free_]
+        del converters[1:]
     masked = []
     for convert_ in converters:
         model = convert_(_modules(name))
@@ -52,21 +46,14 @@ def test_everybody_masks_the_same_layers_and_sizes_are_the_published_ones(name):
         groups = model.parameters(), weights, thresholds.values()
         every, *sizes = (sum(p.numel() for p in group) for group in groups)
         masked.append((sorted(thresholds), (every - sizes[1], *sizes)))  # parameters when dense
-    assert masked[0][0] and all(one == masked[0] for one in masked)
-    assert masked[0][1] == SIZES.get(name, masked[0][1])
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_every_model_has_a_small_one_of_its_kind(name):
-    model = MODELS[name]
-    small = MODELS[model.small or name]
-    assert small.small is None and small.unit == model.unit
-    assert (small.optimizer, small.loss) == (model.optimizer, model.loss)
-    kinds, small_kinds = (
-        {type(module) for module in _modules(each).modules() if not any(module.children())}
-        for each in (name, model.small or name)
-    )
-    assert kinds == small_kinds
+    names_there, sizes = masked[0]
+    assert names_there and masked == masked[:1] * len(masked) and sizes == SIZES.get(name, sizes)
+    # Each has a small one of its kind.
+    names = name, MODELS[name].small or name
+    about = [(one.unit, one.optimizer, one.loss) for one in map(MODELS.get, names)]
+    modules = (_modules(each).modules() for each in names)
+    kinds = [{type(one) for one in some if not any(one.children())} for some in modules]
+    assert MODELS[names[1]].small is None and (about[0], kinds[0]) == (about[1], kinds[1])
 
 
 @pytest.mark.parametrize("name", ["lenet-300-100", "gpt-small", "linear-64"])
@@ -85,13 +72,13 @@ def test_everybody_starts_from_the_same_and_a_timed_step_leaves_it_so(name):
     "name", [pytest.param(n, marks=[pytest.mark.slow] * one.compiled) for n, one in BY_NAME.items()]
 )
 def test_every_contender_does_what_the_reference_does(name):
-    work = _expectation("lenet-300-100", "bf16-autocast").verified(BY_NAME[name])
-    assert work.step().isfinite()
+    expectation = Expectation(ModelCase("lenet-300-100", 4), CPU)
+    assert expectation.verified(BY_NAME[name]).step().isfinite()
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_every_kind_of_network_is_trained_right_and_no_layer_collapses(name):
-    expectation = _expectation(name)
+    expectation = Expectation(ModelCase(name, 4, dtype="fp32"), CPU)
     for contender in ("deferred", "grouped", *["dst_eager"] * ("lstm" not in name)):
         expectation.verified(BY_NAME[contender])
     training = REFERENCES["model"].make(expectation.problem.small(FP64))
@@ -125,37 +112,57 @@ MISTAKES |= {"no regulariser": {"penalty": None}, "no momentum": {"momentum": 0.
 @pytest.mark.parametrize("name", ["lenet-300-100", "linear-64"])
 @pytest.mark.parametrize("mode", [FP64, MODES["fp32"]], ids=["fp64", "fp32"])
 def test_a_training_with_another_recipe_is_found_in_every_mode(name, mode):
-    expectation = _expectation(name)
+    expectation = Expectation(ModelCase(name, 4, dtype="fp32"), CPU)
     expectation._check_training(_training(), mode)
     for mistake, changes in MISTAKES.items():
         if mistake != "no momentum" or MODELS[name].optimizer == SGD:
             with pytest.raises(WrongResultError, match=r"after a few steps in .*: error"):
                 expectation._check_training(_training(**changes), mode)
                 pytest.fail(f"{mistake} is not noticed")
-
-
-def test_a_wrong_training_is_not_timed():
     with pytest.raises(WrongResultError, match="losses after a few steps in fp64: error"):
-        _expectation("linear-64").verified(_training(penalty=None))
+        expectation.verified(_training(penalty=None))
 
 
 def test_throughput_is_of_images_or_tokens_and_an_optimizer_has_a_bandwidth():
-    def found(name, contender, step):
-        case = ModelCase(name, 8)
-        work = BY_NAME[contender].make(problem_of(case, CPU))
-        return list(rates(case, step, work.prepare(step)))
-
-    assert found("vit-small", "dense", "step") == [("throughput", 8, "images/s")]
-    assert found("gpt-small", "dense", "step") == [("throughput", 8 * 16, "tokens/s")]
     # AdamW reads and writes the parameter and two states, and reads the gradient, if there is one:
     # in the compute dtype for a packed weight, whose next masked copy it writes.
     dense, weight, threshold = 6 * 4 + 4, 6 * 4 + 2 + 2, 6 * 4
-    moved = 48 * 64 * dense + 48 * dense
-    assert found("linear-64", "dense", "optimizer") == [("bandwidth", moved, "B/s")]
     moved = 48 * 64 * weight + 48 * dense + 48 * threshold
-    assert found("linear-64", "deferred", "optimizer") == [("bandwidth", moved, "B/s")]
+    for name, contender, step, *expected in (
+        ("vit-small", "dense", "step", "throughput", 8, "images/s"),
+        ("gpt-small", "dense", "step", "throughput", 8 * 16, "tokens/s"),
+        ("linear-64", "dense", "optimizer", "bandwidth", 48 * 64 * dense + 48 * dense, "B/s"),
+        ("linear-64", "deferred", "optimizer", "bandwidth", moved, "B/s"),
+    ):
+        work = BY_NAME[contender].make(problem_of(case := ModelCase(name, 8), CPU))
+        assert [*rates(case, step, work.prepare(step))] == [tuple(expected)]
 
 
-def test_a_model_that_is_none():
-    with pytest.raises(UsageError, match=r"model 'vgg-11' is unknown. Accepted: lenet-300-100"):
-        problem_of(ModelCase("vgg-11", 8), CPU)
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", sorted({*SMALL} - {"lstm-small"}))
+def test_right_contenders_pass_eagerly_and_as_a_graph(name):
+    expectation = Expectation(ModelCase(name, 16), CUDA)
+    for contender in CONTENDERS["model"]:
+        if contender.graphable and not contender.compiled:
+            expectation.verified(contender)
+            expectation.verify_graph(contender)
+
+
+@pytest.mark.gpu
+def test_captures_go_on_where_eager_calls_ended_are_timed_and_their_launches_counted():
+    total, before = torch.zeros((), device=CUDA), torch.cuda.current_stream()
+    with one_stream(CUDA):
+        outer = torch.cuda.current_stream()
+        with one_stream(CUDA), pytest.raises(RuntimeError):
+            assert torch.cuda.current_stream() == outer != before
+            _capture(lambda: total.add_(1).item(), 1)
+    assert torch.cuda.current_stream() == before
+    torch.cuda.empty_cache()  # raises as long as a capture goes on
+    total.zero_()
+    assert [int(value) for value in replayed(lambda: total.add_(1), 2, 3)] == [1, 2, 3, 4, 5]
+    for alone in (False, True):
+        count = torch.zeros((), device=CUDA)
+        assert 0 < graph_time(lambda count=count: count.add_(1), alone).median < 1e-3
+        assert count > 100
+    one = torch.ones(8, device=CUDA)
+    assert count_launches(lambda: ((one + one).mul_(2).neg_(), one.to("cpu"))) == 4

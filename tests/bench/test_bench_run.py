@@ -1,27 +1,32 @@
-"""Running a suite: what is measured, in which order, and what is not."""
+"""Running a suite: what is measured, in which order, and what is not; the command on the CPU."""
 
-from __future__ import annotations
-
+import dataclasses
 import io
+import json
+import re
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
+from made_up_rows import CPU, bench, environment
 from rich.console import Console
 
-from bench import contenders
 from bench.cases import LinearCase, WeightsCase
-from bench.contenders import Contender, contenders_for
+from bench.commands import app
+from bench.contenders import CONTENDERS, Contender, contenders_for
+from bench.contenders.authors import BranchFreeLinear
+from bench.contenders.layers import layer
 from bench.measure import run
 from bench.measure.display import Display
-from bench.measure.run import already_measured, choose, run_suite
-from bench.results import Environment, ResultsFile, UsageError, read_results
-from bench.suites import Suite
+from bench.measure.run import already_measured, run_suite
+from bench.report.goals import Goal
+from bench.results import ResultsFile, read_results
+from bench.suites import SUITES, Suite
 
-CPU = torch.device("cpu")
 CASES = LinearCase(8, 12, 10, dtype="fp32"), WeightsCase("12x10")
-SUITE = Suite("test", CASES, compiled=1)
-HERE = Environment("cpu", "2", "3", "abc", "2026-01-01T00:00:00Z")
+SUITE = Suite("test", CASES)
+HERE = environment("cpu")
 EAGER = [(case.name, c.name) for case in CASES for c in contenders_for(case, compiled=False)]
 COMPILED = [(CASES[0].name, c.name) for c in contenders_for(CASES[0], compiled=True)]
 
@@ -45,7 +50,8 @@ def go(tmp_path, monkeypatch):
 
     def function(**options):
         text = io.StringIO()
-        monkeypatch.setattr(run, "Display", lambda: Display(Console(file=text)))
+        terminal = Console(file=text, force_terminal=True, width=100)
+        monkeypatch.setattr(run, "Display", lambda: Display(terminal))
         with ResultsFile(tmp_path / "results.csv", HERE) as file:
             outcome = run_suite(SUITE, file, CPU, **options)
         some = file.path.read_text().count("\n") > 1
@@ -57,7 +63,8 @@ def go(tmp_path, monkeypatch):
 def test_what_compiles_comes_last_with_what_it_is_compared_with(go, measured):
     outcome, text, rows = go()
     assert measured == EAGER + COMPILED and outcome.measured == len(measured)
-    assert f"{CASES[0].name}: gemm, forward 1 s, 1.00 ÷ dense" in text and "s left]" in text
+    assert re.search(rf"{CASES[0].name} +gemm +forward +1 s +1.00 ÷ dense\n", text)
+    assert f"{len(measured)}/{len(measured)}" in text, "the progress"
     ceilings = {(row.case, row.metric) for row in rows if row.provider == "ceiling"}
     assert ceilings >= {("copy", "bandwidth"), ("gemm", "flops")}
     done = already_measured(rows, SUITE, "cpu", HERE)
@@ -69,15 +76,13 @@ def test_what_compiles_comes_last_with_what_it_is_compared_with(go, measured):
     measured.clear()
     go(done=done - {EAGER[3]})
     assert [name for _, name in measured] == ["dense", EAGER[3][1]]
-
-
-def test_what_is_measured_in_part_or_elsewhere_is_measured_again(go, measured):
-    _, _, rows = go(compiled=False)
+    # What was measured in part or elsewhere is missing.
     part = [row for row in rows if (row.provider, row.pass_) != ("auto", "backward")]
-    done = already_measured(part, SUITE, "cpu", HERE)
-    assert {*EAGER} - done == {(CASES[0].name, "auto")}
-    dirty = Environment("cpu", "2", "3", "abc-dirty", HERE.date)
-    assert not already_measured(rows, SUITE, "cpu", dirty)
+    assert done - already_measured(part, SUITE, "cpu", HERE) == {(CASES[0].name, "auto")}
+    measured.clear()
+    go(filters=["LINEAR-m8", "/(auto|dense)$"])
+    assert measured == [(CASES[0].name, "dense"), (CASES[0].name, "auto")]
+    assert not already_measured(rows, SUITE, "cpu", dataclasses.replace(HERE, commit="x-dirty"))
 
 
 def test_nothing_is_begun_after_the_deadline(go, measured, monkeypatch):
@@ -90,21 +95,8 @@ def test_nothing_is_begun_after_the_deadline(go, measured, monkeypatch):
     assert outcome.left_out == {CASES[0].name: [name for _, name in COMPILED]}
 
 
-def test_filters_are_found_in_case_and_contender(go, measured):
-    go(filters=["LINEAR-m8", "/(auto|dense)$"])
-    assert measured == [(CASES[0].name, "dense"), (CASES[0].name, "auto")]
-    assert choose({"a/b": 1, "a/c": 2}, ["A", "c$"]) == {"a/c": 2}
-    with pytest.raises(UsageError, match=r"--filter is '\(': .* Accepted: a regular expression"):
-        go(filters=["("])
-    with pytest.raises(UsageError, match="--filter 'cublas' is found in none of 12 names"):
-        go(filters=["cublas"])
-
-
 def test_a_case_without_data_says_why(go, measured, monkeypatch):
-    def too_big(case, device):
-        raise torch.OutOfMemoryError("too big")
-
-    monkeypatch.setattr(run, "Expectation", too_big)
+    monkeypatch.setattr(run, "Expectation", Mock(side_effect=torch.OutOfMemoryError("too big")))
     outcome, _, rows = go(compiled=False)
     assert not measured and outcome.measured == 0
     skipped = [row for row in rows if row.metric == "skipped"]
@@ -113,40 +105,90 @@ def test_a_case_without_data_says_why(go, measured, monkeypatch):
     assert already_measured(skipped, SUITE, "cpu", HERE) == {*EAGER}
 
 
-def test_a_wrong_contender_is_told_and_the_others_go_on(go, monkeypatch):
-    (dense,) = (one for one in contenders.CONTENDERS["linear"] if one.name == "dense")
-    wrong = Contender("wrong", dense.make, ("forward",))
-    monkeypatch.setitem(contenders.CONTENDERS, "linear", (wrong, dense))
-    outcome, text, rows = go(filters=["^linear"], compiled=False)
-    assert outcome.wrong == {CASES[0].name: ["wrong"]} and outcome.measured == 2
-    assert f"{CASES[0].name}: wrong  wrong: output: error" in text
-    assert [row.metric for row in rows if row.provider == "wrong"] == ["error"]
-
-
 def test_a_lost_device_ends_the_run(go, monkeypatch):
     """Also where the fault shows in a pass, of which nothing but the reason is kept."""
 
-    def fault(device=None):
-        raise RuntimeError("unspecified launch failure")
-
     def measure(contender, expectation, add):
-        error = RuntimeError("illegal memory access")
-        run.record_failure(add, "forward", error, torch.device("cuda"))
+        run.record_failure(add, "forward", RuntimeError("bad access"), torch.device("cuda"))
 
+    fault = Mock(side_effect=RuntimeError("unspecified launch failure"))
     monkeypatch.setattr(torch.cuda, "synchronize", fault)
     monkeypatch.setattr(run, "measure", measure)
     outcome, _, rows = go()
     assert outcome.lost == "RuntimeError: unspecified launch failure"
     assert outcome.wrong == {CASES[0].name: ["dense"]}
-    assert (rows[-1].pass_, rows[-1].metric) == ("forward", "error")
-    assert "device faulted" in rows[-1].value
+    reason = "the device faulted: RuntimeError: bad access"
+    assert (rows[-1].pass_, rows[-1].metric, rows[-1].value) == ("forward", "error", reason)
 
 
-def test_on_a_terminal_the_figures_so_far_are_a_table():
-    text = io.StringIO()
-    with Display(Console(file=text, force_terminal=True, width=100)) as display:
-        display.begin(2)
-        display.figure("a case", "dense", "forward", 2e-3, "1.00")
-        display.advance()
-        display.say("a line")
-    assert all(shown in text.getvalue() for shown in ("a line", "÷ dense", "2 ms", "1/2"))
+QUICK = "run --suite smoke --device cpu --no-compiled --commit abc --out".split()  # noqa: SIM905
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setitem(SUITES, "smoke", Suite("smoke", CASES))
+
+
+def test_run_report_check(tmp_path):
+    path = tmp_path / "results.csv"
+    code, output = bench(*QUICK, tmp_path, "--filter", "/(dense|auto)$")
+    assert code == 0 and f"4 measured (contender and case), in {path}" in output
+    assert f"| {CASES[0].name} | dense | forward_backward |" in output
+    assert f"{tmp_path}/report.md" in output and ".png" in output
+    assert {(row.commit, row.metric == "error") for row in read_results(path)} == {("abc", False)}
+    assert bench("report", path, "--out", tmp_path / "out")[0] == 0
+    assert "auto ÷ dense" in (tmp_path / "out" / "report.md").read_text()
+    assert bench("check", path)[0] == 0 and bench("check", path, "--strict")[0] == 1
+
+
+def test_a_second_run_measures_what_is_missing(tmp_path, capsys):
+    first = [*QUICK, tmp_path, "--filter", "/dense$"]
+    for more, count in ((), 2), ((), 0), (["--again"], 2), (["--commit", "a-dirty"], 2):
+        assert f"{count} measured" in bench(*first, *more)[1]
+    code, output = bench(*first, "--commit", "new", "--minutes", "0")
+    assert code == 0 and f"Left out, the time was up:\n  {CASES[0].name}: dense" in output
+    # JSON is all there is on the output.
+    app([*map(str, first), "--again", "--json", "--filter", "linear"], standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["commit"], found["measured"], found["left_out"]) == ("abc", 1, {})
+    keys = ("provider", "pass", "metric", "unit")
+    figures = {tuple(map(one.get, keys)): one["value"] for one in found["figures"]}
+    assert 0 < figures["dense", "forward", "time", "s"] < 1
+
+
+def test_bad_input(tmp_path):
+    bad = {
+        "--suite models": "--suite 'models' is unknown. Accepted: linear, model, conv",
+        "--filter cublas": "--filter 'cublas' is found in none of 10 names",
+        "--filter (": "unterminated subpattern at position 0. Accepted: a regular expression",
+        "--device tpu": "--device is 'tpu'. Accepted: cuda, cpu",
+    }
+    if not torch.cuda.is_available():
+        bad["--device cuda"] = "torch sees no CUDA device here. Accepted here: --device cpu"
+    for more, message in bad.items():
+        code, output = bench(*QUICK, tmp_path, *more.split())
+        assert code == 2 and message in output
+    (tmp_path / "results.csv").write_text("epoch,loss\n1,2\n")
+    code, output = bench(*QUICK, tmp_path)
+    assert code == 2 and "has the header 'epoch,loss'" in output, "it is not appended to"
+
+
+def test_a_shape_and_a_contender_added_in_one_place_show_everywhere(tmp_path, monkeypatch):
+    shape = LinearCase(7, 20, 30, dtype="fp32")
+    monkeypatch.setitem(SUITES, "smoke", Suite("smoke", (shape,)))
+    added = Contender("new", layer(BranchFreeLinear)), Contender("off", layer(torch.nn.Linear))
+    monkeypatch.setitem(CONTENDERS, "linear", (*CONTENDERS["linear"], *added))
+    code, output = bench(*QUICK, tmp_path, "--filter", "/(dense|new|off)$")
+    assert code == 1 and "3 measured" in output and f"{shape.name}: off  wrong: output: " in output
+    assert f"WRONG, so without a time:\n  {shape.name}: off\n" in output
+    rows = read_results(tmp_path / "results.csv")
+    timed = {row.provider for row in rows if (row.case, row.metric) == (shape.name, "time")}
+    assert timed == {"dense", "new"}
+    report = (tmp_path / "report.md").read_text()
+    assert "new ÷ dense" in report and "off ÷ dense" not in report
+    assert "| 7 | 20 | 30 | fp32 |" in report and "**off**: output: error" in report
+    of_new = lambda found, case: found.ratio(case.name, "forward", "time", "new", "dense")  # noqa: E731
+    goal = Goal("linear, mine", (shape,), "new ÷ dense", of_new, 1000.0, on_cpu=True)
+    monkeypatch.setattr("bench.report.goals.GOALS", (goal,))
+    code, output = bench("check", tmp_path / "results.csv", "--strict")
+    assert code == 0 and f"met {goal.title}" in re.sub(r"[\d.≤ ]+", " ", output)

@@ -7,14 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from made_up_rows import bench
 
 from bench import tune
 from bench.cases import ConvCase, LinearCase, WeightsCase
-from bench.commands import app
 from bench.measure.timing import Timing
 from bench.results import ROOT, read_results
 from bench.suites import SUITES, Suite
@@ -36,16 +36,16 @@ def sweep(tmp_path, device, monkeypatch):
         monkeypatch.setitem(SUITES, name, Suite(name, cases))
 
     def run(text, code=0):
-        command = ["tune", "--out", str(tmp_path), "--device", device.type, "--commit", "abc"]
-        result = CliRunner().invoke(app, [*command, "--filter", text])
-        assert result.exit_code == code, result.output
-        return result.output if code else read_results(tmp_path / "tiles.csv")
+        where = ("--out", tmp_path, "--device", device.type, "--commit", "abc")
+        ended, output = bench("tune", *where, "--filter", text)
+        assert ended == code, output
+        return output if code else read_results(tmp_path / "tiles.csv")
 
     return run
 
 
-def _tiles(rows, product, metric="time"):
-    return [r.provider for r in rows if (r.pass_, r.metric) == (product, metric)]
+def _tiles(rows, product):
+    return [row.provider for row in rows if (row.pass_, row.metric) == (product, "time")]
 
 
 def test_every_tile_of_every_product_is_timed_once(sweep, device, tmp_path, monkeypatch):
@@ -68,34 +68,28 @@ def test_every_tile_of_every_product_is_timed_once(sweep, device, tmp_path, monk
         assert "a CPU with TRITON_INTERPRET=1" in sweep("linear", code=2)
 
 
-def _fail(result):
-    raise RuntimeError("out of registers\nand more")
+def test_a_tile_that_fails_or_is_wrong_has_no_time(sweep, monkeypatch, tmp_path):
+    original, fail = linear.masked_product, Mock(side_effect=RuntimeError("out of registers\nand"))
+    for act, metric, reason in (
+        (fail, "skipped", "RuntimeError: out of registers"),
+        (lambda result: 1.001 * result, "error", "from that in the chosen tile"),
+        (torch.empty_like, "error", "result 0 is nan from"),  # the right one lay there before
+    ):
 
+        def product(x, weight, threshold, bias, tile, *args, act=act, **options):
+            result = original(x, weight, threshold, bias, tile, *args, **options)
+            return act(result) if tile.block_m == 16 else result  # which is not the chosen one
 
-BROKEN = [
-    (_fail, "skipped", "RuntimeError: out of registers"),
-    (lambda result: 1.001 * result, "error", "from that in the chosen tile"),
-    (torch.empty_like, "error", "result 0 is nan from"),  # what lay there before was right
-]
-
-
-@pytest.mark.parametrize(("act", "metric", "reason"), BROKEN)
-def test_a_tile_that_fails_or_is_wrong_has_no_time(sweep, monkeypatch, act, metric, reason):
-    original = linear.masked_product
-
-    def product(x, weight, threshold, bias, tile, *args, **options):
-        result = original(x, weight, threshold, bias, tile, *args, **options)
-        return act(result) if tile.block_m == 16 else result  # which is not the chosen one
-
-    monkeypatch.setattr(linear, "masked_product", product)
-    rows = sweep("linear.*/forward")
-    bad = [row for row in rows if row.figure is None]
-    assert {(row.provider[:3], row.metric) for row in bad} == {("16x", metric)}
-    assert all(reason in row.value for row in bad)
-    assert {name[:3] for name in _tiles(rows, "forward")} == {"32x", "cho"}
-    monkeypatch.setattr(linear, "masked_product", lambda *args, **options: _fail(None))
-    rows = sweep("linear.*/grad_input")[len(rows) :]
-    assert [row.metric for row in rows] == ["skipped"], "without the chosen one nothing is compared"
+        monkeypatch.setattr(linear, "masked_product", product)
+        rows = sweep("linear.*/forward")
+        bad = [row for row in rows if row.figure is None]
+        assert {(row.provider[:3], row.metric) for row in bad} == {("16x", metric)}
+        assert all(reason in row.value for row in bad)
+        assert {name[:3] for name in _tiles(rows, "forward")} == {"32x", "cho"}
+        (tmp_path / "tiles.csv").unlink()
+    monkeypatch.setattr(linear, "masked_product", fail)
+    (row,) = sweep("linear.*/grad_input")
+    assert row.metric == "skipped", "without the chosen one nothing is compared"
 
 
 def _obey(tasks, done):
