@@ -24,6 +24,7 @@ ENDLESS, FATAL = "def test_endless(): time.sleep(60)", "def test_fatal(): os._ex
 def call(tmp_path, monkeypatch, capsys):
     """Makes a call; returns whether all is well, verdict, parts' ends and seconds, output."""
     monkeypatch.setattr(gpu, "_LEAST", 0.5)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # or the parts take themselves for one
     out = tmp_path / "out"
 
     def run(*parts, minutes=0.1, commit="abc", keep_going=False):
