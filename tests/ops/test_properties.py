@@ -75,14 +75,8 @@ def test_gradients_of_the_masked_weight(pair, structure_gradient, data):
         grad, weight, threshold, "long_tailed", structure_gradient
     )
     assert_as_accurate(weight.grad, of_weight.to(weight.dtype), of_weight)
-    # A sum whose terms cancel is as accurate as they are large: eps for each addition.
     _, size = authors.gradients(grad.abs(), weight.abs(), threshold, "long_tailed", False)
-    eps = torch.finfo(torch.promote_types(threshold.dtype, torch.float32)).eps
-    additions = weight.numel() // max(threshold.numel(), 1) + 4  # or roundings, within a term
-    limits = torch.finfo(threshold.dtype)
-    last = limits.eps / 2 * of_threshold.abs() + limits.smallest_normal * limits.eps
-    error = (threshold.grad.double() - of_threshold).abs()
-    assert (error <= additions * eps * size.abs() + last).all()
+    assert_as_accurate(threshold.grad, of_threshold.to(threshold.dtype), of_threshold, size)
 
 
 def plain_results(function, input, weight, threshold, bias, grad):
@@ -115,9 +109,11 @@ def compare_with_plain(ours, plain, input, weight, threshold, bias, data):
     doubles = [t.detach().double() for t in (input, weight, threshold, bias)]
     exact = plain_results(plain, *doubles, grad.double())
     expected = plain_results(plain, input, weight, threshold, bias, grad)
+    x, w, t, b = doubles
+    sizes = plain_results(plain, x.abs(), w.abs(), t, b.abs(), grad.double().abs())
     results = (output.detach(), *(leaf.grad for leaf in leaves))
-    for result, close, truth in zip(results, expected, exact, strict=True):
-        assert_as_accurate(result, close, truth)
+    for result, close, truth, size in zip(results, expected, exact, sizes, strict=True):
+        assert_as_accurate(result, close, truth, size)
 
 
 @settings(max_examples=100)
