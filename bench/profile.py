@@ -18,9 +18,9 @@ import torch
 
 from .cases import Case, LayerCase, ModelCase, case_named
 from .contenders import contenders_for, problem_of
+from .contenders.work import flops, least_bytes
 from .gpu import run_process
 from .measure.run import choose
-from .measure.work import flops, least_bytes
 from .measurements import CEILING, COPY, GEMM, Measurements, duration
 from .report.tables import markdown_table
 from .results import UsageError, write_text

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from ..cases import Case
-from ..measure.work import Contender
 from . import layers, models, weights
+from .work import Contender
 
 # In the order of measurement.
 CONTENDERS: dict[str, tuple[Contender, ...]] = {"linear": layers.LINEAR, "conv": layers.CONV}

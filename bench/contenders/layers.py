@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from dst_kernels.nn import MaskedConv2d, MaskedLinear
 
 from ..cases import FP64, LayerCase
-from ..measure.work import PASSES, PIECES, Contender, Data, Prepared, Work, thresholds_for
 from .authors import AuthorsConv2d, AuthorsLinear, BranchFreeConv2d, BranchFreeLinear, compiled
+from .work import PASSES, PIECES, Contender, Data, Prepared, Work, thresholds_for
 
 
 class Problem(Data):
@@ -55,7 +55,7 @@ class _LayerWork(Work):
         output = functools.cache(self._forward)
         return Prepared(lambda: self._gradients(output(), sources, again=True))
 
-    def results(self, under_graph: bool = False) -> dict[str, Tensor]:
+    def results(self, replay: Callable | None = None) -> dict[str, Tensor]:
         sources = self._require(self._tensors)
         output = self._forward()
         grads = zip(self._tensors, self._gradients(output, sources), strict=True)

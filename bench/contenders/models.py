@@ -13,11 +13,10 @@ from dst_kernels.optim import DSTSGD, DSTAdamW
 
 from .. import networks
 from ..cases import Mode, ModelCase
-from ..measure.timing import replayed
-from ..measure.work import STEPS, Contender, Data, Prepared, Work, thresholds_for
 from ..networks import ADAMW, SGD
 from ..results import require_one_of
 from . import authors
+from .work import STEPS, Contender, Data, Prepared, Work, thresholds_for
 
 # For checks: all that a step does shows in a few steps, and no layer collapses. Timed is a step at
 # rest, after which the case is still what it says.
@@ -128,11 +127,11 @@ class Training(Work):
         self._optimizer.step()
         return result.detach()
 
-    def results(self, under_graph: bool = False) -> dict[str, Tensor]:
+    def results(self, replay: Callable | None = None) -> dict[str, Tensor]:
         """Return the losses of five steps, the last replayed if asked, and what these changed."""
         before, steps = self._parameters(), (self.step() for _ in range(_CHECKED_STEPS))
-        if under_graph:
-            steps = replayed(self.step, _BEFORE_CAPTURE, _CHECKED_STEPS - _BEFORE_CAPTURE)
+        if replay is not None:
+            steps = replay(self.step, _BEFORE_CAPTURE, _CHECKED_STEPS - _BEFORE_CAPTURE)
         if self._loss is None:  # a number also of an output
             steps = ((output.double() * self._target.double()).sum() for output in steps)
         losses = torch.tensor([step.item() for step in steps], dtype=torch.float64)

@@ -11,7 +11,7 @@ from torch import Tensor
 from dst_kernels.backends import implementation
 
 from ..cases import WeightsCase
-from ..measure.work import STREAMS, Contender, Data, Prepared, Work, thresholds_for
+from .work import STREAMS, Contender, Data, Prepared, Work, thresholds_for
 
 _RESET_RATIO = 0.01
 
@@ -34,7 +34,7 @@ class _WeightsWork(Work):
     def prepare(self, name: str) -> Prepared:
         return Prepared(self._calls[name])
 
-    def results(self, under_graph: bool = False) -> dict[str, Tensor]:
+    def results(self, replay: Callable | None = None) -> dict[str, Tensor]:
         return {
             f"{name}, {what} {index}": tensor
             for name, call in self._calls.items()

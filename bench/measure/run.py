@@ -18,13 +18,13 @@ import torch
 from .. import results
 from ..cases import Case, LayerCase, ModelCase
 from ..contenders import ANCHORS, contenders_for
+from ..contenders.work import Contender, Work, rates
 from ..measurements import CEILING, COPY, GEMM
 from ..results import ERROR, SKIPPED, UsageError, WrongResultError, first_line
 from ..suites import Suite
 from . import timing
 from .display import Display
 from .verify import Expectation
-from .work import Contender, Work, rates
 
 _SHORT = 1e-3  # below this many seconds launches matter: timed under a CUDA graph as well
 _HOST_MATTERS = 5e-3  # above, nobody asks what a call costs the host

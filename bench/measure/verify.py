@@ -8,6 +8,7 @@ error may be twice that of plain PyTorch in the dtype at hand.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..cases import FP64, MODES, Case, Mode, ModelCase
 from ..contenders import REFERENCES, problem_of
+from ..contenders.work import Contender, Work
 from ..results import WrongResultError
-from .work import Contender, Work
+from .timing import replayed
 
 _SAMPLES = 256
 _FP32 = MODES["fp32"]
@@ -53,7 +55,7 @@ class Expectation:
     def verify_graph(self, contender: Contender) -> None:
         """Compare replays of a training's graph, in float32; raises what the capture raises."""
         if contender.masked and not contender.compiled:
-            self._check_training(contender, _FP32, under_graph=True)
+            self._check_training(contender, _FP32, replayed)
 
     def _right(self, mode: Mode) -> list[Results]:
         """Return the reference's results in float64, and in a mode."""
@@ -79,18 +81,17 @@ class Expectation:
                 raise WrongResultError(f"{name} has no gradient")
             check_close(name, actual[name], plain[name], exact[name])
 
-    def _check_training(self, contender: Contender, mode: Mode, under_graph: bool = False) -> None:
+    def _check_training(self, contender: Contender, mode: Mode, replay: Callable | None = None):
         exact, plain = self._right(mode)
         with mode.precision():
-            actual = contender.make(self.problem.small(mode)).results(under_graph)
+            actual = contender.make(self.problem.small(mode)).results(replay)
         for name, right in exact.items():
             error = _distance(actual[name], right)
             allowed = 2 * _distance(plain[name], right) + _FLOORS[mode.compute]
             if not error <= allowed:  # NaN is wrong, too
-                raise WrongResultError(
-                    f"{name} after a few steps in {mode.name}{', replayed' * under_graph}: "
-                    f"error {error:.3e} where {allowed:.3g} is allowed"
-                )
+                when = f"after a few steps in {mode.name}{', replayed' * bool(replay)}"
+                off = f"error {error:.3e} where {allowed:.3g} is allowed"
+                raise WrongResultError(f"{name} {when}: {off}")
 
 
 def check_close(name: str, actual: Tensor, plain: Tensor, exact: Tensor) -> None:

@@ -14,8 +14,8 @@ from bench.cases import MODES, ConvCase, LinearCase, ModelCase, WeightsCase
 from bench.contenders import CONTENDERS, Contender, contenders_for, problem_of
 from bench.contenders.authors import BranchFreeConv2d, BranchFreeLinear, branch_free_masked_weight
 from bench.contenders.layers import layer
+from bench.contenders.work import PASSES, PIECES, STREAMS, flops, least_bytes
 from bench.measure.verify import Expectation
-from bench.measure.work import PASSES, PIECES, STREAMS, flops, least_bytes
 from bench.suites import SUITES
 
 LINEAR = LinearCase(900, 270, 75)  # more tokens and rows than are sampled

@@ -8,9 +8,9 @@ import dst_kernels
 from bench.cases import FP64, MODES, ModelCase
 from bench.contenders import CONTENDERS, REFERENCES, Contender, authors, problem_of
 from bench.contenders.models import Training
+from bench.contenders.work import rates
 from bench.measure.timing import _capture, count_launches, graph_time, one_stream, replayed
 from bench.measure.verify import Expectation
-from bench.measure.work import rates
 from bench.networks import MODELS, SGD
 from bench.results import WrongResultError
 

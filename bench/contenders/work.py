@@ -38,8 +38,8 @@ class Work:
     def prepare(self, name: str) -> Prepared:
         """Return a pass."""
 
-    def results(self, under_graph: bool = False) -> dict[str, Tensor]:
-        """Return what the passes compute, by name; as replays of a CUDA graph where asked."""
+    def results(self, replay: Callable | None = None) -> dict[str, Tensor]:
+        """Return what the passes compute, by name; `replay` captures a training's step."""
 
     def saved_bytes(self) -> int | None:
         """Return the bytes that a forward saves beside input and parameters; None: nobody asks."""
