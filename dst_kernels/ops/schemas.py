@@ -20,21 +20,6 @@ from ..reference.conv import conv_memory_format, conv_output_shape
 from . import checks, conv_checks
 from .autocast import autocast_enabled
 
-__all__ = [
-    "NAMESPACE",
-    "call",
-    "effective_threshold",
-    "masked_conv",
-    "masked_conv_grad_input",
-    "masked_conv_grad_weight",
-    "masked_linear",
-    "masked_linear_grad_input",
-    "masked_linear_grad_weight",
-    "masked_weight",
-    "masked_weight_backward",
-    "without_autograd_and_autocast",
-]
-
 NAMESPACE = "dst_kernels"
 _run: dict[torch._ops.OpOverload, Callable] = {}
 _library = torch.library.Library(NAMESPACE, "DEF")

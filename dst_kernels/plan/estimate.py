@@ -20,18 +20,6 @@ import torch
 
 from .table import measured_conv_costs, measured_costs
 
-__all__ = [
-    "CONV_TRANSPOSE_PATHS",
-    "FUSED",
-    "PACKED",
-    "PATHS",
-    "PLANS",
-    "Plan",
-    "check_path",
-    "plan_conv",
-    "plan_linear",
-]
-
 FUSED, PACKED = "fused", "packed"
 
 
