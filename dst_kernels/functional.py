@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, ops, reference
+from .autograd import MaskOptions
 from .ops.dtensor import is_dtensor, sum_over_shards
 
 __all__ = [
@@ -94,15 +95,8 @@ def masked_weight(
     `surrogate`: "long_tailed" (the paper's: 2 - 4|Q| up to 0.4, 0.4 up to 1, then 0),
     "rectangular" (1 up to 1/2), "triangular" (1 - |Q| up to 1) or "straight_through" (1).
     """
-    return autograd.masked_weight(
-        weight,
-        threshold,
-        reset_ratio=reset_ratio,
-        dtype=dtype,
-        surrogate=surrogate,
-        structure_gradient=structure_gradient,
-        backend=backend,
-    )[0]
+    options = MaskOptions("row", reset_ratio, surrogate, structure_gradient, backend)
+    return autograd.masked_weight(weight, threshold, options, dtype).masked
 
 
 def masked_linear(
@@ -129,17 +123,8 @@ def masked_linear(
     library multiplies), "mixed" (packed, but with the weight's gradients fused), or "auto", the
     fastest as measured or estimated. All compute the same.
     """
-    return autograd.masked_linear(
-        input,
-        weight,
-        threshold,
-        bias,
-        reset_ratio=reset_ratio,
-        surrogate=surrogate,
-        structure_gradient=structure_gradient,
-        backend=backend,
-        path=path,
-    )[0]
+    options = MaskOptions("row", reset_ratio, surrogate, structure_gradient, backend, path)
+    return autograd.masked_linear(input, weight, threshold, bias, options)[0]
 
 
 _SIZES = {1: "L", 2: "H, W", 3: "D, H, W"}
@@ -167,21 +152,9 @@ def _conv(spatial: int):
                 f"weight must be [out, in/groups, *kernel] with {spatial} kernel dimension(s), "
                 f"but its shape is {list(weight.shape)}"
             )
-        return autograd.masked_conv(
-            input,
-            weight,
-            threshold,
-            bias,
-            stride,
-            padding,
-            dilation,
-            groups,
-            reset_ratio=reset_ratio,
-            surrogate=surrogate,
-            structure_gradient=structure_gradient,
-            backend=backend,
-            path=path,
-        )[0]
+        options = MaskOptions("row", reset_ratio, surrogate, structure_gradient, backend, path)
+        operands = input, weight, threshold, bias
+        return autograd.masked_conv(*operands, stride, padding, dilation, groups, options)[0]
 
     sizes = _SIZES[spatial]
     masked_conv.__name__ = masked_conv.__qualname__ = f"masked_conv{spatial}d"
@@ -222,22 +195,10 @@ def _conv_transpose(spatial: int):
                 f"weight must be [in, out/groups, *kernel] with {spatial} kernel dimension(s), "
                 f"but its shape is {list(weight.shape)}"
             )
-        return autograd.masked_conv_transpose(
-            input,
-            weight,
-            threshold,
-            bias,
-            stride,
-            padding,
-            output_padding,
-            groups,
-            dilation,
-            reset_ratio=reset_ratio,
-            surrogate=surrogate,
-            structure_gradient=structure_gradient,
-            backend=backend,
-            path="packed",
-        )[0]
+        options = MaskOptions("row", reset_ratio, surrogate, structure_gradient, backend)
+        operands = input, weight, threshold, bias
+        geometry = stride, padding, output_padding, groups, dilation
+        return autograd.masked_conv_transpose(*operands, *geometry, options)[0]
 
     sizes = _SIZES[spatial]
     name = f"masked_conv_transpose{spatial}d"

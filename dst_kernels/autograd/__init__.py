@@ -1,25 +1,31 @@
 """Autograd functions around the ops: what is saved, which gradients are computed, autocast.
 
-They save the input, the weight, the effective threshold and, on the packed path, the masked weight
-in the compute dtype; never a mask. They can be differentiated once: the surrogate is not a
+On the packed path a masked weight is a node of its own, and torch's own operation multiplies with
+it; fused and mixed paths are one node for both. They save the weight, the effective threshold and
+what the product needs; never a mask. They can be differentiated once: the surrogate is not a
 derivative, so there is no second one.
 """
 
 from ._function import product_dtype
 from .conv import masked_conv
-from .conv_transpose import masked_conv_transpose
-from .group import mask_weights, pack_weights, with_dense_gradients
+from .conv_transpose import masked_conv_transpose, masked_conv_transpose_weight
 from .linear import masked_linear
-from .recurrent import Stack, mask_stacks
+from .options import GRANULARITIES, MaskOptions, check_options
 from .regularization import sparse_regularization
-from .weight import masked_weight, pack
+from .weight import FRESH, Packed, WeightSource, masked_weight, pack
+from .weights import mask_weights, pack_weights, with_dense_gradients
 
 __all__ = [
-    "Stack",
-    "mask_stacks",
+    "FRESH",
+    "GRANULARITIES",
+    "MaskOptions",
+    "Packed",
+    "WeightSource",
+    "check_options",
     "mask_weights",
     "masked_conv",
     "masked_conv_transpose",
+    "masked_conv_transpose_weight",
     "masked_linear",
     "masked_weight",
     "pack",

@@ -14,7 +14,9 @@ from ..ops.conv_checks import check_conv
 from ..ops.geometry import per_dimension, resolve_padding
 from ..plan import Plan, plan_conv
 from ..reference.conv import conv, conv_dense_weight_gradient, conv_grad_input, conv_output_shape
+from .options import MaskOptions
 from .product import Product, masked_product
+from .weight import FRESH, Packed, WeightSource
 
 __all__ = ["conv_grad_bias", "masked_conv"]
 
@@ -25,7 +27,7 @@ def conv_grad_bias(grad: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Conv(Product):
-    forward = staticmethod(conv)
+    multiply = forward = staticmethod(conv)
     grad_input = staticmethod(conv_grad_input)
     dense_gradient = staticmethod(conv_dense_weight_gradient)
     grad_bias = staticmethod(conv_grad_bias)
@@ -72,12 +74,10 @@ def masked_conv(
     padding: str | int | Sequence[int],
     dilation: int | Sequence[int],
     groups: int,
-    **options,
-) -> tuple[Tensor, Tensor]:
-    """Geometry and an absent batch dimension as in torch's convolutions.
-
-    `options` and result of `masked_product`.
-    """
+    options: MaskOptions,
+    source: WeightSource = FRESH,
+) -> Packed:
+    """Geometry and an absent batch dimension as in torch's convolutions; see `masked_product`."""
     spatial = weight.dim() - 2
     stride = per_dimension("stride", stride, spatial)
     dilation = per_dimension("dilation", dilation, spatial)
@@ -88,5 +88,6 @@ def masked_conv(
     geometry = stride, padding, dilation, groups
     if not torch.compiler.is_compiling():  # there the compiler's own checks of shapes serve
         check_conv(input, weight, threshold, bias, *geometry)
-    output, effective = masked_product(_Conv, input, weight, threshold, bias, *geometry, **options)
+    operands = input, weight, threshold, bias
+    output, effective = masked_product(_Conv, *operands, geometry, options, source)
     return output if batched else output.squeeze(0), effective

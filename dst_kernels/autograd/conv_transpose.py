@@ -1,4 +1,4 @@
-"""The masked transposed convolution: packed, on its weight seen by group."""
+"""The masked transposed convolution: a masked weight, seen by group, and torch's operation."""
 
 from __future__ import annotations
 
@@ -10,36 +10,12 @@ from torch import Tensor
 from ..ops.conv_checks import check_conv_transpose
 from ..ops.geometry import per_dimension
 from ..plan import CONV_TRANSPOSE_PATHS, check_path
-from ..reference.conv_transpose import (
-    by_group,
-    conv_transpose,
-    conv_transpose_dense_weight_gradient,
-    conv_transpose_grad_input,
-    not_by_group,
-)
-from .conv import conv_grad_bias
-from .product import Product, masked_product
+from ..reference.conv_transpose import by_group, conv_transpose, not_by_group
+from ._function import cast_for_autocast
+from .options import MaskOptions
+from .weight import FRESH, Packed, WeightSource, masked_weight
 
-__all__ = ["masked_conv_transpose"]
-
-
-class _ConvTranspose(Product):
-    """Of weights by group; `geometry` as in torch's functions."""
-
-    grad_bias = staticmethod(conv_grad_bias)
-
-    @staticmethod
-    def forward(input: Tensor, masked: Tensor, bias: Tensor | None, *geometry) -> Tensor:
-        return conv_transpose(input, masked.flatten(0, 1), bias, *geometry)
-
-    @staticmethod
-    def grad_input(grad: Tensor, like: Tensor, masked: Tensor, *geometry) -> Tensor:
-        return conv_transpose_grad_input(grad, like, masked.flatten(0, 1), *geometry)
-
-    @staticmethod
-    def dense_gradient(grad: Tensor, input: Tensor, weight: Tensor, *geometry) -> Tensor:
-        dense = conv_transpose_dense_weight_gradient(grad, input, weight.flatten(0, 1), *geometry)
-        return dense.unflatten(0, weight.shape[:2])
+__all__ = ["masked_conv_transpose", "masked_conv_transpose_weight"]
 
 
 def masked_conv_transpose(
@@ -52,16 +28,15 @@ def masked_conv_transpose(
     output_padding: int | Sequence[int],
     groups: int,
     dilation: int | Sequence[int],
-    *,
-    path: str,
-    **options,
-) -> tuple[Tensor, Tensor]:
+    options: MaskOptions,
+    source: WeightSource = FRESH,
+) -> Packed:
     """Geometry and an absent batch dimension as in torch's transposed convolutions.
 
-    `options` and result of `masked_product`; the threshold of an output channel gets the sum of
-    what its weights' copies of it get, from autograd's way back through the view.
+    The result is that of `masked_product`; the threshold of an output channel gets the sum of what
+    its weights' copies of it get, from autograd's way back through the view.
     """
-    check_path(path, CONV_TRANSPOSE_PATHS)
+    check_path(options.path, CONV_TRANSPOSE_PATHS)
     spatial = weight.dim() - 2
     stride = per_dimension("stride", stride, spatial)
     padding = per_dimension("padding", padding, spatial)
@@ -73,13 +48,23 @@ def masked_conv_transpose(
         input = input.unsqueeze(0)
     if not torch.compiler.is_compiling():  # there the compiler's own checks of shapes serve
         check_conv_transpose(input, weight, threshold, bias, *geometry)
-    output, effective = masked_product(
-        _ConvTranspose,
-        input,
-        *by_group(weight, threshold, groups),
-        bias,
-        *geometry,
-        path="packed",
-        **options,
+    input = cast_for_autocast(input, weight)
+    masked, effective = masked_conv_transpose_weight(
+        weight, threshold, groups, options, input.dtype, source
     )
-    return output if batched else output.squeeze(0), not_by_group(effective, threshold)
+    output = conv_transpose(input, masked, bias, *geometry)
+    return output if batched else output.squeeze(0), effective
+
+
+def masked_conv_transpose_weight(
+    weight: Tensor,
+    threshold: Tensor,
+    groups: int,
+    options: MaskOptions,
+    dtype: torch.dtype,
+    source: WeightSource = FRESH,
+) -> Packed:
+    """Return as `masked_weight` does, for a weight [in, out/groups, *kernel]."""
+    of_groups = by_group(weight, threshold, groups)
+    masked, effective = masked_weight(*of_groups, options, dtype, source)
+    return Packed(masked.flatten(0, 1), not_by_group(effective, threshold))

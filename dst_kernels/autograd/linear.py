@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import ops
 from ..backends.device import gpu_name, tf32_allowed
 from ..ops.checks import check_linear
 from ..plan import Plan, plan_linear
 from ..reference.linear import dense_weight_gradient, flatten_batch, linear
+from .options import MaskOptions
 from .product import Product, masked_product
+from .weight import FRESH, Packed, WeightSource
 
 __all__ = ["masked_linear"]
 
 
 class _Linear(Product):
+    multiply = staticmethod(F.linear)
     forward = staticmethod(linear)
     fused_forward = ops.masked_linear
     fused_grad_input = ops.masked_linear_grad_input
@@ -48,9 +52,14 @@ class _Linear(Product):
 
 
 def masked_linear(
-    input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, **options
-) -> tuple[Tensor, Tensor]:
-    """input [..., in], weight [out, in]; `options` and result of `masked_product`."""
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None,
+    options: MaskOptions,
+    source: WeightSource = FRESH,
+) -> Packed:
+    """input [..., in], weight [out, in]; the result of `masked_product`."""
     if not torch.compiler.is_compiling():  # there the compiler's own checks of shapes serve
         check_linear(input, weight, threshold, bias)
-    return masked_product(_Linear, input, weight, threshold, bias, **options)
+    return masked_product(_Linear, input, weight, threshold, bias, (), options, source)

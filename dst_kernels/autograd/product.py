@@ -11,11 +11,11 @@ from torch._ops import OpOverload
 
 from .. import ops
 from ..backends import serving
-from ..backends.compiled import library
 from ..ops.checks import check_surrogate
 from ..plan import FUSED, PACKED, PLANS, Plan, check_path
 from ._function import MaskedFunction, cast_for_autocast, wanted
-from .weight import Packed, pack
+from .options import MaskOptions
+from .weight import FRESH, Packed, WeightSource, masked_weight, pack
 
 __all__ = ["Product", "masked_product"]
 
@@ -32,12 +32,13 @@ class Product:
     output.
     """
 
-    # Packed, in ATen.
-    forward: ClassVar[Callable]  # (input, masked, bias, *geometry) -> output
+    multiply: ClassVar[Callable]  # (input, masked, bias, *geometry) -> output; torch's gradients
+    # The same without autograd, and its gradients.
+    forward: ClassVar[Callable]
     grad_input: ClassVar[Callable]  # (grad, like, masked, *geometry) -> dX
     dense_gradient: ClassVar[Callable]  # (grad, input, weight, *geometry) -> G
     grad_bias: ClassVar[Callable]  # (grad, dtype) -> db
-    # Fused: ops, which take `geometry` after their tensors. Absent where there is but one path.
+    # Fused: ops, which take `geometry` after their tensors.
     fused_forward: ClassVar[OpOverload]
     fused_grad_input: ClassVar[OpOverload]
     fused_grad_weight: ClassVar[OpOverload]
@@ -53,9 +54,10 @@ class _MaskedProduct(MaskedFunction):
 
     @staticmethod
     def compute(
-        input, weight, threshold, bias, packed, effective, product, reset_ratio, keep_packed,
-        grad_input_path, grad_weight_path, surrogate, structure_gradient, backend, *geometry,
+        input, weight, threshold, bias, packed, effective, product, grad_paths, keep_packed,
+        reset_ratio, *options_and_geometry,
     ):  # fmt: skip
+        (*_, backend), geometry = options_and_geometry[:3], options_and_geometry[3:]
         if packed is not None:
             return (product.forward(input, packed, bias, *geometry),)
         operands = input, weight, threshold, bias, reset_ratio
@@ -63,12 +65,12 @@ class _MaskedProduct(MaskedFunction):
 
     @staticmethod
     def save(ctx, inputs, outputs):
-        input, weight, _, bias, packed, effective, ctx.product, _, keep_packed, *options = inputs
+        input, weight, _, bias, packed, effective, ctx.product, *rest = inputs
+        (ctx.grad_input_path, ctx.grad_weight_path), keep_packed, _, *options = rest
         if packed is None:
             effective = outputs[1]
             ctx.mark_non_differentiable(effective)
-        ctx.grad_input_path, ctx.grad_weight_path = options[:2]
-        ctx.options, ctx.geometry = options[2:5], options[5:]
+        ctx.options, ctx.geometry = options[:3], options[3:]
         ctx.shape = (input.shape,) if ctx.geometry else ()
         ctx.bias_dtype = None if bias is None else bias.dtype
         _save_operands(ctx, input, weight, effective, packed if keep_packed else None)
@@ -97,14 +99,15 @@ class _MaskedProduct(MaskedFunction):
                 grad_input = ops.call(product.fused_grad_input, *operands, *ctx.geometry, backend)
             else:
                 if packed is None:
-                    packed = pack(weight, effective, None, grad.dtype, backend).masked
+                    as_it_is = MaskOptions(reset_ratio=None, backend=backend)
+                    packed = pack(weight, effective, as_it_is, grad.dtype).masked
                 like = input
                 if input is None and ctx.geometry:
                     like = grad.new_empty(*ctx.shape)
                 grad_input = product.grad_input(grad, like, packed, *ctx.geometry)
         if ctx.needs_input_grad[3]:
             grad_bias = product.grad_bias(grad, ctx.bias_dtype)
-        none = [None] * (10 + len(ctx.geometry))
+        none = [None] * (9 + len(ctx.geometry))
         return grad_input, *wanted(ctx, 1, grads), grad_bias, *none
 
 
@@ -131,62 +134,53 @@ def masked_product(
     weight: Tensor,
     threshold: Tensor,
     bias: Tensor | None,
-    *geometry,
-    reset_ratio: float | None,
-    surrogate: str,
-    structure_gradient: bool,
-    backend: str,
-    path: str,
-    recall: Callable[..., Packed] | None = None,
-    keep_packed: bool = True,
-    dense_gradient: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """(output, effective threshold); gradients go to input, `weight`, `threshold` and bias.
+    geometry: tuple,
+    options: MaskOptions,
+    source: WeightSource = FRESH,
+) -> Packed:
+    """Return (output, effective threshold), with gradients to all four tensors.
 
-    The caller has checked the tensors. `recall` stands in for `pack` where it remembers what it has
-    packed. With `keep_packed` the backward pass finds the masked copy again; without, it makes a
-    new one. With `dense_gradient` the gradient of the weight is G itself, and the threshold has
-    none.
+    The caller has checked the tensors. Packed, this is a masked weight and torch's own operation;
+    every other plan, and a weight that may not be kept, is one node.
     """
-    check_surrogate(surrogate)
-    check_path(path)
+    check_surrogate(options.surrogate)
+    check_path(options.path)
     input = cast_for_autocast(input, weight)
-    plan = _plan(product, path, backend, input, weight, recall is not None, *geometry)
+    plan = _plan(product, input, weight, geometry, options, source)
+    if plan == PLANS["packed"] and source.keep:
+        masked, effective = masked_weight(weight, threshold, options, input.dtype, source)
+        if bias is not None and bias.dtype != input.dtype:
+            bias = bias.to(input.dtype)
+        return product.multiply(input, masked, bias, *geometry), effective
     masked = effective = None
     if plan.forward == PACKED:
-        packed = (recall or pack)(weight, threshold, reset_ratio, input.dtype, backend)
+        packed = (source.recall or pack)(weight, threshold, options, input.dtype)
         masked, effective = packed
+    grad_paths = plan.grad_input, _RAW if source.dense_gradient else plan.grad_weight
     outputs = _MaskedProduct.apply(
-        input, weight, threshold, bias, masked, effective, product, reset_ratio, keep_packed,
-        plan.grad_input, _RAW if dense_gradient else plan.grad_weight,
-        surrogate, structure_gradient, backend, *geometry,
+        input, weight, threshold, bias, masked, effective, product, grad_paths, source.keep,
+        options.reset_ratio, options.surrogate, options.structure_gradient, options.backend,
+        *geometry,
     )  # fmt: skip
     return (outputs[0], effective) if len(outputs) == 1 else outputs
 
 
 def _plan(
     product: type[Product],
-    path: str,
-    backend: str,
     input: Tensor,
     weight: Tensor,
-    packed_available: bool,
-    *geometry,
+    geometry: tuple,
+    options: MaskOptions,
+    source: WeightSource,
 ) -> Plan:
-    if path != "auto":
-        return PLANS[path]
-    if torch.compiler.is_compiling():
-        # A choice by sizes would compile the graph anew at each crossover, and a plain product is
-        # one that the compiler can tune and give an epilogue. Who will serve is a guess from what
-        # the compiler takes for constant; every backend can do the packed path.
-        by_reference = backend == "reference" or (backend == "auto" and not library.BUILT["cpu"])
-        return _without_fused_kernels(by_reference and not weight.is_cuda)
-    names = serving(backend, weight.device)
-    if "triton" in names:
-        return product.fastest(input, weight, packed_available, *geometry)
-    return _without_fused_kernels("reference" in names)
-
-
-def _without_fused_kernels(by_reference: bool) -> Plan:
-    """The reference's fused functions have no kernels, but spare the packed path a copy of G."""
-    return PLANS["mixed" if by_reference else "packed"]
+    if options.path != "auto":
+        return PLANS[options.path]
+    # For the compiler a choice by sizes would mean a new graph at each crossover, and a plain
+    # product is one that it can tune and give an epilogue. Who leaves G to an optimizer packs.
+    if (
+        not torch.compiler.is_compiling()
+        and not source.dense_gradient
+        and "triton" in serving(options.backend, weight.device)
+    ):
+        return product.fastest(input, weight, source.recall is not None, *geometry)
+    return PLANS["packed"]

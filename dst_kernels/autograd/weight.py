@@ -1,7 +1,8 @@
-"""The masked weight with its gradients, and packing: the same without any."""
+"""One masked weight with its gradients, and packing: the same without any."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,62 +11,89 @@ from torch import Tensor
 from .. import ops
 from ..ops.checks import check_surrogate
 from ._function import MaskedFunction, wanted
+from .options import MaskOptions
 
-__all__ = ["Packed", "masked_weight", "pack"]
+__all__ = ["FRESH", "Packed", "WeightSource", "masked_weight", "pack"]
 
 
 class Packed(NamedTuple):
-    """W * M in the compute dtype, and the effective threshold that made it; no gradients."""
+    """W * M in the compute dtype, and the effective threshold that made it."""
 
     masked: Tensor
     effective: Tensor
 
 
-def pack(
-    weight: Tensor,
-    threshold: Tensor,
-    reset_ratio: float | None,
-    dtype: torch.dtype,
-    backend: str,
-) -> Packed:
+class WeightSource(NamedTuple):
+    """Where the W * M of one call comes from, and what becomes of its gradient.
+
+    Args:
+        recall: stands in for `pack` where it remembers what it has packed; None: packed afresh.
+        dense_gradient: the weight's gradient is G itself and the threshold has none, since an
+            optimizer makes both from G.
+        keep: whether W * M may be kept for the backward pass. FSDP2 frees the gathered weight
+            until then; a copy of it would undo that.
+    """
+
+    recall: Callable[[Tensor, Tensor, MaskOptions, torch.dtype], Packed] | None = None
+    dense_gradient: bool = False
+    keep: bool = True
+
+
+FRESH = WeightSource()
+
+
+def pack(weight: Tensor, threshold: Tensor, options: MaskOptions, dtype: torch.dtype) -> Packed:
     """Mask and cast in one pass, outside autograd."""
-    arguments = weight.detach(), threshold.detach(), reset_ratio, dtype, backend
+    arguments = weight.detach(), threshold.detach(), options.reset_ratio, dtype, options.backend
     return Packed(*ops.call(ops.masked_weight, *arguments))
 
 
 class _MaskedWeight(MaskedFunction):
+    """Returns (W * M,) where it is given what was packed before, else (W * M, effective)."""
+
     @staticmethod
-    def compute(weight, threshold, reset_ratio, dtype, surrogate, structure_gradient, backend):
+    def compute(
+        weight, threshold, masked, effective, reset_ratio, dtype, surrogate, structure_gradient,
+        backend, dense_gradient,
+    ):  # fmt: skip
+        if masked is not None:
+            return (masked.detach(),)  # a tensor of this call: autograd marks what is returned
         return ops.call(ops.masked_weight, weight, threshold, reset_ratio, dtype, backend)
 
     @staticmethod
     def save(ctx, inputs, output):
-        weight, _, _, _, *options = inputs
-        _, effective = output
-        ctx.options = options
-        ctx.mark_non_differentiable(effective)
-        ctx.save_for_backward(weight, effective)
+        weight, _, masked, effective, _, _, *ctx.options, ctx.dense_gradient = inputs
+        if masked is None:
+            effective = output[1]
+            ctx.mark_non_differentiable(effective)
+        if not ctx.dense_gradient:
+            ctx.save_for_backward(weight, effective)
 
     @staticmethod
     def gradients(ctx, grad, *_):
-        weight, effective = ctx.saved_tensors
-        grads = ops.call(ops.masked_weight_backward, grad, weight, effective, *ctx.options)
-        return *wanted(ctx, 0, grads), None, None, None, None, None
+        if ctx.dense_gradient:
+            grads = grad, None
+        else:
+            weight, effective = ctx.saved_tensors
+            grads = ops.call(ops.masked_weight_backward, grad, weight, effective, *ctx.options)
+        return *wanted(ctx, 0, grads), *[None] * 8
 
 
 def masked_weight(
     weight: Tensor,
     threshold: Tensor,
-    *,
-    reset_ratio: float | None,
-    dtype: torch.dtype | None,
-    surrogate: str,
-    structure_gradient: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(W * M, effective threshold), the first with gradients to `weight` and `threshold`."""
-    check_surrogate(surrogate)
+    options: MaskOptions,
+    dtype: torch.dtype | None = None,
+    source: WeightSource = FRESH,
+) -> Packed:
+    """W * M in `dtype` (None: the weight's), with gradients to `weight` and `threshold`."""
+    check_surrogate(options.surrogate)
     dtype = weight.dtype if dtype is None else dtype
-    return _MaskedWeight.apply(
-        weight, threshold, reset_ratio, dtype, surrogate, structure_gradient, backend
-    )
+    masked = effective = None
+    if source.recall is not None:
+        masked, effective = source.recall(weight, threshold, options, dtype)
+    outputs = _MaskedWeight.apply(
+        weight, threshold, masked, effective, options.reset_ratio, dtype, options.surrogate,
+        options.structure_gradient, options.backend, source.dense_gradient,
+    )  # fmt: skip
+    return Packed(outputs[0], effective if masked is not None else outputs[1])

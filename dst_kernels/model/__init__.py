@@ -2,7 +2,7 @@
 
 from .config import SparsifyConfig
 from .convert import ConversionPlan, plan_sparsify, sparsify_
-from .finalize import finalize_
+from .finalize import densify_, finalize_
 from .parameters import parameter_groups, sparse_regularization
 from .report import SparsityReport, remaining_ratio, sparsity_report
 
@@ -10,6 +10,7 @@ __all__ = [
     "ConversionPlan",
     "SparsifyConfig",
     "SparsityReport",
+    "densify_",
     "finalize_",
     "parameter_groups",
     "plan_sparsify",

@@ -15,8 +15,9 @@ from types import CodeType
 
 from torch import nn
 
-__all__ = ["bypassed_layers"]
+__all__ = ["bypassed_layers", "reads_a_weight"]
 
+_TORCHS = (nn.Module, nn.RNNBase, nn.LSTM, nn.GRU, nn.RNN)
 # What may be asked of a weight without computing with it.
 _HARMLESS = {"device", "dim", "dtype", "is_cuda", "ndim", "numel", "requires_grad", "shape", "size"}
 # Its fused path is kept off where layers are masked: see `_transformer_encoder.py`.
@@ -38,25 +39,33 @@ def bypassed_layers(model: nn.Module) -> dict[nn.Module, str]:
     return reasons
 
 
+def reads_a_weight(cls: type[nn.Module]) -> bool:
+    """Whether a recurrent class asks for weights by name in a forward that is not torch's."""
+    return any(_is_weight(name) for code in _reached(cls) for name in code.co_names)
+
+
 @functools.cache
 def _weights_read(cls: type[nn.Module]) -> frozenset[tuple[str, ...]]:
     """Every path with `self.path.weight` in forward or in what is reached from it."""
-    paths: set[tuple[str, ...]] = set()
+    return frozenset(path for code in _reached(cls) for path in _paths_in(code))
+
+
+def _reached(cls: type[nn.Module]) -> Iterator[CodeType]:
+    """The code of forward and of every method it names, in turn; but for torch's own."""
     seen: set[str] = set()
     waiting = ["forward"]
     while waiting:
         for code in _codes(cls, waiting.pop()):
-            paths.update(_paths_in(code))
+            yield code
             own = {n for n in code.co_names if n not in seen and not hasattr(nn.Module, n)}
             seen |= own
             waiting += own
-    return frozenset(paths)
 
 
 def _codes(cls: type, name: str) -> Iterator[CodeType]:
     """Code of the method or property `name`, in every base, since super() may lead there."""
     for base in cls.__mro__:
-        member = None if base is nn.Module else base.__dict__.get(name)
+        member = None if base in _TORCHS else base.__dict__.get(name)
         member = getattr(member, "fget", None) or getattr(member, "__func__", None) or member
         code = getattr(inspect.unwrap(member), "__code__", None) if callable(member) else None
         if code is not None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ..backends import check_backend
-from ..nn import GRANULARITIES
-from ..ops.checks import check_surrogate
-from ..plan import check_path
+from ..autograd import check_options
+from ..nn import MaskOptions
 
 __all__ = ["SparsifyConfig"]
 
@@ -38,19 +36,7 @@ class SparsifyConfig:
     min_numel: int = 0
 
     def __post_init__(self) -> None:
-        if self.granularity not in GRANULARITIES:
-            raise ValueError(
-                f"granularity must be one of {', '.join(GRANULARITIES)}, "
-                f"but is {self.granularity!r}"
-            )
-        check_surrogate(self.surrogate)
-        check_backend(self.backend)
-        check_path(self.path)
-        if self.reset_ratio is not None and not 0 <= self.reset_ratio <= 1:
-            raise ValueError(
-                f"reset_ratio must be between 0 and 1, or None for no guard, "
-                f"but is {self.reset_ratio}"
-            )
+        check_options(self.mask_options())
         if self.min_numel < 0:
             raise ValueError(f"min_numel must be at least 0, but is {self.min_numel}")
 
@@ -69,12 +55,13 @@ class SparsifyConfig:
         careful = {"skip_first": True, "skip_last": True, "skip_depthwise": True, "min_numel": 1024}
         return cls(**{**careful, **changes})
 
+    def mask_options(self) -> MaskOptions:
+        """Return the options of the masked layers, as their `masking` has them."""
+        return MaskOptions(**{name: getattr(self, name) for name in MaskOptions._fields})
+
     def layer_options(self) -> dict[str, Any]:
-        """The keyword-only arguments of the masked layers."""
-        names = (
-            "granularity", "reset_ratio", "surrogate", "structure_gradient", "backend", "path",
-        )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        """Return the keyword-only arguments of the masked layers."""
+        return self.mask_options()._asdict()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -24,11 +24,12 @@ from ..nn import (
     MaskedLSTM,
     MaskedModule,
     MaskedRNN,
+    MaskOptions,
 )
+from ..nn.in_place import mask_module_
 from ..ops.dtensor import is_dtensor
-from ._replace import replace_modules
 from ._transformer_encoder import avoid_fast_path
-from ._weight_readers import bypassed_layers
+from ._weight_readers import bypassed_layers, reads_a_weight
 from .config import SparsifyConfig
 
 __all__ = ["ConversionPlan", "PlannedLayer", "plan_sparsify", "sparsify_"]
@@ -106,12 +107,14 @@ def plan_sparsify(
 def sparsify_(
     model: nn.Module, config: SparsifyConfig | None = None, filter_fn: FilterFn | None = None
 ) -> nn.Module:
-    """Replace linear, convolutional and recurrent layers by masked ones with their Parameters.
+    """Make linear, convolutional and recurrent layers masked ones; returns `model`.
 
-    In place; returns the model, or its replacement where the model itself is such a layer. With
-    thresholds at 0 the outputs stay the same. Modules used in several places are converted once,
-    weights shared between layers stay shared and share their threshold. A second call changes
-    nothing. Convert before building the optimizer, `torch.compile`, DDP or `fully_shard`.
+    In place: every module stays the same object, with its Parameters, hooks, methods and
+    attributes, so that lists, aliases and closures that hold it go on. Its class becomes a subclass
+    of the one it has: `isinstance(layer, MaskedLinear)` holds, and so does `isinstance(layer,
+    TheUsersClass)`. With thresholds at 0 the outputs stay the same. Weights shared between layers
+    stay shared and share their threshold. A second call changes nothing. Convert before building
+    the optimizer, `torch.compile`, DDP or `fully_shard`. `finalize_` and `densify_` lead back.
 
     `config` (default: `SparsifyConfig()`) chooses options and layers; `filter_fn(module, name)`
     is asked about each layer the config would convert and keeps it dense by returning False.
@@ -125,15 +128,11 @@ def sparsify_(
         if isinstance(module, MaskedModule)
         for part in module.masked_weights()
     }
-    replacements: dict[nn.Module, nn.Module] = {}
     for module in chosen:
-        masked = replacements[module] = _masked_type(module).from_dense(
-            module, **config.layer_options()
-        )
+        masked = mask_module_(module, _masked_type(module), config.mask_options())
         for part in masked.masked_weights():
             shared = thresholds.setdefault(id(part.weight), part.threshold)
             setattr(masked, part.threshold_name, shared)
-    model = replace_modules(model, replacements)
     avoid_fast_path(model)
     for layer in plan.layers:
         if layer.action == "convert" and layer.reason:
@@ -204,8 +203,9 @@ def _with_rows_elsewhere(
     for name, module in named:
         if module not in reasons or isinstance(module, MaskedModule):
             masked = type(module) if isinstance(module, MaskedModule) else _masked_type(module)
-            by_rows = masked._rows is MaskedModule._rows
-            rows = "first" if by_rows else (masked._rows, getattr(module, "groups", 1))
+            rows = "first"
+            if not masked.rows_first:
+                rows = masked._rows, getattr(module, "groups", 1)
             for weight in _weights(module):
                 owners.setdefault(id(weight), []).append((name, module, rows))
     return {
@@ -273,10 +273,8 @@ def _cannot_convert(module: nn.Module, path: str) -> str | None:
     base = _base(module)
     if base is None and _qualified(type(module)) != _TRANSFORMERS_CONV1D:
         return f"there is no masked {type(module).__name__}"
-    if base is not None and type(module) is not base:
-        methods = ("forward", "_conv_forward", "_output_padding")
-        if any(getattr(type(module), m, None) is not getattr(base, m, None) for m in methods):
-            return f"is a {base.__name__} with a forward of its own"
+    if isinstance(module, nn.RNNBase) and reads_a_weight(type(module)):
+        return f"is a {base.__name__} with a forward of its own that reads weights"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
     for name in _weight_names(module):
@@ -287,10 +285,28 @@ def _cannot_convert(module: nn.Module, path: str) -> str | None:
             return f"its {name} is {weight.dtype}"
         if is_dtensor(weight):
             return "is sharded already: convert before fully_shard"
-    paths = _masked_type(module).paths
-    if path not in paths:
-        return f"has no path {path!r}, only {' and '.join(paths)}"
+    masked = _masked_type(module)
+    if path not in masked.accepted_paths:
+        return f"has no path {path!r}, only {' and '.join(masked.accepted_paths)}"
+    in_the_way = [name for name in _names_needed(module, masked) if hasattr(module, name)]
+    if in_the_way:
+        return f"has an attribute {in_the_way[0]!r} of its own, a name that masked layers need"
     return None
+
+
+# What a masked module has for its user, but does not need: a user's own go before these.
+_CONVENIENT = {
+    "mask", "remaining_ratio", "gathered", "reset_threshold", "from_dense", "to_dense",
+    *MaskOptions._fields,
+}  # fmt: skip
+
+
+def _names_needed(module: nn.Module, masked: type[MaskedModule]) -> list[str]:
+    """Attributes by which a masked module works, its Parameters first."""
+    thresholds = [name.replace("weight", "threshold") for name in _weight_names(module)]
+    own = {n for c in masked.__mro__ if issubclass(c, MaskedModule) for n in vars(c)}
+    others = own - _CONVENIENT - set(dir(masked.dense_type))
+    return [*thresholds, "masking", *sorted(n for n in others if not n.startswith("__"))]
 
 
 def _warning(module: nn.Module) -> str:

@@ -1,39 +1,57 @@
-"""From masked layers back to plain torch.nn."""
+"""From masked layers back to dense ones: with their masks baked in, or without a trace of them."""
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from ..nn import MaskedModule, ungroup_
-from ._replace import replace_modules
+from ..nn.in_place import unmask_module_, why_not_unmasked
 from ._transformer_encoder import restore_fast_path
 
-__all__ = ["FORMATS", "finalize_"]
+__all__ = ["FORMATS", "densify_", "finalize_"]
 
 FORMATS = ("dense",)
 
 
 def finalize_(model: nn.Module, format: str = "dense") -> nn.Module:
-    """Replace every masked layer by the plain layer with weight * mask baked in.
+    """Make every masked layer the dense layer with weight * mask in its weight; returns `model`.
 
-    In place; returns the model, or its replacement where the model itself is a masked layer.
-    Outputs stay the same (bit for bit in float32 on the reference path). Weights that masked
-    layers shared stay shared. A model without masked layers comes back as it is.
+    In place: modules and Parameters stay the same objects, so that every reference to them goes
+    on. Outputs stay the same (bit for bit in float32 on the reference path). Weights that layers
+    share stay shared. A model without masked layers comes back as it is.
 
-    Raises ValueError for a format other than "dense", RuntimeError for sharded weights.
+    Raises ValueError for a format other than "dense", RuntimeError for sharded, parametrized and
+    computed weights, and then changes nothing.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, but is {format!r}")
-    baked: dict[int, nn.Parameter] = {}
-    replacements: dict[nn.Module, nn.Module] = {}
-    for module in model.modules():
-        if isinstance(module, MaskedModule):
-            dense = replacements[module] = module.to_dense()
-            for part in module.masked_weights():
-                own = getattr(dense, part.name)
-                setattr(dense, part.name, baked.setdefault(id(part.weight), own))
-    for module in model.modules():
+    return _without_masks(model, bake=True)
+
+
+def densify_(model: nn.Module) -> nn.Module:
+    """Make every masked layer the dense layer it was, with its raw weights; returns `model`.
+
+    The way back from `sparsify_`, in place: thresholds are dropped, and what they pruned is there
+    again. `finalize_` keeps what was pruned at 0. Errors as in `finalize_`.
+    """
+    return _without_masks(model, bake=False)
+
+
+def _without_masks(model: nn.Module, bake: bool) -> nn.Module:
+    masked = {n: m for n, m in model.named_modules() if isinstance(m, MaskedModule)}
+    for name, module in masked.items():
+        reason = why_not_unmasked(module)
+        if reason is not None:
+            raise RuntimeError(f"{name or 'the model'} ({type(module).__name__}): {reason}")
+    if bake:
+        weights = {id(part.weight): part for m in masked.values() for part in m.masked_weights()}
+        with torch.no_grad():
+            for part in weights.values():
+                part.weight.copy_(part.baked())
+    for module in list(model.modules()):
         ungroup_(module)
-    model = replace_modules(model, replacements)
+    for module in masked.values():
+        unmask_module_(module)
     restore_fast_path(model)
     return model

@@ -1,5 +1,6 @@
 """Masked layers: subclasses of their torch.nn parents with a trainable pruning threshold."""
 
+from ..autograd import GRANULARITIES, MaskOptions
 from .conv import MaskedConv1d, MaskedConv2d, MaskedConv3d
 from .conv_transpose import (
     MaskedConvTranspose1d,
@@ -8,13 +9,13 @@ from .conv_transpose import (
 )
 from .layer import MaskedLayer
 from .linear import MaskedLinear
-from .module import GRANULARITIES, MaskedModule
+from .module import MaskedModule
 from .recurrent import MaskedGRU, MaskedLSTM, MaskedRNN
-from .sources.group import group_, ungroup_
-from .sources.reuse import weights_unchanged
+from .switches import group_, ungroup_, weights_unchanged
 
 __all__ = [
     "GRANULARITIES",
+    "MaskOptions",
     "MaskedConv1d",
     "MaskedConv2d",
     "MaskedConv3d",

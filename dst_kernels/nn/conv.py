@@ -7,12 +7,12 @@ from torch.nn import functional as F
 
 from .. import autograd
 from .layer import MaskedLayer
-from .sources.group import attached_weight
+from .sources import attached_weight
 
 __all__ = ["MaskedConv1d", "MaskedConv2d", "MaskedConv3d"]
 
 
-class _MaskedConv(MaskedLayer):
+class MaskedConv(MaskedLayer):
     """`torch.nn.{parent}` that computes with the weights whose magnitude exceeds their threshold.
 
     Positional arguments, `padding_mode`, `device` and `dtype` as in the parent. A row is one
@@ -20,43 +20,9 @@ class _MaskedConv(MaskedLayer):
     errors raised are those of `MaskedLinear`.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size,
-        stride=1,
-        padding=0,
-        dilation=1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device=None,
-        dtype=None,
-        *,
-        granularity: str = "row",
-        reset_ratio: float | None = 0.01,
-        surrogate: str = "long_tailed",
-        structure_gradient: bool = True,
-        backend: str = "auto",
-        path: str = "auto",
-    ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            device=device,
-            dtype=dtype,
-        )
-        self._init_masking(granularity, reset_ratio, surrogate, structure_gradient, backend, path)
-
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if weight is not self._parameters.get("weight", weight):
+            return super()._conv_forward(input, weight, bias)  # a forward of the user's own
         attached = attached_weight(self, input)
         if attached is not None:
             return super()._conv_forward(input, attached, bias)
@@ -65,19 +31,23 @@ class _MaskedConv(MaskedLayer):
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         geometry = self.stride, padding, self.dilation, self.groups
-        return self._masked(autograd.masked_conv, input, bias, *geometry)
+        return self._masked(
+            lambda weight, threshold, *how: autograd.masked_conv(
+                input, weight, threshold, bias, *geometry, *how
+            )
+        )
 
 
-class MaskedConv1d(_MaskedConv, nn.Conv1d):
-    __doc__ = _MaskedConv.__doc__.format(parent="Conv1d")
+class MaskedConv1d(MaskedConv, nn.Conv1d):
+    __doc__ = MaskedConv.__doc__.format(parent="Conv1d")
     dense_type = nn.Conv1d
 
 
-class MaskedConv2d(_MaskedConv, nn.Conv2d):
-    __doc__ = _MaskedConv.__doc__.format(parent="Conv2d")
+class MaskedConv2d(MaskedConv, nn.Conv2d):
+    __doc__ = MaskedConv.__doc__.format(parent="Conv2d")
     dense_type = nn.Conv2d
 
 
-class MaskedConv3d(_MaskedConv, nn.Conv3d):
-    __doc__ = _MaskedConv.__doc__.format(parent="Conv3d")
+class MaskedConv3d(MaskedConv, nn.Conv3d):
+    __doc__ = MaskedConv.__doc__.format(parent="Conv3d")
     dense_type = nn.Conv3d

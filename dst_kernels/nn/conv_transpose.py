@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .. import autograd
 from ..plan import CONV_TRANSPOSE_PATHS
 from .layer import MaskedLayer
+from .module import MaskedWeight
 
 __all__ = ["MaskedConvTranspose1d", "MaskedConvTranspose2d", "MaskedConvTranspose3d"]
 
@@ -22,45 +23,8 @@ class _MaskedConvTranspose(MaskedLayer):
     `path` is "auto" or "packed", which are the same here.
     """
 
-    paths = CONV_TRANSPOSE_PATHS
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size,
-        stride=1,
-        padding=0,
-        output_padding=0,
-        groups: int = 1,
-        bias: bool = True,
-        dilation=1,
-        padding_mode: str = "zeros",
-        device=None,
-        dtype=None,
-        *,
-        granularity: str = "row",
-        reset_ratio: float | None = 0.01,
-        surrogate: str = "long_tailed",
-        structure_gradient: bool = True,
-        backend: str = "auto",
-        path: str = "auto",
-    ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            output_padding,
-            groups,
-            bias,
-            dilation,
-            padding_mode,
-            device=device,
-            dtype=dtype,
-        )
-        self._init_masking(granularity, reset_ratio, surrogate, structure_gradient, backend, path)
+    accepted_paths = CONV_TRANSPOSE_PATHS
+    rows_first = False
 
     def _rows(self, tensor: Tensor) -> Tensor:
         """[in, out/groups, *kernel] to [out, in/groups, *kernel] and back."""
@@ -70,7 +34,7 @@ class _MaskedConvTranspose(MaskedLayer):
         return by_group.transpose(1, 2).flatten(0, 1)
 
     def _operands(self) -> tuple[Tensor, Tensor]:
-        return self.weight, self.threshold  # with rows first they would be copies
+        return MaskedWeight(self).weight, self.threshold  # with rows first they would be copies
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         output_padding = self._output_padding(
@@ -83,7 +47,20 @@ class _MaskedConvTranspose(MaskedLayer):
             self.dilation,
         )
         geometry = self.stride, self.padding, output_padding, self.groups, self.dilation
-        return self._masked(autograd.masked_conv_transpose, input, self.bias, *geometry)
+        return self._masked(
+            lambda weight, threshold, *how: autograd.masked_conv_transpose(
+                input, weight, threshold, self.bias, *geometry, *how
+            )
+        )
+
+
+    def _weight_to_compute_with(self, weight: Tensor) -> Tensor:
+        dtype = weight.dtype
+        return self._masked(
+            lambda weight, threshold, *how: autograd.masked_conv_transpose_weight(
+                weight, threshold, self.groups, how[0], dtype, how[1]
+            )
+        )
 
 
 class MaskedConvTranspose1d(_MaskedConvTranspose, nn.ConvTranspose1d):

@@ -22,21 +22,7 @@ class MaskedTransformersConv1D(MaskedLayer, Conv1D):
     """
 
     dense_type = Conv1D
-
-    def __init__(
-        self,
-        nf: int,
-        nx: int,
-        *,
-        granularity: str = "row",
-        reset_ratio: float | None = 0.01,
-        surrogate: str = "long_tailed",
-        structure_gradient: bool = True,
-        backend: str = "auto",
-        path: str = "auto",
-    ) -> None:
-        super().__init__(nf, nx)
-        self._init_masking(granularity, reset_ratio, surrogate, structure_gradient, backend, path)
+    rows_first = False
 
     def _rows(self, tensor: Tensor) -> Tensor:
         return tensor.t() if tensor.dim() == 2 else tensor
@@ -54,4 +40,8 @@ class MaskedTransformersConv1D(MaskedLayer, Conv1D):
         return f"nf={self.nf}, nx={self.nx}, {self._masking_repr()}"
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._masked(autograd.masked_linear, input, self.bias)
+        return self._masked(
+            lambda weight, threshold, *how: autograd.masked_linear(
+                input, weight, threshold, self.bias, *how
+            )
+        )

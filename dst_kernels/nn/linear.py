@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from .. import autograd
 from .layer import MaskedLayer
-from .sources.group import attached_weight
+from .sources import attached_weight
 
 __all__ = ["MaskedLinear"]
 
@@ -35,26 +35,12 @@ class MaskedLinear(MaskedLayer, nn.Linear):
 
     dense_type = nn.Linear
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device=None,
-        dtype=None,
-        *,
-        granularity: str = "row",
-        reset_ratio: float | None = 0.01,
-        surrogate: str = "long_tailed",
-        structure_gradient: bool = True,
-        backend: str = "auto",
-        path: str = "auto",
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._init_masking(granularity, reset_ratio, surrogate, structure_gradient, backend, path)
-
     def forward(self, input: Tensor) -> Tensor:
-        weight = attached_weight(self, input)
-        if weight is not None:
-            return F.linear(input, weight, self.bias)
-        return self._masked(autograd.masked_linear, input, self.bias)
+        attached = attached_weight(self, input)
+        if attached is not None:
+            return F.linear(input, attached, self.bias)
+        return self._masked(
+            lambda weight, threshold, *how: autograd.masked_linear(
+                input, weight, threshold, self.bias, *how
+            )
+        )

@@ -1,28 +1,30 @@
-"""What all masked modules share: options, thresholds, dense and back, state dicts.
+"""What all masked modules share: options, thresholds, state dicts.
 
-A module has one masked weight (`layer.py`) or several (`recurrent.py`).
+A module has one masked weight (`layer.py`) or several (`recurrent.py`). How a dense module becomes
+a masked one, and back, is in `in_place.py`.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..autograd import MaskOptions, check_options
 from ..backends import resolve
-from ..ops.checks import check_effective_threshold, check_surrogate
-from ..ops.dtensor import full_tensor, is_dtensor
-from ..plan import PATHS, check_path
+from ..ops.checks import check_effective_threshold
+from ..ops.dtensor import full_tensor, is_dtensor, reset_rows
+from ..plan import PATHS
+from .in_place import mask_module_, shallow_copy, unmask_module_
 
-__all__ = ["GRANULARITIES", "OPTIONS", "MaskedModule", "MaskedWeight"]
-
-GRANULARITIES = ("row", "layer", "element")
-OPTIONS = ("granularity", "reset_ratio", "surrogate", "structure_gradient", "backend", "path")
+__all__ = ["MaskedModule", "MaskedWeight"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,9 @@ class MaskedWeight:
 
     @property
     def weight(self) -> Tensor:
-        return getattr(self.module, self.name)
+        """The weight as it is stored, or as a parametrization computes it."""
+        stored = self.module._parameters.get(self.name)
+        return getattr(self.module, self.name) if stored is None else stored
 
     @property
     def threshold(self) -> Tensor:
@@ -58,7 +62,7 @@ class MaskedWeight:
     def effective(self) -> tuple[Tensor, Tensor]:
         """As `gathered`, with the effective threshold."""
         weight, threshold = self.gathered()
-        ratio = self.module.reset_ratio
+        ratio = self.module.masking.reset_ratio
         if self.matrices == 1:
             return weight, F.effective_threshold(weight, threshold, reset_ratio=ratio)
         pairs = zip(weight.chunk(self.matrices), threshold.chunk(self.matrices), strict=True)
@@ -87,64 +91,127 @@ class MaskedWeight:
         return torch.empty_like(self.weight).copy_(self.module._rows(masked))
 
 
+class _Option:
+    """Reads and sets one option of a module's `masking`.
+
+    Where the user's class or the instance has something of that name, it is theirs alone.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: MaskedModule | None, owner: type) -> object:
+        if module is None:
+            return self
+        attributes = module.__dict__
+        return (
+            attributes[self.name] if self.name in attributes else getattr(module.masking, self.name)
+        )
+
+    def __set__(self, module: MaskedModule, value: object) -> None:
+        if module.dense_class is not module.dense_type or self.name in module.__dict__:
+            module.__dict__[self.name] = value
+            return
+        options = module.masking._replace(**{self.name: value})
+        check_options(options, module.accepted_paths)
+        module.masking = options
+
+    def __delete__(self, module: MaskedModule) -> None:
+        if self.name not in module.__dict__:
+            raise AttributeError(f"{self.name} is an option of the mask and cannot be deleted")
+        del module.__dict__[self.name]
+
+
 class MaskedModule:
     """Mixin that goes before a `torch.nn` module.
 
     Attributes:
-        granularity, reset_ratio, surrogate, structure_gradient, backend, path: as given.
+        masking: the options, a `MaskOptions`; each can also be read and set by its own name.
+        dense_type: the class of torch whose twin this is.
+        dense_class: what the module becomes without masks: `dense_type`, or a subclass of it.
+        accepted_paths: that its products can take.
+        rows_first: whether weights are stored with one output after the other.
     """
 
+    masking: MaskOptions
     dense_type: ClassVar[type[nn.Module]]
-    paths: ClassVar[tuple[str, ...]] = PATHS  # that its products can take
+    dense_class: ClassVar[type[nn.Module]]
+    accepted_paths: ClassVar[tuple[str, ...]] = PATHS
+    rows_first: ClassVar[bool] = True
+
+    # By name, those that FSDP2 keeps sharded.
+    _sharded_thresholds: Mapping[str, Tensor] = MappingProxyType({})
+
+    granularity, reset_ratio, surrogate = _Option(), _Option(), _Option()
+    structure_gradient, backend, path = _Option(), _Option(), _Option()
+
+    def __init__(
+        self,
+        *args,
+        granularity: str = "row",
+        reset_ratio: float | None = 0.01,
+        surrogate: str = "long_tailed",
+        structure_gradient: bool = True,
+        backend: str = "auto",
+        path: str = "auto",
+        **kwargs,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        options = granularity, reset_ratio, surrogate, structure_gradient, backend, path
+        self._init_masking(MaskOptions(*options))
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        """Give every twin of a torch class a constructor with the signature of both."""
+        super().__init_subclass__(**kwargs)
+        if "dense_type" not in cls.__dict__:
+            return
+        cls.dense_class = cls.dense_type
+
+        def __init__(self, *args, **kwargs) -> None:
+            super(cls, self).__init__(*args, **kwargs)
+
+        options = inspect.signature(MaskedModule.__init__).parameters.values()
+        parents = inspect.signature(cls.dense_type.__init__).parameters.values()
+        both = [
+            *(p for p in parents if p.kind is not p.VAR_KEYWORD),
+            *(p for p in options if p.kind is p.KEYWORD_ONLY),
+            *(p for p in parents if p.kind is p.VAR_KEYWORD),
+        ]
+        __init__.__signature__ = inspect.Signature(both)
+        cls.__init__ = __init__
 
     def masked_weights(self) -> Sequence[MaskedWeight]:
-        """Every weight that is masked."""
+        """Return every weight that is masked."""
         raise NotImplementedError
 
-    def _init_masking(
-        self,
-        granularity: str,
-        reset_ratio: float | None,
-        surrogate: str,
-        structure_gradient: bool,
-        backend: str,
-        path: str,
-    ) -> None:
-        if granularity not in GRANULARITIES:
-            raise ValueError(
-                f"granularity must be one of {', '.join(GRANULARITIES)}, but is {granularity!r}"
-            )
-        check_surrogate(surrogate)
-        resolve(backend)
-        check_path(path, self.paths)
-        self.granularity = granularity
-        self.reset_ratio = reset_ratio
-        self.surrogate = surrogate
-        self.structure_gradient = structure_gradient
-        self.backend = backend
-        self.path = path
-        for part in self.masked_weights():
-            setattr(self, part.threshold_name, self._new_threshold(part))
+    def _init_masking(self, options: MaskOptions) -> None:
+        """Set the options, and thresholds of 0; raises what a masked layer's constructor does."""
+        check_options(options, self.accepted_paths)
+        resolve(options.backend)
+        thresholds = [self._new_threshold(part, options) for part in self.masked_weights()]
+        self.__dict__["masking"] = options
+        for part, threshold in zip(self.masked_weights(), thresholds, strict=True):
+            setattr(self, part.threshold_name, threshold)
 
-    def _new_threshold(self, part: MaskedWeight) -> nn.Parameter:
+    def _new_threshold(self, part: MaskedWeight, options: MaskOptions) -> nn.Parameter:
         weight = part.weight
         rows = self._rows(weight)
         shape = {
             "row": [rows.shape[0]],
             "layer": [part.matrices],  # never 0-dim: FSDP2 shards no scalars
             "element": weight.shape,
-        }[self.granularity]
+        }[options.granularity]
         dtype = torch.promote_types(weight.dtype, torch.float32)
         threshold = nn.Parameter(torch.zeros(shape, dtype=dtype, device=weight.device))
         one = rows.chunk(part.matrices)[0], self._rows(threshold).chunk(part.matrices)[0]
-        check_effective_threshold(*one, self.reset_ratio)
+        check_effective_threshold(*one, options.reset_ratio)
         return threshold
 
     def reset_parameters(self) -> None:
         """Weights and biases as the parent does, thresholds to 0."""
         super().reset_parameters()
-        if hasattr(self, "granularity"):  # the parent's __init__ calls this before there are any
-            self.reset_threshold()
+        if "masking" in self.__dict__:  # the parent's __init__ calls this before there are any
+            MaskedModule.reset_threshold(self)
 
     @torch.no_grad()
     def reset_threshold(self, value: float = 0.0) -> None:
@@ -156,11 +223,7 @@ class MaskedModule:
         return f"{super().extra_repr()}, {self._masking_repr()}"
 
     def _masking_repr(self) -> str:
-        return (
-            f"granularity={self.granularity}, reset_ratio={self.reset_ratio}, "
-            f"surrogate={self.surrogate}, structure_gradient={self.structure_gradient}, "
-            f"backend={self.backend}, path={self.path}"
-        )
+        return ", ".join(f"{name}={value}" for name, value in self.masking._asdict().items())
 
     def _rows(self, tensor: Tensor) -> Tensor:
         """Weight-shaped tensors with output rows first; layers that store them otherwise override.
@@ -169,7 +232,34 @@ class MaskedModule:
         """
         return tensor
 
+    # -- the collapse guard --------------------------------------------------------------------
+
+    def _commits(self) -> bool:
+        """Whether a forward now writes resets by the guard into the thresholds."""
+        return self.training and self.masking.reset_ratio is not None
+
+    @torch.no_grad()
+    def _commit(self, threshold: Tensor, effective: Tensor, name: str = "threshold") -> None:
+        shard = self._sharded_thresholds.get(name)
+        if shard is not None:
+            reset_rows(shard, (effective == 0) & (threshold != 0))
+        threshold.copy_(effective)
+
     # -- torch.nn.Module machinery -------------------------------------------------------------
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # During forward FSDP2 puts a gathered copy in the parameter's place and drops it after;
+        # a committed reset must also reach the shard, which is seen when FSDP2 sets it here.
+        if isinstance(value, Tensor) and is_dtensor(value) and name.startswith("threshold"):
+            self.__dict__["_sharded_thresholds"] = {**self._sharded_thresholds, name: value}
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict:
+        """Return what a copy has: it belongs to no optimizer, and its parameters are its own."""
+        left = ("_deferral", "_sharded_thresholds")
+        # Python 3.10 has no `object.__getstate__`.
+        state = super().__getstate__() if hasattr(super(), "__getstate__") else self.__dict__
+        return {name: value for name, value in state.items() if name not in left}
 
     def _apply(self, fn, recurse: bool = True):
         """Conversions move thresholds, but never below float32: their updates would round away."""
@@ -216,63 +306,35 @@ class MaskedModule:
             error_msgs,
         )
 
-    # -- dense and back ------------------------------------------------------------------------
+    # -- dense and back: see in_place.py -------------------------------------------------------
 
     @classmethod
-    def from_dense(
-        cls,
-        dense: nn.Module,
-        *,
-        granularity: str = "row",
-        reset_ratio: float | None = 0.01,
-        surrogate: str = "long_tailed",
-        structure_gradient: bool = True,
-        backend: str = "auto",
-        path: str = "auto",
-    ):
-        """A masked module with the same Parameters, mode, hooks and attributes; thresholds at 0.
+    def from_dense(cls, dense: nn.Module, **options):
+        """Return a masked module with the same Parameters, mode, hooks and attributes.
 
-        Raises TypeError where `dense` is not of the type this class replaces.
+        `options` are the keyword-only arguments of the constructor; thresholds start at 0. `dense`
+        stays as it is; `dst_kernels.sparsify_` changes modules in place.
+
+        Raises TypeError where `dense` is not of the type this class replaces, and what the
+        constructor raises.
         """
         if not isinstance(dense, cls.dense_type) or isinstance(dense, MaskedModule):
             raise TypeError(
                 f"dense must be a {cls.dense_type.__name__}, but is a {type(dense).__name__}"
             )
-        layer = retyped(dense, cls)
-        layer._init_masking(granularity, reset_ratio, surrogate, structure_gradient, backend, path)
-        return layer
+        return mask_module_(shallow_copy(dense), cls, MaskOptions(**options))
 
     def to_dense(self) -> nn.Module:
-        """The plain `torch.nn` module with weight * mask baked in; shares the biases.
+        """Return the dense module with weight * mask baked in; it shares the biases.
 
-        Raises RuntimeError where a weight is sharded.
+        Raises RuntimeError where a weight is sharded or computed by a parametrization.
         """
-        parts = self.masked_weights()
-        if any(is_dtensor(part.weight) for part in parts):
-            raise RuntimeError(
-                "a sharded layer cannot be made dense: gather the state dict and load it into an "
-                "unsharded model first"
-            )
-        layer = retyped(self, self.dense_type)
-        for name in OPTIONS:
-            del layer.__dict__[name]
-        for part in parts:
-            del layer._parameters[part.threshold_name]
-            baked = nn.Parameter(part.baked(), requires_grad=part.weight.requires_grad)
-            layer._parameters[part.name] = baked
-        return layer
-
-
-def retyped(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """A shallow copy of `module` as a `cls`, to take its place.
-
-    Hooks are shared, so that a handle from before still removes its hook.
-    """
-    new = cls.__new__(cls)
-    new.__dict__.update(module.__dict__)
-    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-        new.__dict__[name] = module.__dict__[name].copy()
-    return new
+        layer = shallow_copy(self)
+        for part in self.masked_weights():
+            if part.name in layer._parameters and not is_dtensor(part.weight):
+                baked = nn.Parameter(part.baked(), requires_grad=part.weight.requires_grad)
+                layer._parameters[part.name] = baked
+        return unmask_module_(layer)
 
 
 def _zeros(threshold: Tensor, weight: Tensor) -> Tensor:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .. import autograd
 from ..ops.autocast import autocast_enabled
-from ..ops.dtensor import is_dtensor, reset_rows
 from .cudnn_buffer import cudnn_takes, empty_parameters
+from .in_place import shallow_copy
 from .module import MaskedModule, MaskedWeight
 
 __all__ = ["RECURRENT_PATHS", "MaskedGRU", "MaskedLSTM", "MaskedRNN", "MaskedRecurrent"]
@@ -34,21 +34,7 @@ class MaskedRecurrent(MaskedModule):
     layers and directions are masked in one launch, also outside of `dst_kernels.group_`.
     """
 
-    paths = RECURRENT_PATHS
-
-    def __init__(
-        self,
-        *args,
-        granularity: str = "row",
-        reset_ratio: float | None = 0.01,
-        surrogate: str = "long_tailed",
-        structure_gradient: bool = True,
-        backend: str = "auto",
-        path: str = "auto",
-        **kwargs,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._init_masking(granularity, reset_ratio, surrogate, structure_gradient, backend, path)
+    accepted_paths = RECURRENT_PATHS
 
     def masked_weights(self) -> Sequence[MaskedWeight]:
         gates = _GATES.get(self.mode, 1)
@@ -76,95 +62,59 @@ class MaskedRecurrent(MaskedModule):
     # torch's compiler leaves recurrent modules to eager mode, too, unless told otherwise.
     @torch._disable_dynamo
     def forward(self, input, hx=None):
-        parameters = self._flat_weights
-        # The parent's forward computes with these.
-        self.__dict__["_flat_weights"] = self._masked_parameters()
-        try:
-            return super().forward(input, hx)
-        finally:
-            self.__dict__["_flat_weights"] = parameters
+        # The parent's forward computes with the `_flat_weights` of a module: of one that lives for
+        # this call, so that no other call, on another thread, meets these masked weights.
+        other = shallow_copy(self)
+        other.__dict__["_flat_weights"] = self._masked_parameters()
+        return super(MaskedRecurrent, other).forward(input, hx)
 
     def _masked_parameters(self) -> list[Tensor]:
         """W * M of every weight, and the biases, in the dtype of the products."""
         parameters = [getattr(self, name) for name in self._flat_weights_names]
         parts = {part.name: part for part in self.masked_weights()}
-        stacks = [
-            autograd.Stack(part.weight, part.threshold, part.matrices) for part in parts.values()
-        ]
         dtype = _product_dtype(parameters[0])
-        if _is_plain(parameters) and not self._sharded_thresholds:
-            weights, biases = self._mask_at_once(stacks, parameters, dtype)
-        else:
-            weights, biases = self._mask_one_by_one(stacks, parameters, dtype)
-        weights, biases = iter(weights), iter(biases)
+        at_once = _is_plain(parameters) and not self._sharded_thresholds
+        mask = self._mask_at_once if at_once else self._mask_one_by_one
+        weights, biases = map(iter, mask(parts.values(), parameters, dtype))
         return [next(weights if name in parts else biases) for name in self._flat_weights_names]
 
     def _mask_at_once(
-        self, stacks: Sequence[autograd.Stack], parameters: Sequence[Tensor], dtype: torch.dtype
+        self, parts: Iterable[MaskedWeight], parameters: Sequence[Tensor], dtype: torch.dtype
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        weights = [part.weight for part in parts]
         shapes = [parameter.shape for parameter in parameters]
         out = empty_parameters(self, shapes, dtype, parameters[0].device)
-        return autograd.mask_stacks(
-            stacks,
-            _biases(parameters),
-            ([each for each in out if each.dim() == 2], _biases(out)),
-            self.reset_ratio,
-            self._commits,
-            self.surrogate,
-            self.structure_gradient,
-            self.backend,
+        made = autograd.mask_weights(
+            weights,
+            [part.threshold for part in parts],
+            [self.masking] * len(weights),
+            [self._commits()] * len(weights),
+            dtype,
+            matrices=[part.matrices for part in parts],
+            out=[each for each in out if each.dim() == 2],
+            copied=_biases(parameters),
+            copies=_biases(out),
         )
+        return made[: len(weights)], made[len(weights) :]
 
     def _mask_one_by_one(
-        self, stacks: Sequence[autograd.Stack], parameters: Sequence[Tensor], dtype: torch.dtype
+        self, parts: Iterable[MaskedWeight], parameters: Sequence[Tensor], dtype: torch.dtype
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """With registered ops, as fake tensors, dispatch modes, torch.func and FSDP2 want it."""
         masked = []
-        for part, stack in zip(self.masked_weights(), stacks, strict=True):
-            weights = stack.weight.chunk(stack.matrices)
-            thresholds = stack.threshold.chunk(stack.matrices)
+        for part in parts:
+            weights, thresholds = (t.chunk(part.matrices) for t in (part.weight, part.threshold))
             made = [
-                autograd.masked_weight(
-                    weight,
-                    threshold,
-                    reset_ratio=self.reset_ratio,
-                    dtype=dtype,
-                    surrogate=self.surrogate,
-                    structure_gradient=self.structure_gradient,
-                    backend=self.backend,
-                )
+                autograd.masked_weight(weight, threshold, self.masking, dtype)
                 for weight, threshold in zip(weights, thresholds, strict=True)
             ]
             masked.append(torch.cat([matrix for matrix, _ in made]))
-            if self._commits:
-                self._commit(part, torch.cat([effective for _, effective in made]))
+            if self._commits():
+                effective = torch.cat([effective for _, effective in made])
+                self._commit(part.threshold, effective, part.threshold_name)
         return masked, [bias.to(dtype) for bias in _biases(parameters)]
 
-    @property
-    def _commits(self) -> bool:
-        return self.training and self.reset_ratio is not None
-
-    @torch.no_grad()
-    def _commit(self, part: MaskedWeight, effective: Tensor) -> None:
-        """Write resets by the guard into the thresholds."""
-        threshold = part.threshold
-        shard = self._sharded_thresholds.get(part.threshold_name)
-        if shard is not None:
-            reset_rows(shard, (effective == 0) & (threshold != 0))
-        threshold.copy_(effective)
-
     # -- torch.nn.RNNBase machinery ------------------------------------------------------------
-
-    @property
-    def _sharded_thresholds(self) -> dict[str, Tensor]:
-        """Those that FSDP2 keeps sharded, by name; seen when it sets them here."""
-        return self.__dict__.setdefault("_shards", {})
-
-    def __setattr__(self, name: str, value: object) -> None:
-        # As in MaskedLayer: a committed reset must also reach the shard.
-        if name.startswith("threshold_") and isinstance(value, Tensor) and is_dtensor(value):
-            self._sharded_thresholds[name] = value
-        super().__setattr__(name, value)
 
     def flatten_parameters(self) -> None:
         """Nothing to do: masked weights are flat, and the parameters are not computed with."""
@@ -174,19 +124,7 @@ class MaskedRecurrent(MaskedModule):
 
     def __getstate__(self) -> dict:
         parameters = [self._parameters.get(name) for name in self._flat_weights_names]
-        return {**super().__getstate__(), "_flat_weights": parameters, "_shards": {}}
-
-    @classmethod
-    def from_dense(cls, dense: nn.Module, **options):
-        layer = super().from_dense(dense, **options)
-        layer._init_flat_weights()  # a list of its own
-        return layer
-
-    def to_dense(self) -> nn.Module:
-        layer = super().to_dense()
-        layer.__dict__.pop("_shards", None)
-        layer._init_flat_weights()
-        return layer
+        return {**super().__getstate__(), "_flat_weights": parameters}
 
 
 def _biases(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -12,7 +12,6 @@ __all__ = [
     "is_dtensor",
     "norm_over_shards",
     "reset_rows",
-    "reset_shard",
     "sum_over_shards",
 ]
 
@@ -47,12 +46,6 @@ def norm_over_shards(norm: Tensor, like: Tensor) -> Tensor:
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a DTensor (a collective call: all ranks make it); other tensors as they are."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
-
-
-def reset_shard(shard: Tensor, threshold: Tensor, effective: Tensor) -> None:
-    """Zero a sharded threshold in place where the guard reset the gathered one."""
-    reset = ((effective == 0) & (threshold != 0)).any()
-    shard.to_local().masked_fill_(reset, 0)
 
 
 def reset_rows(shard: Tensor, reset: Tensor) -> None:

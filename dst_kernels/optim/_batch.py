@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import MaskedLayer
-from ..nn.sources.deferral import Deferral
+from ..nn.sources import Deferral
 from ..ops.dtensor import is_dtensor
 from ..reference.surrogate import SURROGATES
 from ..reference.weight import largest_collapsed_count
@@ -59,7 +59,7 @@ class Batch:
     written: list[Tensor] = field(default_factory=list)  # what a step may write to, without W * M
 
     def __post_init__(self) -> None:
-        self.absent = torch.empty(0, device=self.device)
+        self.absent = torch.empty(0, dtype=torch.float32, device=self.device)
 
     def grads(self) -> tuple[list[Tensor], list[Tensor]]:
         """Of weights and of thresholds; with the strides of what they belong to."""
@@ -174,11 +174,11 @@ def _masking(segment: Segment) -> tuple[int, int, int]:
     """Surrogate, structure gradient, largest collapsed count."""
     if segment.pair is None:
         return 0, 0, -1
-    layer = segment.layer
+    options = segment.layer.masking
     collapsed = -1
-    if layer.reset_ratio is not None:
-        collapsed = largest_collapsed_count(segment.parameter.numel(), layer.reset_ratio)
-    return SURROGATES.index(layer.surrogate), int(layer.structure_gradient), collapsed
+    if options.reset_ratio is not None:
+        collapsed = largest_collapsed_count(segment.parameter.numel(), options.reset_ratio)
+    return SURROGATES.index(options.surrogate), int(options.structure_gradient), collapsed
 
 
 def local(tensor: Tensor) -> Tensor:

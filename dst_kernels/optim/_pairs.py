@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..nn import MaskedLayer
+from ..nn import MaskedLayer, MaskOptions
 from ..ops.dtensor import is_dtensor
 
 __all__ = ["Pair", "deferrable_pairs"]
@@ -43,27 +43,26 @@ def deferrable_pairs(model: nn.Module, optimized: Container[int]) -> list[Pair]:
     for layer in model.modules():
         if not isinstance(layer, MaskedLayer) or not layer._parameters.keys() >= _NAMES:
             continue
-        weight, threshold = layer.weight, layer.threshold
+        weight, threshold = layer._parameters["weight"], layer._parameters["threshold"]
         layers = users[id(weight)]
         if id(weight) in pairs or id(weight) not in optimized or not weight.requires_grad:
             continue
         if (
-            layer.granularity == "row"
-            and type(layer)._rows is MaskedLayer._rows
+            layer.masking.granularity == "row"
+            and layer.rows_first
             and _rows_are_whole(weight)
             and all(isinstance(each, MaskedLayer) for each in layers)
             and users[id(threshold)] == layers
-            and len({_masking(each) for each in layers}) == 1
+            and len({(id(each._parameters["threshold"]), _arithmetic(each)) for each in layers})
+            == 1
         ):
             pairs[id(weight)] = Pair(weight, threshold, tuple(layers))
     return list(pairs.values())
 
 
-def _masking(layer: MaskedLayer) -> tuple:
-    return (
-        id(layer.threshold), layer.granularity, layer.reset_ratio, layer.surrogate,
-        layer.structure_gradient,
-    )  # fmt: skip
+def _arithmetic(layer: MaskedLayer) -> MaskOptions:
+    """The options but those that only say who computes."""
+    return layer.masking._replace(backend="auto", path="auto")
 
 
 def _rows_are_whole(weight: Tensor) -> bool:

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from ..backends import implementation, resolve
 from ..model import parameter_groups
 from ..nn.find import named_masked_weights
-from ..nn.sources.deferral import Deferral
-from ..nn.sources.group import group_, is_grouped
+from ..nn.sources import Deferral
+from ..nn.switches import group_, is_grouped
 from ..ops.dtensor import norm_over_shards
 from ._batch import Batch, Segment, collect, local
 from ._pairs import deferrable_pairs
@@ -95,7 +95,7 @@ class DeferredOptimizer(Optimizer):
             torch.autograd.graph.increment_version(batch.written + renewed)
             for segment, each in zip(batch.segments, masked, strict=True):
                 if each is not None:
-                    self._deferral.store(segment.layer, each, committed=True)
+                    self._deferral.store(segment.layer, each)
         if any(batch.first for batch in batches):
             self._first_step_done(scales[1])
             self._signature = None
@@ -106,6 +106,15 @@ class DeferredOptimizer(Optimizer):
         """As any optimizer; what `clip_grad_norm_` found goes with the gradients."""
         super().zero_grad(set_to_none)
         self._clip = None
+
+    def refresh(self) -> None:
+        """Say that weights or thresholds were written in a way that leaves no trace.
+
+        Such are writes through `.data` or from outside PyTorch. The next training forward then
+        masks anew; forwards in evaluation mode or without gradients always do. Call it before the
+        next forward.
+        """
+        self._deferral.refresh()
 
     def grad_norm(self) -> Tensor:
         """The norm of all gradients that the next step will use, dW and dt among them (0-dim).
@@ -118,14 +127,14 @@ class DeferredOptimizer(Optimizer):
         with torch.no_grad():
             for batch in self._current_batches():
                 grads, threshold_grads = batch.grads()
-                norm = torch.zeros(1, device=batch.device)
+                norm = torch.zeros(1, dtype=torch.float32, device=batch.device)
                 self._implementation("grad_norm_", batch)(
                     batch.weights, grads, batch.thresholds, threshold_grads, batch.settings,
                     hypers, batch.present(alphas), [batch.absent] * 3, norm,
                 )  # fmt: skip
                 norms.append(norm_over_shards(norm, batch.segments[0].parameter))
         if not norms:
-            return torch.zeros(())
+            return torch.zeros((), dtype=torch.float32, device="cpu")
         return torch.cat([norm.to(norms[0].device) for norm in norms]).norm()
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -213,7 +222,7 @@ class DeferredOptimizer(Optimizer):
             rows += [*common, 0.0, 0.0, *rest], [*common, has_alpha, amount, *rest]
             rates += rate, rate
             alphas += None, alpha
-        return torch.tensor(rows, dtype=torch.float64), rates, alphas
+        return torch.tensor(rows, dtype=torch.float64, device="cpu"), rates, alphas
 
     def _all_segments(self) -> list[Segment]:
         group_of = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
@@ -250,11 +259,10 @@ class DeferredOptimizer(Optimizer):
             if threshold is None:
                 signature.append(parameter.requires_grad)
             else:
-                layer = segment.layer
                 own = local(threshold) if segment.sharded else threshold
                 signature += (
                     threshold.grad is None, own.data_ptr(), threshold.requires_grad,
-                    layer.reset_ratio, layer.surrogate, layer.structure_gradient,
+                    segment.layer.masking,
                 )  # fmt: skip
         if [len(self.state), *signature] != self._signature:
             self._batches = collect(self._segments, has_alpha, self._state_of, self._kinds)
@@ -265,7 +273,7 @@ class DeferredOptimizer(Optimizer):
         """The step wants effective thresholds, which forwards in evaluation mode do not write."""
         for pair in self._pairs:
             layer = pair.layers[0]
-            if pair.weight.grad is not None and layer._sharded_threshold is None:
+            if pair.weight.grad is not None and not layer._sharded_thresholds:
                 self._deferral.commit(layer)
 
     # -- state ---------------------------------------------------------------------------------

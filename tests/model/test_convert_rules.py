@@ -60,9 +60,9 @@ def test_every_kind_of_layer_in_every_kind_of_container():
 
 def test_a_root_that_is_itself_a_layer():
     linear = nn.Linear(3, 2)
+    weight = linear.weight
     masked = dst_kernels.sparsify_(linear)
-    assert type(masked) is MaskedLinear and masked.weight is linear.weight
-    assert type(linear) is nn.Linear
+    assert masked is linear and type(masked) is MaskedLinear and masked.weight is weight
     assert dst_kernels.sparsify_(masked) is masked
     assert [layer.name for layer in dst_kernels.plan_sparsify(linear).layers] == [""]
 
@@ -137,9 +137,6 @@ def weight_is_a_plain_tensor():
         (weight_is_a_plain_tensor, "not a parameter"),
         (lambda: nn.LazyLinear(3), "no weights yet"),
         (lambda: nn.LazyConv2d(3, 1), "no weights yet"),
-        (lambda: OwnForward(3, 3), "forward of its own"),
-        (lambda: OwnConvForward(3, 3, 1), "forward of its own"),
-        (lambda: OwnOutputPadding(3, 3, 2, 2), "forward of its own"),
         (patched_on_the_instance, "replaced on the instance"),
         (integer_weight, "int8"),
         (lambda: nn.Linear(3, 3, dtype=torch.complex64), "complex64"),
@@ -151,6 +148,25 @@ def test_layers_that_cannot_be_converted(build, reason):
     found = reasons(model)
     assert next(iter(found)) == "1" and reason in found["1"]
     assert model[1] is kept and isinstance(model[0], MaskedLinear)
+
+
+@pytest.mark.parametrize(
+    "build, input",
+    [
+        (lambda: OwnForward(3, 4), torch.ones(2, 3)),
+        (lambda: OwnConvForward(3, 4, 2), torch.ones(2, 3, 5, 5)),
+        (lambda: OwnOutputPadding(3, 4, 2, 2), torch.ones(2, 3, 5, 5)),
+    ],
+)
+def test_a_forward_of_its_own_computes_with_the_masked_weight(build, input):
+    model = nn.Sequential(build())
+    dst_kernels.sparsify_(model)
+    model[0].reset_threshold(0.5 * model[0].weight.abs().max().item())
+    expected, output = model[0].to_dense()(input), model(input)
+    torch.testing.assert_close(output, expected)
+    output.square().sum().backward()
+    assert model[0].threshold.grad.any()
+    assert 0 < model[0].remaining_ratio() < 1
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import dst_kernels
-import dst_kernels.autograd.group as grouping
+import dst_kernels.autograd.weights as grouping
 from dst_kernels.backends import unavailable
 from dst_kernels.nn import MaskedLayer, MaskedLinear
 
@@ -45,6 +45,10 @@ def network(backend="reference", dtype=torch.float32, bias=True, **options):
 
 def masked_layers(model):
     return [module for module in model.modules() if isinstance(module, MaskedLayer)]
+
+
+def groups_of(model):
+    return [hook.__self__ for hook in model._forward_pre_hooks.values()]
 
 
 def images(seed, dtype=torch.float32, requires_grad=False):
@@ -163,10 +167,11 @@ def test_options_that_differ_from_layer_to_layer_and_micro_batches(backend):
 
 def test_one_launch_for_all_layers_and_nothing_kept_after_backward(launches):
     model = dst_kernels.group_(network())
+    (group,) = groups_of(model)
     output = model(images(0))
-    assert all(layer._attached is not None for layer in masked_layers(model))
+    assert [list(forward.made) for forward in group.kept()] == [masked_layers(model)]
     output.sum().backward()
-    assert all(layer._attached is None for layer in masked_layers(model))
+    assert not group.kept()
     assert launches == {PACK: 1, (PACK, "tensors"): 4, POST: 1, (POST, "tensors"): 4}
 
 
@@ -195,7 +200,7 @@ def test_evaluation_masks_once_and_keeps_nothing(launches):
     with torch.inference_mode():
         assert torch.equal(model(images(0)), expected)
     assert launches[PACK] == 2 and launches[POST] == 0
-    assert all(layer._attached is None for layer in masked_layers(model))
+    assert not any(group.kept() for group in groups_of(model)), "nothing will be recomputed"
     for layer, threshold in zip(masked_layers(model), thresholds, strict=True):
         assert torch.equal(layer.threshold, threshold)
     model.train()

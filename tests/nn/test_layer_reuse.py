@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from dst_kernels import autograd, ops, weights_unchanged
 from dst_kernels.nn import MaskedLinear
-from dst_kernels.nn.sources.reuse import packs_of
+from dst_kernels.nn.sources import copies_of
 
 # The paths on which a layer has a use for the copy.
 PACKING = ("packed", "mixed")
@@ -423,7 +423,7 @@ def test_a_layer_moved_to_another_dtype(layer, input):
 
 
 def has_packs(model):
-    return [module for module in model.modules() if packs_of(module) is not None]
+    return [module for module in model.modules() if copies_of(module) is not None]
 
 
 def test_the_scope_leaves_nothing_behind(layer, input):
@@ -547,7 +547,7 @@ def test_a_compiled_layer_is_right_inside_the_scope(layer, input):
 
 
 def test_the_pack_is_the_product_s_dtype_and_the_effective_threshold(layer):
-    packed = autograd.pack(layer.weight, layer.threshold, 0.01, torch.float16, "auto")
+    packed = autograd.pack(layer.weight, layer.threshold, layer.masking, torch.float16)
     assert packed.masked.dtype == torch.float16 and not packed.masked.requires_grad
     assert torch.equal(packed.effective, layer.threshold)
 

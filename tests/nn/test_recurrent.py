@@ -146,12 +146,12 @@ def test_evaluation_and_no_guard_commit_nothing():
 
 
 def test_one_launch_masks_all_and_one_makes_all_gradients(monkeypatch):
-    from dst_kernels.autograd import recurrent
+    from dst_kernels.autograd import weights
 
     calls = []
-    original = recurrent.implementation
+    original = weights.implementation
     monkeypatch.setattr(
-        recurrent,
+        weights,
         "implementation",
         lambda backend, device, op, **more: (
             calls.append(op) or original(backend, device, op, **more)

@@ -91,7 +91,8 @@ def test_the_packed_weight_lies_as_the_weight(spatial, channels_last, granularit
     if channels_last:
         layer = layer.to(memory_format=FORMATS[spatial])
     for dtype in (torch.float32, torch.bfloat16):
-        masked, _ = autograd.pack(layer.weight, layer.threshold, 0.01, dtype, backend)
+        options = autograd.MaskOptions(backend=backend)
+        masked, _ = autograd.pack(layer.weight, layer.threshold, options, dtype)
         assert masked.dtype == dtype and masked.stride() == layer.weight.stride()
         assert masked.is_contiguous(memory_format=FORMATS[spatial]) == channels_last
 

@@ -82,6 +82,7 @@ def test_public_names():
         "SparsifyConfig",
         "SparsityReport",
         "__version__",
+        "densify_",
         "finalize_",
         "functional",
         "group_",
@@ -112,6 +113,7 @@ def test_public_names():
     ]
     assert sorted(dst_kernels.nn.__all__) == [
         "GRANULARITIES",
+        "MaskOptions",
         "MaskedConv1d",
         "MaskedConv2d",
         "MaskedConv3d",

@@ -188,7 +188,8 @@ def test_a_layer_hands_it_on(path):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(torch.randn(2, 3, requires_grad=True))
-    copies = [t for t in saved if t.shape == (4, 3) and t.data_ptr() != layer.weight.data_ptr()]
+    shapes = {(4, 3), (3, 4)}  # torch's own operation saves its view for the product
+    copies = [t for t in saved if t.shape in shapes and t.data_ptr() != layer.weight.data_ptr()]
     assert len(copies) == (0 if path == "fused" else 1)
 
 

@@ -8,8 +8,8 @@ from networks import channels_last, linear, other_granularities, with_dense_laye
 from torch.utils._python_dispatch import TorchDispatchMode
 from twins import RULES, Twins, batches, masked_layers
 
-from dst_kernels import autograd
-from dst_kernels.nn.sources import group
+from dst_kernels.nn.sources import deferred as source
+from dst_kernels.nn.sources import grouped as group
 from dst_kernels.optim import deferred
 
 WAITING = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "_to_copy_to_cpu"}
@@ -131,7 +131,7 @@ def test_lists_are_collected_anew_where_it_matters(backend, count):
 def test_weights_are_packed_by_the_step(rule, backend, count):
     """Only the first forward packs; its tensors are written to from then on."""
     twins, data = make(linear, rule, backend)
-    packed = count(autograd, "pack_weights")
+    packed = count(source, "pack_weights")
     twins.step(*data[0])
     deferral = twins.ours.optimizer._deferral
     first = [deferral.fresh(layer) for layer in masked_layers(twins.ours.model)]

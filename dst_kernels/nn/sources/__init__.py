@@ -1,5 +1,40 @@
-"""Where a layer's masked weight comes from, if the layer does not make it by itself.
+"""Where a layer's masked weight W * M comes from.
 
-`group` masks many layers in one launch, `deferral` keeps what an optimizer's step has made, `reuse`
-keeps a masked weight for several forwards.
+* fresh: the layer masks its weight in its forward; the default.
+* reused: the layer keeps what it masked for several forwards, inside `weights_unchanged`.
+* grouped: a hook on the model masks many layers in one launch, before the model's forward.
+* deferred: an optimizer's step made it, and makes the gradients of W and t from that of W * M.
+
+`attached_weight` hands out what a group made for the call that runs; `source_of` says how the
+layer's own node makes W * M where there is nothing. `stamp.py` says what is stale.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...autograd import FRESH, WeightSource
+from .deferred import Deferral, deferral_of
+from .grouped import attached_weight
+from .reused import copies_of
+
+if TYPE_CHECKING:
+    from ..layer import MaskedLayer
+
+__all__ = ["Deferral", "attached_weight", "copies_of", "deferral_of", "source_of"]
+
+
+def source_of(layer: MaskedLayer) -> WeightSource:
+    """Return how the layer itself makes the masked weight of this call."""
+    dense_gradient = layer._deferral is not None and deferral_of(layer) is not None
+    if layer._sharded_thresholds:
+        return WeightSource(None, dense_gradient, keep=False)
+    recall = None
+    if not torch.compiler.is_compiling():
+        copies = copies_of(layer)
+        recall = None if copies is None else copies.recall
+    if recall is None and not dense_gradient:
+        return FRESH
+    return WeightSource(recall, dense_gradient)

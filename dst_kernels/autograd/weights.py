@@ -1,0 +1,180 @@
+"""Many masked weights as one node: one launch forward, one backward.
+
+A weight may be a stack of matrices (the gates of a recurrent module), each masked and guarded by
+itself. What multiplies with the masked weights is torch's own. The node's backward runs when the
+dense gradients G = dL/d(W * M) of all of them have arrived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..backends import implementation
+from ..ops import without_autograd_and_autocast
+from .options import MaskOptions
+
+__all__ = ["mask_weights", "pack_weights", "with_dense_gradients"]
+
+
+def pack_weights(
+    weights: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    options: Sequence[MaskOptions],
+    commit: Sequence[bool],
+    dtype: torch.dtype,
+    matrices: Sequence[int] | None = None,
+    out: Sequence[Tensor] | None = None,
+) -> tuple[Sequence[Tensor], list[Tensor]]:
+    """Return every W * M in `dtype`, and the effective thresholds of every matrix.
+
+    The weights are on one device, all float64 or none, with one backend; everything is outside
+    autograd. Where `commit` says so, a reset by the guard is also written into the threshold.
+    `matrices` says how many of them each weight stacks (None: one); then `out` holds contiguous
+    tensors to write W * M into.
+    """
+    device = weights[0].device
+    function = _function("masked_weights", options[0].backend, weights)
+    with without_autograd_and_autocast(device.type):
+        masked, effective = function(
+            _split(weights, matrices),
+            _split(thresholds, matrices),
+            _repeat([each.reset_ratio for each in options], matrices),
+            _repeat(commit, matrices),
+            dtype,
+            *([] if out is None else [_split(out, matrices)]),
+        )
+    committed = [t for t, wanted in zip(thresholds, commit, strict=True) if wanted]
+    if committed:
+        torch.autograd.graph.increment_version(committed)
+    return masked if out is None else out, effective
+
+
+class _MaskWeights(torch.autograd.Function):
+    """Inputs: what was made, then all weights, all thresholds, and what `copies` were made of."""
+
+    @staticmethod
+    def forward(ctx, masked, copies, effective, rest, *parameters):
+        ctx.set_materialize_grads(False)
+        ctx.rest = rest
+        n = len(masked)
+        ctx.threshold_shapes = [threshold.shape for threshold in parameters[n : 2 * n]]
+        ctx.save_for_backward(*parameters[:n], *effective)
+        return *masked, *copies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        options, matrices, in_backward = ctx.rest
+        if in_backward is not None:
+            in_backward()
+        n = len(options)
+        weights, effective = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        needed = ctx.needs_input_grad[4:]
+        wanted = [i for i in range(n) if grads[i] is not None and (needed[i] or needed[n + i])]
+        results: list[Tensor | None] = [None] * (2 * n)
+        if wanted:
+            stacks = None if matrices is None else [matrices[i] for i in wanted]
+            chosen = [weights[i] for i in wanted]
+            made = out = None
+            if stacks is None:
+                effective = [effective[i] for i in wanted]
+            else:
+                ends = [sum(matrices[: i + 1]) for i in range(n)]
+                made = (
+                    [torch.empty_like(weight) for weight in chosen],
+                    [effective[0].new_empty(ctx.threshold_shapes[i]) for i in wanted],
+                )
+                effective = [t for i in wanted for t in effective[ends[i] - matrices[i] : ends[i]]]
+                out = [_split(each, stacks) for each in made]
+            function = _function("masked_weights_backward", options[0].backend, weights)
+            with without_autograd_and_autocast(weights[0].device.type):
+                found = function(
+                    _split([grads[i] for i in wanted], stacks),
+                    _split(chosen, stacks),
+                    effective,
+                    _repeat([options[i].surrogate for i in wanted], stacks),
+                    _repeat([options[i].structure_gradient for i in wanted], stacks),
+                    out,
+                )
+            for i, *of in zip(wanted, *(found if made is None else made), strict=True):
+                results[i], results[n + i] = (
+                    grad if needed[j] else None for grad, j in zip(of, (i, n + i), strict=True)
+                )
+        return None, None, None, None, *results, *grads[n:]  # autograd casts those of copies
+
+
+def mask_weights(
+    weights: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    options: Sequence[MaskOptions],
+    commit: Sequence[bool],
+    dtype: torch.dtype,
+    *,
+    matrices: Sequence[int] | None = None,
+    out: Sequence[Tensor] | None = None,
+    copied: Sequence[Tensor] = (),
+    copies: Sequence[Tensor] = (),
+    in_backward: Callable[[], None] | None = None,
+) -> Sequence[Tensor]:
+    """Return as `pack_weights` does, with gradients to weights and thresholds.
+
+    `copied` are written into `copies`, cast to their dtype; these are returned after the masked
+    weights, with gradients to `copied`. `in_backward` is called when gradients are made.
+    """
+    made = pack_weights(weights, thresholds, options, commit, dtype, matrices, out)
+    if copied:
+        with without_autograd_and_autocast(weights[0].device.type):
+            torch._foreach_copy_(list(copies), list(copied))
+    rest = options, matrices, in_backward
+    return _MaskWeights.apply(made[0], copies, made[1], rest, *weights, *thresholds, *copied)
+
+
+class _WithDenseGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, masked, *parameters):
+        ctx.set_materialize_grads(False)
+        ctx.weights = parameters[: len(masked)]
+        return tuple([each.detach() for each in masked])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        for weight, grad in zip(ctx.weights, grads, strict=True):
+            if grad is not None and weight.grad is not None and weight.grad.dtype != weight.dtype:
+                # The sum over micro-batches is in the weight's dtype, as it is anywhere in torch.
+                so_far, weight.grad = weight.grad, None
+                weight.grad_dtype = weight.dtype
+                weight.grad = so_far.to(weight.dtype)
+        return None, *grads, *[None] * len(grads)
+
+
+def with_dense_gradients(
+    masked: Sequence[Tensor], weights: Sequence[Tensor], thresholds: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """Return `masked` as if made from the weights by the identity: their gradients are G itself.
+
+    Thresholds take part without a gradient: whoever waits for all parameters (DDP) is told.
+    """
+    return _WithDenseGradients.apply(masked, *weights, *thresholds)
+
+
+def _function(op: str, backend: str, weights: Sequence[Tensor]) -> Callable:
+    double = weights[0].dtype == torch.float64
+    return implementation(backend, weights[0].device, op, double=double)
+
+
+def _split(tensors: Sequence[Tensor], matrices: Sequence[int] | None) -> Sequence[Tensor]:
+    """Return what belongs to every matrix, as views; the tensors themselves without `matrices`."""
+    if matrices is None:
+        return tensors
+    pairs = zip(tensors, matrices, strict=True)
+    return [part for tensor, count in pairs for part in tensor.chunk(count)]
+
+
+def _repeat(values: Sequence, matrices: Sequence[int] | None) -> Sequence:
+    if matrices is None:
+        return values
+    return [value for value, count in zip(values, matrices, strict=True) for _ in range(count)]

@@ -1,0 +1,186 @@
+"""What layers share with an optimizer of `dst_kernels.optim`, which makes their gradients.
+
+The backward of such a layer leaves the dense gradient G = dL/d(W * M) as the weight's gradient, and
+nothing for the threshold. The optimizer's step also writes the masked weight of the next training
+forward. Every other forward masks for itself: evaluation must see what was written to weights in
+ways that leave no trace, and must not write what a training thread reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ... import functional as F
+from ...autograd import pack_weights, with_dense_gradients
+from .stamp import Stamp, memory_of, stamp
+
+if TYPE_CHECKING:
+    from ..layer import MaskedLayer
+
+__all__ = ["Deferral", "deferral_of"]
+
+
+def deferral_of(layer: MaskedLayer) -> Deferral | None:
+    """Return what an optimizer makes this layer's gradients with, if one does.
+
+    A frozen weight has no gradient that could be deferred, so its threshold gets its own.
+    """
+    deferral = layer._deferral
+    weight = layer._parameters.get("weight", layer.__dict__.get("weight"))  # DataParallel's replica
+    if deferral is None or weight is None or not weight.requires_grad:
+        return None
+    return deferral if torch.compiler.is_compiling() or deferral.serves(layer) else None
+
+
+class Deferral:
+    """The masked weights, which each step renews. Layers that share a weight share its own.
+
+    Holds for the parameters that the layers have when it is made, not for what takes their place.
+    """
+
+    def __init__(self, layers: Iterable[MaskedLayer]) -> None:
+        self._layers = {
+            layer: (layer._parameters["weight"], layer._parameters["threshold"]) for layer in layers
+        }
+        # By id of the weight: W * M, its stamp, and the memory of weight and threshold.
+        self._made: dict[int, tuple[Tensor, Stamp | None, tuple]] = {}
+        self._uncommitted: set[MaskedLayer] = set()
+        for layer in self._layers:
+            layer._deferral = self
+
+    def serves(self, layer: MaskedLayer) -> bool:
+        """Whether weight and threshold are those of then: none that functional_call swaps in, that
+        were assigned or that a parametrization computes.
+
+        FSDP2 and DataParallel do swap parameters, and hand their gradients on.
+        """
+        if layer._sharded_thresholds or layer._is_replica:
+            return True
+        mine, now = self._layers.get(layer), layer._parameters
+        return mine is not None and now.get("weight") is mine[0] and now.get("threshold") is mine[1]
+
+    def release(self, layers: Iterable[MaskedLayer] | None = None) -> None:
+        """Give `layers` (None: all) gradients of their own again, in their own dtype.
+
+        A G that waits in `.grad` for a step is dropped: another optimizer would mistake it for dW.
+        """
+        for layer in list(self._layers if layers is None else layers):
+            dense = self.serves(layer)
+            weight, _ = self._layers.pop(layer)
+            self._made.pop(id(weight), None)
+            self._uncommitted.discard(layer)
+            if layer._deferral is not self:
+                continue
+            layer._deferral = None
+            if dense:
+                weight.grad = None
+            if weight.grad_dtype != weight.dtype:
+                grad, weight.grad = weight.grad, None
+                weight.grad_dtype = weight.dtype
+                weight.grad = None if grad is None else grad.to(weight.dtype)
+
+    # -- what a step made, and what it is to renew ----------------------------------------------
+
+    def fresh(self, layer: MaskedLayer) -> Tensor | None:
+        """Return W * M if weight and threshold are as they were when it was made."""
+        masked, made_from, _ = self._made.get(id(layer._parameters["weight"]), _NOTHING)
+        return masked if made_from is not None and made_from == stamp(layer) else None
+
+    def store(self, layer: MaskedLayer, masked: Tensor) -> Tensor:
+        """Return the tensor that holds it from now on: the one from before, where that fits.
+
+        A captured CUDA graph goes on reading where it was captured.
+        """
+        key = id(layer._parameters["weight"])
+        before, made_from, memory = self._made.get(key, _NOTHING)
+        if before is not None and before is not masked and _alike(before, masked):
+            masked = before.copy_(masked)
+        now = stamp(layer)
+        if made_from is None or _addresses(made_from) != _addresses(now):
+            memory = memory_of(layer)
+        self._made[key] = masked, now, memory
+        return masked
+
+    def refresh(self) -> None:
+        """Take every W * M for stale. Its memory stays."""
+        self._made = {key: (masked, None, ()) for key, (masked, *_) in self._made.items()}
+
+    # -- resets by the guard, which forwards in evaluation mode do not commit --------------------
+
+    def forward_commits_nothing(self, layer: MaskedLayer) -> None:
+        """Leave it to the next step to write a reset into the threshold."""
+        if layer.masking.reset_ratio is not None:
+            self._uncommitted.add(layer)
+
+    def commit(self, layer: MaskedLayer) -> None:
+        """Write a reset into the threshold, if the last forward with gradients did not."""
+        ratio = layer.masking.reset_ratio
+        if ratio is None or (layer.training and layer not in self._uncommitted):
+            return
+        self._uncommitted.discard(layer)
+        masked = self.fresh(layer)
+        weight, threshold = layer._parameters["weight"], layer._parameters["threshold"]
+        with torch.no_grad():
+            threshold.copy_(F.effective_threshold(weight, threshold, reset_ratio=ratio))
+        if masked is not None:
+            self.store(layer, masked)  # it was made with the effective threshold
+
+    # -- forwards ------------------------------------------------------------------------------
+
+    def masked_weights(
+        self, layers: Sequence[MaskedLayer], dtype: torch.dtype, parallel: bool
+    ) -> Sequence[Tensor]:
+        """Return every W * M of a forward with gradients, from the last step where it fits.
+
+        The gradients of the weights are G: in `dtype` where that is bfloat16 and the model is not
+        in DistributedDataParallel (`parallel`), which wants the weight's dtype; else in that of the
+        weight, since GradScaler unscales no float16.
+        """
+        weights = [layer._parameters["weight"] for layer in layers]
+        thresholds = [layer._parameters["threshold"] for layer in layers]
+        training = [layer.training for layer in layers]
+        masked = [self.fresh(layer) if layer.training else None for layer in layers]
+        stale = [
+            i for i, each in enumerate(masked)
+            if each is None or each.dtype != dtype or each.device != weights[i].device
+        ]  # fmt: skip
+        if stale:
+            options = [layers[i].masking for i in stale]
+            made, _ = pack_weights(
+                *([these[i] for i in stale] for these in (weights, thresholds)),
+                options,
+                [
+                    training[i] and each.reset_ratio is not None
+                    for i, each in zip(stale, options, strict=True)
+                ],
+                dtype,
+            )
+            for i, each in zip(stale, made, strict=True):
+                masked[i] = self.store(layers[i], each) if training[i] else each
+                if not training[i]:
+                    self.forward_commits_nothing(layers[i])
+        for weight in weights:
+            wanted = dtype if dtype == torch.bfloat16 and not parallel else weight.dtype
+            if weight.grad_dtype != wanted and weight.grad is None:
+                weight.grad_dtype = wanted
+        return with_dense_gradients(masked, weights, thresholds)
+
+
+_NOTHING = None, None, ()
+
+
+def _addresses(of: Stamp) -> tuple[int, int]:
+    return of.weight[2], of.threshold_address
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return (
+        one.dtype == other.dtype
+        and one.device == other.device
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+    )

@@ -1,0 +1,238 @@
+"""Masking all layers of a model at once, before its forward.
+
+A hook on the model makes the masked weights of a bucket of layers in one launch and *attaches*
+them; the layers then are plain products. What is attached belongs to one forward: one thread and
+one grad mode. A layer takes it only where it is what it would have made itself; in all other cases
+(another dtype, swapped parameters, a call outside the model's forward, the compiler) it goes on by
+itself, with the same numbers.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from ...autograd import mask_weights, pack_weights, product_dtype
+from ...ops.autocast import autocast_enabled
+from .deferred import Deferral, deferral_of
+from .reused import copies_of
+from .stamp import Stamp, stamp
+
+if TYPE_CHECKING:
+    from ..layer import MaskedLayer
+
+__all__ = ["Group", "attached_weight"]
+
+
+@dataclass(slots=True, eq=False)
+class _Forward:
+    """What is attached for one forward of a model, and for recomputing parts of it in backward."""
+
+    group: Group
+    outer: _Forward | None  # that this one runs in
+    with_grad: bool
+    thread: int
+    made: dict[MaskedLayer, tuple[Tensor, Stamp]] = field(default_factory=dict)
+    called_in_other_mode: set[MaskedLayer] = field(default_factory=set)
+
+
+class _Running(threading.local):
+    forward: _Forward | None = None  # the innermost on this thread
+
+
+_running = _Running()
+_groups: WeakSet[Group] = WeakSet()
+
+
+def attached_weight(layer: MaskedLayer, input: Tensor) -> Tensor | None:
+    """Return W * M as the model's group made it for this call; None where there is nothing."""
+    if torch.compiler.is_compiling():
+        return None
+    forward = _running.forward
+    while forward is not None and layer not in forward.made:
+        forward = forward.outer
+    if forward is not None:
+        if torch.is_grad_enabled() != forward.with_grad:
+            forward.called_in_other_mode.add(layer)
+            return None
+    # Outside of forwards: a checkpoint that is recomputed in backward must save what it saved the
+    # first time. One that ran without gradients (the reentrant kind) saved nothing, and runs a
+    # backward of its own.
+    elif not _groups or torch._C._current_graph_task_id() == -1:
+        return None
+    else:
+        forward = next((f for g in _groups for f in g.kept() if layer in f.made), None)
+        if forward is None or layer in forward.called_in_other_mode:
+            return None
+    masked, made_from = forward.made[layer]
+    if torch._C._are_functorch_transforms_active():
+        return None
+    if not made_from.holds_in_forward(stamp(layer)):
+        return None
+    return masked if product_dtype(input, layer._parameters["weight"]) == masked.dtype else None
+
+
+@dataclass(slots=True)
+class _Bucket:
+    device: torch.device
+    dtype: torch.dtype
+    backend: str
+    deferral: Deferral | None
+    layers: list[MaskedLayer] = field(default_factory=list)
+    bytes: int = 0
+
+
+class Group:
+    """The hooks of one model. Copied or pickled with the model, it serves the copy."""
+
+    def __init__(self, layers: list[MaskedLayer], bucket_bytes: int) -> None:
+        self._layers = layers
+        self._bucket_bytes = bucket_bytes
+        self.__setstate__({})
+
+    def __getstate__(self) -> dict:
+        return {"_layers": self._layers, "_bucket_bytes": self._bucket_bytes}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._kept: list[_Forward] = []
+        self._plan: tuple[list, list[_Bucket]] = [], []
+        _groups.add(self)
+
+    # -- hooks ---------------------------------------------------------------------------------
+
+    def before(self, module: nn.Module, args: tuple) -> None:
+        """Mask the layers; the model's forward pre-hook."""
+        if torch.compiler.is_compiling():
+            return
+        with_grad, thread = torch.is_grad_enabled(), threading.get_ident()
+        forward = _Forward(self, self._outer(), with_grad, thread)
+        if with_grad:
+            self._kept = [each for each in self._kept if each.thread != thread]
+        _running.forward = forward
+        if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+            return
+        for bucket in self._current_buckets():
+            masked = self._mask(bucket, forward, _is_parallel(module))
+            for layer, each in zip(bucket.layers, masked, strict=True):
+                forward.made[layer] = each, stamp(layer)
+
+    def after(self, module: nn.Module, args: tuple, output: object) -> None:
+        """Detach what was made; the model's forward hook."""
+        if torch.compiler.is_compiling():
+            return
+        forward, _running.forward = _running.forward, self._outer()
+        if forward is not None and forward.group is self and forward.with_grad and forward.made:
+            self._kept = [*self._kept, forward]
+
+    def _outer(self) -> _Forward | None:
+        """What runs on this thread around a forward of this group; one that was cut off ends."""
+        found = forward = _running.forward
+        while forward is not None:
+            if forward.group is self:
+                found = forward.outer
+            forward = forward.outer
+        return found
+
+    def kept(self) -> list[_Forward]:
+        """Forwards whose backward may still recompute a part of them, this thread's first."""
+        thread = threading.get_ident()
+        return sorted(self._kept, key=lambda forward: forward.thread != thread)
+
+    # -- masked weights ------------------------------------------------------------------------
+
+    def _mask(self, bucket: _Bucket, forward: _Forward, parallel: bool) -> list[Tensor]:
+        layers = bucket.layers
+        weights = [layer._parameters["weight"] for layer in layers]
+        thresholds = [layer._parameters["threshold"] for layer in layers]
+        options = [layer.masking for layer in layers]
+        commits = [layer._commits() for layer in layers]
+        arguments = weights, thresholds, options, commits, bucket.dtype
+        if not forward.with_grad:
+            return pack_weights(*arguments)[0]
+        if bucket.deferral is not None:
+            return bucket.deferral.masked_weights(layers, bucket.dtype, parallel)
+
+        def in_backward() -> None:
+            # Once backward is through, no checkpoint will ask for the masked weights again.
+            queue = torch.autograd.Variable._execution_engine.queue_callback
+            queue(lambda: self._let_go(forward))
+
+        return mask_weights(*arguments, in_backward=in_backward)
+
+    def _let_go(self, forward: _Forward) -> None:
+        forward.made.clear()  # one that was broken off is still among the running ones
+        self._kept = [each for each in self._kept if each is not forward]
+
+    # -- buckets -------------------------------------------------------------------------------
+
+    def _current_buckets(self) -> list[_Bucket]:
+        """Made anew where anything has changed that they depend on."""
+        signature = [_autocast("cpu"), _autocast("cuda")]
+        for layer in self._layers:
+            weight, threshold = map(layer._parameters.get, ("weight", "threshold"))
+            if weight is None or threshold is None:  # a parametrization computes it
+                signature.append(None)
+                continue
+            signature += (
+                id(weight), id(threshold), weight.dtype, weight.device, weight.requires_grad,
+                threshold.requires_grad, layer.masking, layer._deferral, copies_of(layer),
+            )  # fmt: skip
+        known, buckets = self._plan
+        if signature != known:
+            buckets = self._new_buckets()
+            self._plan = signature, buckets  # at once: other threads read it
+        return buckets
+
+    def _new_buckets(self) -> list[_Bucket]:
+        """In the order of the layers, so that those done last in backward do not delay others."""
+        done: list[_Bucket] = []
+        filling: dict[tuple, _Bucket] = {}
+        for layer in self._layers:
+            if not _can_be_grouped(layer):
+                continue
+            weight, threshold = layer._parameters["weight"], layer._parameters["threshold"]
+            deferral = deferral_of(layer)
+            wanted = weight.requires_grad or threshold.requires_grad  # else nobody asks for G
+            size = weight.numel() * weight.element_size()
+            if deferral is None and size > self._bucket_bytes:
+                continue
+            dtype = product_dtype(weight, weight)  # an input of the weight's own dtype
+            kind = weight.device, dtype, layer.masking.backend, deferral
+            key = kind, weight.dtype == torch.float64, wanted
+            bucket = filling.get(key)
+            if bucket is None or bucket.bytes + size > self._bucket_bytes:
+                bucket = filling[key] = _Bucket(*kind)
+                done.append(bucket)
+            bucket.layers.append(layer)
+            bucket.bytes += size
+        return done
+
+
+def _can_be_grouped(layer: MaskedLayer) -> bool:
+    weight, threshold = map(layer._parameters.get, ("weight", "threshold"))
+    return (
+        type(weight) is nn.Parameter is type(threshold)
+        and weight.device == threshold.device
+        and weight.device.type in ("cpu", "cuda")
+        and weight.numel() > 0
+        and layer.masking.path != "fused"
+        and layer.rows_first
+        and not layer._sharded_thresholds
+        and copies_of(layer) is None
+    )
+
+
+def _autocast(device_type: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device_type) if autocast_enabled(device_type) else None
+
+
+def _is_parallel(module: nn.Module) -> bool:
+    """Whether this forward is one of DistributedDataParallel."""
+    ddp = nn.parallel.DistributedDataParallel
+    return isinstance(module, ddp) or ddp._active_ddp_module is not None
