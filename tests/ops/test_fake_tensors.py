@@ -56,7 +56,7 @@ def gradients_by_hand(output, grad):
         node = ready.pop()
         grads = arrived.pop(node)
         if hasattr(node, "variable"):
-            leaves[node.variable] = grads[0]
+            leaves[node.variable] = grads[0].sum_to_size(node.variable.shape)  # as the engine does
             continue
         made = node.apply(*grads) if hasattr(node, "apply") else node(*grads)
         made = made if isinstance(made, tuple) else (made,)
