@@ -53,7 +53,6 @@ class _MaskedConvTranspose(MaskedLayer):
             )
         )
 
-
     def _weight_to_compute_with(self, weight: Tensor) -> Tensor:
         dtype = weight.dtype
         return self._masked(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ... import functional as F
 from ...autograd import pack_weights, with_dense_gradients
-from .stamp import Stamp, memory_of, stamp
+from .stamp import memory_of, stamp
 
 if TYPE_CHECKING:
     from ..layer import MaskedLayer
@@ -47,7 +47,7 @@ class Deferral:
             layer: (layer._parameters["weight"], layer._parameters["threshold"]) for layer in layers
         }
         # By id of the weight: W * M, its stamp, and the memory of weight and threshold.
-        self._made: dict[int, tuple[Tensor, Stamp | None, tuple]] = {}
+        self._made: dict[int, tuple[Tensor, tuple | None, tuple]] = {}
         self._uncommitted: set[MaskedLayer] = set()
         for layer in self._layers:
             layer._deferral = self
@@ -95,14 +95,15 @@ class Deferral:
 
         A captured CUDA graph goes on reading where it was captured.
         """
-        key = id(layer._parameters["weight"])
-        before, made_from, memory = self._made.get(key, _NOTHING)
+        weight, threshold = layer._parameters["weight"], layer._parameters["threshold"]
+        key = id(weight)
+        before, _, memory = self._made.get(key, _NOTHING)
         if before is not None and before is not masked and _alike(before, masked):
             masked = before.copy_(masked)
-        now = stamp(layer)
-        if made_from is None or _addresses(made_from) != _addresses(now):
+        addresses = weight.data_ptr(), threshold.data_ptr()
+        if addresses != tuple(each.data_ptr() for each in memory):
             memory = memory_of(layer)
-        self._made[key] = masked, now, memory
+        self._made[key] = masked, stamp(layer), memory
         return masked
 
     def refresh(self) -> None:
@@ -171,10 +172,6 @@ class Deferral:
 
 
 _NOTHING = None, None, ()
-
-
-def _addresses(of: Stamp) -> tuple[int, int]:
-    return of.weight[2], of.threshold_address
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

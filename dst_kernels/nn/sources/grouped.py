@@ -21,7 +21,7 @@ from ...autograd import mask_weights, pack_weights, product_dtype
 from ...ops.autocast import autocast_enabled
 from .deferred import Deferral, deferral_of
 from .reused import copies_of
-from .stamp import Stamp, stamp
+from .stamp import tensor_stamp
 
 if TYPE_CHECKING:
     from ..layer import MaskedLayer
@@ -37,7 +37,7 @@ class _Forward:
     outer: _Forward | None  # that this one runs in
     with_grad: bool
     thread: int
-    made: dict[MaskedLayer, tuple[Tensor, Stamp]] = field(default_factory=dict)
+    made: dict[MaskedLayer, tuple[Tensor, tuple]] = field(default_factory=dict)
     called_in_other_mode: set[MaskedLayer] = field(default_factory=set)
 
 
@@ -70,11 +70,15 @@ def attached_weight(layer: MaskedLayer, input: Tensor) -> Tensor | None:
         if forward is None or layer in forward.called_in_other_mode:
             return None
     masked, made_from = forward.made[layer]
-    if torch._C._are_functorch_transforms_active():
+    weight = layer._parameters.get("weight")
+    # The weight's stamp is enough within a forward, which has its effective threshold by now.
+    if (
+        weight is None
+        or made_from != tensor_stamp(weight)
+        or torch._C._are_functorch_transforms_active()
+    ):
         return None
-    if not made_from.holds_in_forward(stamp(layer)):
-        return None
-    return masked if product_dtype(input, layer._parameters["weight"]) == masked.dtype else None
+    return masked if product_dtype(input, weight) == masked.dtype else None
 
 
 @dataclass(slots=True)
@@ -120,7 +124,7 @@ class Group:
         for bucket in self._current_buckets():
             masked = self._mask(bucket, forward, _is_parallel(module))
             for layer, each in zip(bucket.layers, masked, strict=True):
-                forward.made[layer] = each, stamp(layer)
+                forward.made[layer] = each, tensor_stamp(layer._parameters["weight"])
 
     def after(self, module: nn.Module, args: tuple, output: object) -> None:
         """Detach what was made; the model's forward hook."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...autograd import MaskOptions, Packed, pack
-from .stamp import Stamp, memory_of, stamp
+from .stamp import memory_of, stamp
 
 if TYPE_CHECKING:
     from ..layer import MaskedLayer
@@ -53,7 +53,7 @@ class Copies:
         self._made = {**still_valid, dtype: (state, packed)}
         return packed
 
-    def threshold_was_committed(self, before: Stamp | None) -> None:
+    def threshold_was_committed(self, before: tuple | None) -> None:
         """Go on with copies that were valid `before`: a commit writes what they were made with."""
         now = stamp(self._layer)
         self._made = {
