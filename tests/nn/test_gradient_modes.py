@@ -48,7 +48,7 @@ no, yes, unset = torch.no_grad, torch.enable_grad, contextlib.nullcontext
 
 
 @pytest.mark.parametrize("outer", [torch.no_grad, torch.enable_grad])
-@pytest.mark.parametrize("scopes", [(unset, yes, yes), (no, yes, unset), (no, no, yes)])
+@pytest.mark.parametrize("scopes", [(unset, yes, yes), (no, unset, yes), (no, no, yes)])
 @every_way
 def test_parts_with_a_gradient_mode_of_their_own(way, scopes, outer):
     """Have gradients where they are enabled, whatever the model was called with."""
