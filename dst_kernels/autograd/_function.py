@@ -58,8 +58,9 @@ class _RefuseSecondDerivative(Function):
     def backward(ctx, *grads):
         raise RuntimeError(
             "dst_kernels operations can be differentiated once only: the gradient of a threshold "
-            "mask is a surrogate, not a derivative, so a second derivative (create_graph=True, "
-            "gradient penalties, Hessians) has no meaning"
+            "mask is a surrogate, not a derivative, so a second derivative of weight or threshold "
+            "(create_graph=True, Hessians) has no meaning. One of the input alone, as in gradient "
+            "penalties, works with path='packed'"
         )
 
 

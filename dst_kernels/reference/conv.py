@@ -156,16 +156,8 @@ def masked_conv_grad_weight(
     return weight_gradients_(dense, weight, threshold, surrogate, structure_gradient)
 
 
-def convolution_backward(
-    grad, input, kernel, stride, padding, dilation, groups, which, output_padding=None
-):
-    """The gradient of the input (which=0) or of the kernel (which=1).
-
-    With an `output_padding` those of the transposed convolution.
-    """
+def convolution_backward(grad, input, kernel, stride, padding, dilation, groups, which):
+    """Return the gradient of the input (which=0) or of the kernel (which=1)."""
     wanted = [which == 0, which == 1, False]
-    transposed = output_padding is not None
-    return torch.ops.aten.convolution_backward(
-        grad, input, kernel, None, stride, padding, dilation,
-        transposed, output_padding if transposed else [0] * len(stride), groups, wanted,
-    )[which]  # fmt: skip
+    of = stride, padding, dilation, False, [0] * len(stride), groups
+    return torch.ops.aten.convolution_backward(grad, input, kernel, None, *of, wanted)[which]

@@ -16,14 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .conv import convolution_backward
 from .weight import masked_weight
 
 __all__ = [
     "by_group",
     "conv_transpose",
-    "conv_transpose_dense_weight_gradient",
-    "conv_transpose_grad_input",
     "conv_transpose_output_shape",
     "masked_conv_transpose",
     "not_by_group",
@@ -93,39 +90,6 @@ def conv_transpose(
         bias = bias.to(input.dtype)
     return _CONV_TRANSPOSE[input.dim()](
         input, weight, bias, stride, padding, output_padding, groups, dilation
-    )
-
-
-def conv_transpose_grad_input(
-    grad: Tensor,
-    like: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
-    groups: int,
-    dilation: Sequence[int],
-) -> Tensor:
-    """dX, shaped like `like`, of which nothing but shape and strides is used."""
-    return convolution_backward(
-        grad, like, weight, stride, padding, dilation, groups, 0, output_padding
-    )
-
-
-def conv_transpose_dense_weight_gradient(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
-    groups: int,
-    dilation: Sequence[int],
-) -> Tensor:
-    """G, shaped like `weight`, of which nothing but shape and strides is used."""
-    shaped_like_weight = torch.empty_like(weight, dtype=grad.dtype)
-    return convolution_backward(
-        grad, input, shaped_like_weight, stride, padding, dilation, groups, 1, output_padding
     )
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.func import functional_call, grad, grad_and_value
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import dst_kernels.functional as dst
 from dst_kernels.nn import MaskedConv2d, MaskedConvTranspose2d, MaskedLinear
+
+from . import authors
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 
@@ -146,3 +149,28 @@ def test_inference_mode_and_no_grad():
         assert torch.equal(convolved(*arguments), expected)
     with torch.no_grad():
         assert torch.equal(convolved(*arguments), expected)
+
+
+PLAIN = {
+    convolved: lambda x, w, b: F.conv2d(x, w, b, padding="same").tanh(),
+    transposed: lambda x, w, b: F.conv_transpose2d(x, w.transpose(0, 1), b, stride=2).tanh(),
+    linear: lambda x, w, b: F.linear(x[:, :, :3, :3].flatten(1), w.flatten(1), b).tanh(),
+}
+
+
+@pytest.mark.parametrize("run", PLAIN)
+def test_gradient_penalties_of_the_input(run):
+    """Differentiate twice through the input, and once through the mask, by the usual rules."""
+    input, weight, threshold, bias = leaves()
+
+    def penalty(output):
+        return torch.autograd.grad(output.sum(), input, create_graph=True)[0].square().sum()
+
+    penalty(run(input, weight, threshold, bias)).backward()
+    kernel = torch.where(weight.abs() > threshold.view(6, 1, 1, 1), weight, 0).detach()
+    penalty(PLAIN[run](input, kernel.requires_grad_(), bias)).backward()
+    of_weight, of_threshold = authors.gradients(kernel.grad, weight, threshold)
+    torch.testing.assert_close(weight.grad, of_weight.to(weight.dtype), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        threshold.grad, of_threshold.to(threshold.dtype), rtol=1e-5, atol=1e-4
+    )
