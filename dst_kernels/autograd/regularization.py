@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import implementation
+from ..ops import is_watched
 from ..reference import regularization
 from ._function import MaskedFunction
 
@@ -19,7 +20,7 @@ class _SparseRegularization(MaskedFunction):
 
     @staticmethod
     def compute(*thresholds):
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        if is_watched():
             return regularization(thresholds)
         first = thresholds[0]
         double = any(threshold.dtype == torch.float64 for threshold in thresholds)

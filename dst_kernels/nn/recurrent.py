@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import autograd
+from ..ops import is_watched
 from ..ops.autocast import autocast_enabled
 from .cudnn_buffer import cudnn_takes, empty_parameters
 from .in_place import shallow_copy
@@ -134,9 +135,7 @@ def _biases(parameters: Sequence[Tensor]) -> list[Tensor]:
 def _is_plain(parameters: Sequence[Tensor]) -> bool:
     """Whether nothing but eager torch sees these, so that ops without a fake can run on them."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
+        is_watched()
         or any(type(each) not in (Tensor, nn.Parameter) for each in parameters)
         or parameters[0].device.type not in ("cpu", "cuda")
     )

@@ -98,14 +98,22 @@ def call(op: torch._ops.OpOverload, *args):
 
     On a CPU the way through the dispatcher and back costs as much as a small layer.
     """
-    observed = (
+    if is_watched() or type(args[0]) not in (Tensor, Parameter):
+        return op(*args)
+    return _run[op](*args)
+
+
+def is_watched() -> bool:
+    """Whether something sees the ops that run: a compiler, a tracer, a dispatch mode, torch.func.
+
+    Then nothing may run outside the dispatcher, and no op without a fake.
+    """
+    return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
     )
-    if observed or type(args[0]) not in (Tensor, Parameter):
-        return op(*args)
-    return _run[op](*args)
 
 
 @_define(

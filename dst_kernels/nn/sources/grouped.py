@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...autograd import mask_weights, pack_weights, product_dtype
+from ...ops import is_watched
 from ...ops.autocast import autocast_enabled
 from .deferred import Deferral, deferral_of
 from .reused import copies_of
@@ -119,7 +120,7 @@ class Group:
         if with_grad:
             self._kept = [each for each in self._kept if each.thread != thread]
         _running.forward = forward
-        if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        if is_watched():
             return
         for bucket in self._current_buckets():
             masked = self._mask(bucket, forward, _is_parallel(module))
