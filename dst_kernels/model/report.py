@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.find import named_masked_weights
-from ..nn.module import MaskedWeight
+from ..nn.weight import MaskedWeight
 from ..reference import threshold_mask
 
 __all__ = ["LayerSparsity", "SparsityReport", "remaining_ratio", "sparsity_report"]

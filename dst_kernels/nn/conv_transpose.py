@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .. import autograd
 from ..plan import CONV_TRANSPOSE_PATHS
 from .layer import MaskedLayer
-from .module import MaskedWeight
+from .weight import MaskedWeight
 
 __all__ = ["MaskedConvTranspose1d", "MaskedConvTranspose2d", "MaskedConvTranspose3d"]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from .layer import MaskedLayer
-from .module import MaskedModule, MaskedWeight
+from .module import MaskedModule
+from .weight import MaskedWeight
 
 __all__ = ["masked_layers", "named_masked_weights"]
 

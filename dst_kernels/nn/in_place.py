@@ -9,6 +9,7 @@ are, and `super().forward` in one of them leads to the twin.
 from __future__ import annotations
 
 import types
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -24,36 +25,47 @@ if TYPE_CHECKING:
 __all__ = ["mask_module_", "masked_class", "shallow_copy", "unmask_module_", "why_not_unmasked"]
 
 
-def masked_class(dense: type[nn.Module], masked: type[MaskedModule]) -> type[MaskedModule]:
-    """Return the class of a masked `dense`, a subclass of what `masked` replaces."""
-    if dense is masked.dense_type:
+def masked_class(
+    dense: type[nn.Module], masked: type[MaskedModule], own: frozenset[str] = frozenset()
+) -> type[MaskedModule]:
+    """Return the class of a masked `dense`, a subclass of what `masked` replaces.
+
+    `own` names the module's Parameters, buffers and children that hide a convenience of ours.
+    """
+    if dense is masked.dense_type and not own:
         return masked
     for known in dense.__subclasses__():
-        if known.__dict__.get("dense_class") is dense and issubclass(known, masked):
+        members = known.__dict__
+        if members.get("dense_class") is dense and members.get("_own") == own:
             return known
-    bases = (dense, masked)
+    bases = (masked,) if dense is masked.dense_type else (dense, masked)
     if has_forward_of_its_own(dense, masked):
         bases = (OwnForward, *bases)
     members = {
         "dense_class": dense,
+        "_own": own,
         "__module__": dense.__module__,
         "__qualname__": f"Masked{dense.__qualname__}",
         "__doc__": dense.__doc__,
         "__reduce_ex__": _reduce,
+        **{name: property(partial(_own_attribute, name)) for name in own},
     }
-    return types.new_class(
-        f"Masked{dense.__name__}", bases, exec_body=lambda ns: ns.update(members)
-    )
+    name = f"Masked{dense.__name__}"
+    return types.new_class(name, bases, exec_body=lambda body: body.update(members))
+
+
+def _own_attribute(name: str, module: nn.Module) -> object:
+    return nn.Module.__getattr__(module, name)
 
 
 def _reduce(self, protocol):
     """Copy and pickle without the class, which no module has by name."""
     twin = next(c for c in type(self).__mro__ if "dense_type" in c.__dict__)
-    return _rebuilt, (self.dense_class, twin), self.__getstate__()
+    return _rebuilt, (self.dense_class, twin, self._own), self.__getstate__()
 
 
-def _rebuilt(dense: type[nn.Module], masked: type[MaskedModule]) -> nn.Module:
-    cls = masked_class(dense, masked)
+def _rebuilt(*arguments) -> nn.Module:
+    cls = masked_class(*arguments)
     return cls.__new__(cls)
 
 
@@ -65,7 +77,9 @@ def mask_module_(
     Raises what the constructor of `masked` does, and then leaves the module as it was.
     """
     dense = type(module)
-    module.__class__ = masked_class(dense, masked)
+    owned = {*module._parameters, *module._buffers, *module._modules}
+    own = frozenset(name for name in owned if hasattr(masked, name) and not hasattr(dense, name))
+    module.__class__ = masked_class(dense, masked, own)
     try:
         module._init_masking(options)
     except Exception:

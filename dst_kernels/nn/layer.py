@@ -9,9 +9,10 @@ from torch import Tensor
 
 from .. import autograd
 from .. import functional as F
-from .module import MaskedModule, MaskedWeight
+from .module import MaskedModule
 from .sources import Deferral, attached_weight, copies_of, source_of
 from .sources.stamp import stamp
+from .weight import MaskedWeight
 
 __all__ = ["MaskedLayer"]
 

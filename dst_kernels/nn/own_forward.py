@@ -44,6 +44,11 @@ class OwnForward:
     """Mixin that goes before a user's class with a forward of its own."""
 
     def __call__(self, *args, **kwargs):
+        if "parametrizations" in self._modules:  # its property would hide ours
+            raise RuntimeError(
+                f"{type(self).__name__} has a forward of its own and a parametrized weight, which "
+                "would not be masked: remove it, or call dst_kernels.densify_ first"
+            )
         if torch.compiler.is_compiling() or self in _running.masked:
             return super().__call__(*args, **kwargs)
         _running.masked[self] = None

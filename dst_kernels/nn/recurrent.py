@@ -12,7 +12,8 @@ from ..ops import is_watched
 from ..ops.autocast import autocast_enabled
 from .cudnn_buffer import cudnn_takes, empty_parameters
 from .in_place import shallow_copy
-from .module import MaskedModule, MaskedWeight
+from .module import MaskedModule
+from .weight import MaskedWeight
 
 __all__ = ["RECURRENT_PATHS", "MaskedGRU", "MaskedLSTM", "MaskedRNN", "MaskedRecurrent"]
 

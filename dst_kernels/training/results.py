@@ -14,7 +14,7 @@ import dst_kernels
 from dst_kernels.nn import MaskedModule
 
 from ..nn.find import named_masked_weights
-from ..nn.module import MaskedWeight
+from ..nn.weight import MaskedWeight
 from . import plots
 from .checkpoint import write_atomically
 from .config import RunConfig
