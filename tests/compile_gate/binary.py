@@ -80,8 +80,7 @@ def build(variant: Variant, arch: int) -> tuple[Any, str]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, attributes = _specialisation(variant)
-    source = ASTSource(variant.kernel, signature, variant.constexprs, attributes)
+    source = ASTSource(variant.kernel, *_specialisation(variant))
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         compiled = triton.compile(
@@ -120,24 +119,40 @@ def measure(variant: Variant, arch: int) -> Measurement:
     )
 
 
-def _specialisation(variant: Variant) -> tuple[dict[str, str], dict[tuple[int, ...], Any]]:
-    """The signature and the attributes that a launch with such arguments would come to."""
-    names = variant.kernel.arg_names
-    runtime, fixed = set(variant.signature), set(variant.constexprs)
+def _specialisation(variant: Variant) -> tuple[dict[str, Any], dict[tuple, Any], dict[tuple, Any]]:
+    """Signature, constants and attributes that a launch with such arguments would come to.
+
+    Constants and attributes go by path: an argument's number, then its place in tuples.
+    """
+    names, given = variant.kernel.arg_names, variant.arguments
     for problem, arguments in (
-        ("neither in signature nor in constexprs", set(names) - runtime - fixed),
-        ("both in signature and in constexprs", runtime & fixed),
-        ("not arguments of the kernel", (runtime | fixed) - set(names)),
-        ("aligned, but not in signature", set(variant.aligned) - runtime),
+        ("missing", set(names) - set(given)),
+        ("not arguments of the kernel", set(given) - set(names)),
     ):
         if arguments:
             raise ValueError(f"{', '.join(sorted(arguments))}: {problem}")
-    # Host-made descriptors are spelled "tensordesc<bf16[128, 64]>" in 3.6 and 3.9 alike (the space
-    # is optional), take no attributes, and are one argument here: shape and strides are appended
-    # to the compiled kernel's parameters by Triton itself.
-    signature = {name: variant.signature.get(name, "constexpr") for name in names}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned}
-    return signature, attributes
+    constants, attributes = {}, {}
+
+    def type_of(argument: Any, *path: int, constant: bool = False) -> Any:
+        if isinstance(argument, str) and not constant:
+            # Host-made descriptors are spelled "tensordesc<bf16[128, 64]>" in 3.6 and 3.9 alike
+            # (the space is optional), take no attributes, and are one argument here: shape and
+            # strides are appended to the compiled kernel's parameters by Triton itself.
+            kind, _, divisor = argument.partition(":")
+            if divisor:
+                attributes[path] = [["tt.divisibility", int(divisor)]]
+            return kind
+        if isinstance(argument, tuple) and not constant:
+            types = [type_of(each, *path, i) for i, each in enumerate(argument)]
+            return argument._make(types) if hasattr(argument, "_make") else tuple(types)
+        constants[path] = argument
+        return "constexpr"
+
+    signature = {
+        name: type_of(given[name], number, constant=parameter.is_constexpr)
+        for number, (name, parameter) in enumerate(zip(names, variant.kernel.params, strict=True))
+    }
+    return signature, constants, attributes
 
 
 def _instructions(cubin: bytes) -> tuple[Counter[str], int]:

@@ -21,7 +21,7 @@ import triton.language as tl
 from .binary import build, prepare
 from .variants import Variant, shipped
 
-PURPOSE = ("TRANSPOSED", "COUNT", "GUARD", "SPLIT", "WRITE", "PIECES")
+PURPOSE = ("pruned_counts", "guard", "slabs", "packed")  # which may be left out
 WHOLE_BLOCKS = ("part", "chunk")
 
 
@@ -30,12 +30,15 @@ def odd_variants() -> list[Variant]:
 
     The last only with the thresholds that take the most arithmetic, which are the last ones.
     """
-    found: dict[tuple, dict[str, Variant]] = {}
+    found: dict[tuple, dict[int | None, Variant]] = {}
     for variant in shipped():
         if 90 in variant.architectures:
-            values = variant.constexprs
-            purpose = variant.kernel.__name__, *(str(values.get(name)) for name in PURPOSE)
-            found.setdefault(purpose, {}).setdefault(str(values.get("THRESHOLD")), variant)
+            given = variant.arguments
+            tile, rule = given.get("TILE"), given.get("RULE")
+            axis = rule.axis if rule else given.get("THRESHOLD")
+            purpose = variant.kernel.__name__, *(given.get(name, "") is None for name in PURPOSE)
+            purpose += (tile.transposed, tile.pieces) if tile else ()
+            found.setdefault(purpose, {}).setdefault(axis, variant)
     variants = []
     for by_threshold in found.values():
         for variant in by_threshold.values():
@@ -45,24 +48,35 @@ def odd_variants() -> list[Variant]:
 
 
 def _odd(variant: Variant, *, wide: bool) -> Iterator[Variant]:
-    integers = [name for name, kind in variant.signature.items() if not kind.startswith("*")]
-    ones = [name for name in integers if name not in WHOLE_BLOCKS]
-    others = {name: kind for name, kind in variant.signature.items() if name not in ones}
-    constants = dict(variant.constexprs)
-    index = {"INDEX": tl.int64} if "INDEX" in constants else {}
-    for label, signature, constexprs in (
-        ("all 1", others, constants | dict.fromkeys(ones, 1)),
-        ("unaligned", variant.signature, constants),
-        ("64 bits", variant.signature | dict.fromkeys(integers, "i64"), constants | index),
+    given = variant.arguments
+    sixty_four = {"TILE": given["TILE"]._replace(index=tl.int64)} if "TILE" in given else {}
+    for label, replacement, constants in (
+        ("all 1", 1, {}),
+        ("unaligned", "i32", {}),
+        ("64 bits", "i64", sixty_four),
     ):
         if label != "64 bits" or wide:
             yield dataclasses.replace(
                 variant,
                 name=f"{variant.name}, {label}",
-                signature=signature,
-                constexprs=constexprs,
-                aligned=tuple(name for name in WHOLE_BLOCKS if name in signature),
+                arguments={k: _with_integers(v, replacement, k) for k, v in given.items()}
+                | constants,
             )
+
+
+def _with_integers(argument: object, replacement: object, name: str) -> object:
+    """Other than those that are compiled in; what is no integer gets unaligned."""
+    if isinstance(argument, tuple) and name.islower():
+        names = getattr(argument, "_fields", [name] * len(argument))
+        others = map(_with_integers, argument, [replacement] * len(argument), names)
+        return argument._make(others) if hasattr(argument, "_make") else tuple(others)
+    if not isinstance(argument, str):
+        return argument
+    if argument.startswith("*"):
+        return argument.partition(":")[0]
+    if name in WHOLE_BLOCKS:
+        return f"{replacement}:16" if replacement == "i64" else "i32:16"
+    return argument if replacement == "i32" and argument == "i64" else replacement
 
 
 if __name__ == "__main__":

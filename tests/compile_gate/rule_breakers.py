@@ -77,28 +77,26 @@ class Variant:
 
     name: str
     kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
+    arguments: dict[str, Any]
     warps: int = 8
     stages: int = 3
-    aligned: tuple[str, ...] = ()
     tensor_cores: bool = False
     operand_a_in_registers: bool = False
     wide_accesses: bool = False
     architectures: tuple[int, ...] = field(default=(90,))
 
 
-def product(name, kernel=masked_product, tile=(128, 128), weight="*fp32", **options):
-    types = {"x": "*bf16", "w": weight, "y": "*bf16", "N": "i32", "K": "i32"}
-    constexprs = {"TOKENS": tile[0], "ROWS": tile[1], "STEP": 64}
+def product(name, kernel=masked_product, tile=(128, 128), weight="*fp32:16", **options):
+    arguments = {"x": "*bf16:16", "w": weight, "y": "*bf16:16", "N": "i32:16", "K": "i32:16"}
+    arguments |= {"TOKENS": tile[0], "ROWS": tile[1], "STEP": 64}
     rules = {"tensor_cores": True, "operand_a_in_registers": True}
-    return Variant(name, kernel, types, constexprs, aligned=tuple(types), **(rules | options))
+    return Variant(name, kernel, arguments, **(rules | options))
 
 
-def streaming(name, block=4096, aligned=("w", "t", "y", "K"), **options):
-    types = {"w": "*fp32", "t": "*fp32", "y": "*bf16", "K": "i32"}
+def streaming(name, block=4096, columns="i32:16", **options):
+    arguments = {"w": "*fp32:16", "t": "*fp32:16", "y": "*bf16:16", "K": columns, "BLOCK": block}
     options = {"wide_accesses": True, "stages": 1} | options
-    return Variant(name, masked_rows, types, {"BLOCK": block}, aligned=aligned, **options)
+    return Variant(name, masked_rows, arguments, **options)
 
 
 VARIANTS = [
@@ -107,19 +105,23 @@ VARIANTS = [
     Variant(
         "good descriptors",
         masked_tile,
-        {"w": "tensordesc<fp32[64,128]>", "y": "tensordesc<bf16[64,128]>"},
-        {"ROWS": 64, "COLUMNS": 128},
+        {
+            "w": "tensordesc<fp32[64,128]>",
+            "y": "tensordesc<bf16[64,128]>",
+            "ROWS": 64,
+            "COLUMNS": 128,
+        },
     ),
     # 256 accumulators for each thread
     product("bad spill", tile=(256, 128), warps=4),
     product("bad shared memory", stages=7, architectures=(90, 80)),
-    product("bad operand", plain_product, weight="*bf16"),
+    product("bad operand", plain_product, weight="*bf16:16"),
     streaming("bad dot", tensor_cores=True, architectures=(90, 80)),
-    streaming("bad alignment", aligned=("w", "t", "y")),
+    streaming("bad alignment", columns="i32"),
     streaming("bad block", block=1024),
     # before the last one, which must be measured all the same
-    Variant("bad compiler", Crash(), {}, {}),
-    Variant("bad arguments", masked_rows, {"w": "*fp32"}, {"BLOCK": 1024}),
+    Variant("bad compiler", Crash(), {}),
+    Variant("bad arguments", masked_rows, {"w": "*fp32", "BLOCK": 1024}),
 ]
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def gate(run, tmp_path_factory):
         r"alignment, sm_90: load in rule_breakers.py:\d+: 16 of 16 accesses have 4 bytes, not 16",
         r"alignment, sm_90: store in rule_breakers.py:\d+: 16 of 16 accesses have 2 bytes, not 16",
         r"block, sm_90: store in rule_breakers.py:\d+: the tile of 1024 elements has 8 bytes for",
-        r"arguments, sm_90: does not compile: ValueError: K, t, y: neither in signature",
+        r"arguments, sm_90: does not compile: ValueError: K, t, y: missing",
         r"compiler, sm_90: the compiler crashed",
     ],
 )

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv_product import Lattice, locate, reach
-from .grad_weight import write_gradients
-from .launch import OPTIONS, index_dtype, on_device_of
-from .masking import ALONG_R, ELEMENT, SURROGATE_CODES
+from .conv_product import Filters, Image, Lattice, geometry_of, locate, matrix_of_tap, reach
+from .grad_weight import compiled_tile, write_gradients
+from .launch import OPTIONS, on_device_of
+from .masking import ALONG_R, ELEMENT, SURROGATE_CODES, Rule
 from .product import tile_of_program
 from .tiles import GradWeightTile
 
@@ -30,127 +30,96 @@ __all__ = [
 
 @triton.jit
 def _dense_tile(
-    grad, x, tile_r, tile_c, in_r, in_c, kh, kw, begin, end, in_h, in_w, out_h, out_w,
-    scale_h, scale_w, origin_h, origin_w, step_h, step_w,
-    stride_gn, stride_gr, stride_gh, stride_gw, stride_xn, stride_xc, stride_xh, stride_xw,
-    PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+    grad, x, geometry, first_r, first_c, in_r, in_c, kh, kw, begin, end, TILE: tl.constexpr
 ):  # fmt: skip
-    """G of tap (kh, kw) over positions begin to end."""
-    rows = tl.arange(0, BLOCK_R).to(INDEX) * stride_gr
-    columns = tl.arange(0, BLOCK_C).to(INDEX) * stride_xc
-    grad_start = grad + tile_r.to(tl.int64) * BLOCK_R * stride_gr
-    x_start = x + tile_c.to(tl.int64) * BLOCK_C * stride_xc
-    shift_h, shift_w = origin_h + kh * step_h, origin_w + kw * step_w
-    accumulator = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for start in range(begin, end, BLOCK_M):
-        in_m = tl.arange(0, BLOCK_M) < end - start
-        image, n, u_h, u_w = locate(tl.cast(start, tl.int64), out_h, out_w, BLOCK_M)
-        of_grad = n.to(INDEX) * stride_gn + u_h.to(INDEX) * stride_gh + u_w.to(INDEX) * stride_gw
-        left = tl.load(
-            grad_start + image * stride_gn + (of_grad[:, None] + rows[None, :]),
+    """G of tap (kh, kw) from channels `first_r` and `first_c`, over positions begin to end."""
+    INDEX: tl.constexpr = TILE.index
+    rows = tl.arange(0, TILE.block_r).to(INDEX) * grad.c
+    columns = tl.arange(0, TILE.block_c).to(INDEX) * x.c
+    grad_start, x_start = grad.start + first_r * grad.c, x.start + first_c * x.c
+    down = geometry.origin_h + kh * geometry.step_h
+    right = geometry.origin_w + kw * geometry.step_w
+    accumulator = tl.full((TILE.block_r, TILE.block_c), 0.0, tl.float32)
+    for start in range(begin, end, TILE.block_m):
+        in_m = tl.arange(0, TILE.block_m) < end - start
+        image, n, u_h, u_w = locate(
+            tl.cast(start, tl.int64), geometry.out_h, geometry.out_w, TILE.block_m
+        )
+        of_grad = n.to(INDEX) * grad.n + u_h.to(INDEX) * grad.h + u_w.to(INDEX) * grad.w
+        dy = tl.load(
+            grad_start + image * grad.n + (of_grad[:, None] + rows[None, :]),
             mask=in_m[:, None] & in_r[None, :],
             other=0.0,
         )
-        h, w = u_h * scale_h + shift_h, u_w * scale_w + shift_w
-        in_x = in_m & (h >= 0) & (h < in_h) & (w >= 0) & (w < in_w)
-        of_x = n.to(INDEX) * stride_xn + h.to(INDEX) * stride_xh + w.to(INDEX) * stride_xw
-        right = tl.load(
-            x_start + image * stride_xn + (of_x[:, None] + columns[None, :]),
+        h, w = u_h * geometry.scale_h + down, u_w * geometry.scale_w + right
+        in_x = in_m & (h >= 0) & (h < geometry.in_h) & (w >= 0) & (w < geometry.in_w)
+        of_x = n.to(INDEX) * x.n + h.to(INDEX) * x.h + w.to(INDEX) * x.w
+        seen = tl.load(
+            x_start + image * x.n + (of_x[:, None] + columns[None, :]),
             mask=in_x[:, None] & in_c[None, :],
             other=0.0,
         )
-        accumulator = tl.dot(tl.trans(left), right, accumulator, input_precision=PRECISION)
+        accumulator = tl.dot(tl.trans(dy), seen, accumulator, input_precision=TILE.precision)
     return accumulator
 
 
 @triton.jit
 def conv_grad_weight_kernel(
-    grad, x, weight, threshold, grad_weight, grad_threshold,
-    M, R, C, taps_w, in_h, in_w, out_h, out_w,
-    scale_h, scale_w, origin_h, origin_w, step_h, step_w,
-    stride_gn, stride_gr, stride_gh, stride_gw, stride_xn, stride_xc, stride_xh, stride_xw,
-    stride_wr, stride_wc, stride_wh, stride_ww, stride_tr, stride_tc, stride_th, stride_tw,
-    stride_or, stride_oc, stride_oh, stride_ow, stride_hr, stride_hc, stride_hh, stride_hw,
-    THRESHOLD: tl.constexpr, SURROGATE: tl.constexpr, STRUCTURE_GRADIENT: tl.constexpr,
-    PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
-    GROUP: tl.constexpr, PIECES: tl.constexpr,
+    grad, x, weight, threshold, grad_weight, grad_threshold, geometry,
+    RULE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One tile of dW [R, C] of tap program_id(1) and channel group program_id(2).
 
     grad_threshold is the result where thresholds are element-wise, else partial sums
     [taps, tiles of C, groups * R].
     """
-    tiles_c = tl.cdiv(C, BLOCK_C)
-    tile_r, tile_c = tile_of_program(tl.cdiv(R, BLOCK_R), tiles_c, GROUP)
+    M, R, C = geometry.M, geometry.R, geometry.C
+    tiles_c = tl.cdiv(C, TILE.block_c)
+    tile_r, tile_c = tile_of_program(tl.cdiv(R, TILE.block_r), tiles_c, TILE.group)
     tap = tl.program_id(1)
-    kh = tap // taps_w
-    kw = tap - kh * taps_w
+    kh = tap // geometry.taps_w
+    kw = tap - kh * geometry.taps_w
     group = tl.program_id(2).to(tl.int64)
-    in_r = tile_r * BLOCK_R + tl.arange(0, BLOCK_R) < R
-    in_c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C) < C
+    in_r = tile_r * TILE.block_r + tl.arange(0, TILE.block_r) < R
+    in_c = tile_c * TILE.block_c + tl.arange(0, TILE.block_c) < C
+    first_r = group * R + tile_r * TILE.block_r
     dense = _dense_tile(
-        grad + group * R * stride_gr, x + group * C * stride_xc,
-        tile_r, tile_c, in_r, in_c, kh, kw, 0, M, in_h, in_w, out_h, out_w,
-        scale_h, scale_w, origin_h, origin_w, step_h, step_w,
-        stride_gn, stride_gr, stride_gh, stride_gw, stride_xn, stride_xc, stride_xh, stride_xw,
-        PRECISION, INDEX, BLOCK_R, BLOCK_C, BLOCK_M,
+        grad, x, geometry, first_r, group * C + tile_c * TILE.block_c,
+        in_r, in_c, kh, kw, 0, M, TILE,
     )  # fmt: skip
-    first, up, left = group * R, kh.to(tl.int64), kw.to(tl.int64)
-    t_start = threshold + first * stride_tr
-    h_start = grad_threshold
-    if THRESHOLD == ELEMENT:
-        t_start += up * stride_th + left * stride_tw
-        h_start += first * stride_hr + up * stride_hh + left * stride_hw
     row_sum = write_gradients(
-        dense,
-        weight + first * stride_wr + up * stride_wh + left * stride_ww,
-        t_start,
-        grad_weight + first * stride_or + up * stride_oh + left * stride_ow,
-        h_start,
-        tile_r, tile_c, C, in_r,
-        stride_wr, stride_wc, stride_tr, stride_tc, stride_or, stride_oc, stride_hr, stride_hc,
-        THRESHOLD, SURROGATE, STRUCTURE_GRADIENT, INDEX, BLOCK_R, BLOCK_C, PIECES,
+        dense, matrix_of_tap(weight, group, kh, kw), matrix_of_tap(threshold, group, kh, kw),
+        matrix_of_tap(grad_weight, group, kh, kw), matrix_of_tap(grad_threshold, group, kh, kw),
+        tile_r, tile_c, C, in_r, RULE, TILE,
     )  # fmt: skip
-    if THRESHOLD != ELEMENT:
-        r = first + tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    if RULE.axis != ELEMENT:
+        r = first_r + tl.arange(0, TILE.block_r)
         shares = (tap * tiles_c + tile_c).to(tl.int64) * R * tl.num_programs(2)
-        tl.store(grad_threshold + shares + r, row_sum, mask=in_r)
+        tl.store(grad_threshold.start + shares + r, row_sum, mask=in_r)
 
 
 @triton.jit
-def conv_slabs_kernel(
-    grad, x, slabs,
-    M, R, C, taps, taps_w, part, in_h, in_w, out_h, out_w,
-    scale_h, scale_w, origin_h, origin_w, step_h, step_w,
-    stride_gn, stride_gr, stride_gh, stride_gw, stride_xn, stride_xc, stride_xh, stride_xw,
-    stride_sp, stride_sr, stride_sc, stride_sh, stride_sw,
-    PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+def conv_slabs_kernel(grad, x, slabs, geometry, part, TILE: tl.constexpr):
     """One tile of one slab of G: the positions part * (program_id(1) // taps) onwards."""
-    tile_r, tile_c = tile_of_program(tl.cdiv(R, BLOCK_R), tl.cdiv(C, BLOCK_C), GROUP)
+    M, R, C = geometry.M, geometry.R, geometry.C
+    tile_r, tile_c = tile_of_program(tl.cdiv(R, TILE.block_r), tl.cdiv(C, TILE.block_c), TILE.group)
+    taps = geometry.taps_h * geometry.taps_w
     split = tl.program_id(1) // taps
     tap = tl.program_id(1) - split * taps
-    kh = tap // taps_w
-    kw = tap - kh * taps_w
+    kh = tap // geometry.taps_w
+    kw = tap - kh * geometry.taps_w
     group = tl.program_id(2).to(tl.int64)
-    r = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    r = tile_r * TILE.block_r + tl.arange(0, TILE.block_r)
+    c = tile_c * TILE.block_c + tl.arange(0, TILE.block_c)
     in_r, in_c = r < R, c < C
     dense = _dense_tile(
-        grad + group * R * stride_gr, x + group * C * stride_xc,
-        tile_r, tile_c, in_r, in_c, kh, kw, split * part, tl.minimum((split + 1) * part, M),
-        in_h, in_w, out_h, out_w, scale_h, scale_w, origin_h, origin_w, step_h, step_w,
-        stride_gn, stride_gr, stride_gh, stride_gw, stride_xn, stride_xc, stride_xh, stride_xw,
-        PRECISION, INDEX, BLOCK_R, BLOCK_C, BLOCK_M,
+        grad, x, geometry, group * R + tile_r * TILE.block_r, group * C + tile_c * TILE.block_c,
+        in_r, in_c, kh, kw, split * part, tl.minimum((split + 1) * part, M), TILE,
     )  # fmt: skip
-    slab = slabs + split.to(tl.int64) * stride_sp + group * R * stride_sr
-    slab += kh.to(tl.int64) * stride_sh + kw.to(tl.int64) * stride_sw
-    inside = in_r[:, None] & in_c[None, :]
-    offsets = r.to(tl.int64)[:, None] * stride_sr + c.to(tl.int64)[None, :] * stride_sc
-    tl.store(slab + offsets, dense, mask=inside)
+    slab = matrix_of_tap(slabs, split.to(tl.int64), kh, kw)
+    start = slab.start + group * R * slab.row
+    offsets = r.to(tl.int64)[:, None] * slab.row + c.to(tl.int64)[None, :] * slab.column
+    tl.store(start + offsets, dense, mask=in_r[:, None] & in_c[None, :])
 
 
 def conv_grad_weight(
@@ -177,28 +146,26 @@ def conv_grad_weight(
     rows = outputs // groups
     tiles = triton.cdiv(rows, tile.block_r), triton.cdiv(columns, tile.block_c)
     taps = taps_h * taps_w
-    axis, of_threshold = ELEMENT, threshold.stride()
-    partial = None
+    axis, partial = ELEMENT, None
     if grad_threshold is None:
-        axis, of_threshold = ALONG_R, (threshold.stride(0), 0, 0, 0)
-        shape = taps * tiles[1], outputs
+        axis, shape = ALONG_R, (taps * tiles[1], outputs)
         partial = torch.empty(shape, dtype=torch.float32, device=x.device)
         grad_threshold = partial.as_strided((1, 1, 1, 1), (0, 0, 0, 0))
+        threshold = threshold.as_strided(weight.shape, (threshold.stride(0), 0, 0, 0))
+    filters = (
+        Filters(tensor, *tensor.stride(), rows * tensor.stride(0))
+        for tensor in (weight, threshold, grad_weight, grad_threshold)
+    )
     with on_device_of(x):
         conv_grad_weight_kernel[(tiles[0] * tiles[1], taps, groups)](
-            grad, x, weight, threshold, grad_weight, grad_threshold,
-            _positions(grad), rows, columns, taps_w, *_geometry(grad, x, lattices),
-            *grad.stride(), *x.stride(), *weight.stride(), *of_threshold,
-            *grad_weight.stride(), *grad_threshold.stride(),
-            THRESHOLD=axis.value, SURROGATE=SURROGATE_CODES[surrogate],
-            STRUCTURE_GRADIENT=structure_gradient, PRECISION=precision,
-            INDEX=index_dtype(
-                *_extents(grad, x, tile),
+            Image(grad, *grad.stride()), Image(x, *x.stride()), *filters,
+            geometry_of(rows, columns, x, weight, grad, lattices),
+            RULE=Rule(axis.value, SURROGATE_CODES[surrogate], structure_gradient),
+            TILE=compiled_tile(
+                tile, precision, *_extents(grad, x, tile),
                 tile.block_r * weight.stride(0), tile.block_c * weight.stride(1),
                 tile.block_r * grad_weight.stride(0), tile.block_c * grad_weight.stride(1),
             ),
-            BLOCK_R=tile.block_r, BLOCK_C=tile.block_c, BLOCK_M=tile.block_m,
-            GROUP=tile.group, PIECES=tile.pieces,
             num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
         )  # fmt: skip
     return partial
@@ -217,7 +184,7 @@ def conv_slabs(
     `like`, which is dense."""
     outputs, columns, taps_h, taps_w = like.shape
     rows = outputs // groups
-    positions = _positions(grad)
+    positions = grad.shape[0] * grad.shape[2] * grad.shape[3]
     # Without any, one slab of zeros.
     part = triton.cdiv(max(triton.cdiv(positions, tile.split), 1), tile.block_m) * tile.block_m
     parts = max(triton.cdiv(positions, part), 1)
@@ -225,28 +192,15 @@ def conv_slabs(
         (parts, *like.shape), (like.numel(), *like.stride()), dtype=torch.float32, device=x.device
     )
     tiles = triton.cdiv(rows, tile.block_r) * triton.cdiv(columns, tile.block_c)
-    taps = taps_h * taps_w
     with on_device_of(x):
-        conv_slabs_kernel[(tiles, parts * taps, groups)](
-            grad, x, slabs, positions, rows, columns, taps, taps_w, part,
-            *_geometry(grad, x, lattices), *grad.stride(), *x.stride(), *slabs.stride(),
-            PRECISION=precision, INDEX=index_dtype(*_extents(grad, x, tile)),
-            BLOCK_R=tile.block_r, BLOCK_C=tile.block_c, BLOCK_M=tile.block_m, GROUP=tile.group,
+        conv_slabs_kernel[(tiles, parts * taps_h * taps_w, groups)](
+            Image(grad, *grad.stride()), Image(x, *x.stride()),
+            Filters(slabs, *like.stride(), slabs.stride(0)),
+            geometry_of(rows, columns, x, like, grad, lattices), part,
+            TILE=compiled_tile(tile, precision, *_extents(grad, x, tile)),
             num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
         )  # fmt: skip
     return slabs
-
-
-def _positions(grad: Tensor) -> int:
-    return grad.shape[0] * grad.shape[2] * grad.shape[3]
-
-
-def _geometry(grad: Tensor, x: Tensor, lattices: tuple[Lattice, Lattice]) -> tuple[int, ...]:
-    vertical, horizontal = lattices
-    return (
-        *x.shape[2:], *grad.shape[2:], vertical.scale, horizontal.scale,
-        vertical.origin, horizontal.origin, vertical.step, horizontal.step,
-    )  # fmt: skip
 
 
 def _extents(grad: Tensor, x: Tensor, tile: GradWeightTile) -> tuple[int, ...]:

@@ -18,12 +18,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, index_dtype, on_device_of
+from .launch import OPTIONS, CompiledTile, index_dtype, on_device_of
 from .masking import ALONG_C, ALONG_R, ELEMENT, load_threshold, masked, transposed_axis
+from .matrix import Strided
 from .product import tile_of_program
 from .tiles import ProductTile
 
-__all__ = ["Lattice", "conv_product", "conv_product_kernel", "locate", "reach"]
+__all__ = [
+    "Filters",
+    "Geometry",
+    "Image",
+    "Lattice",
+    "conv_product",
+    "conv_product_kernel",
+    "geometry_of",
+    "locate",
+    "matrix_of_tap",
+    "reach",
+]
 
 
 class Lattice(NamedTuple):
@@ -35,6 +47,47 @@ class Lattice(NamedTuple):
     scale: int
     origin: int
     step: int
+
+
+class Geometry(NamedTuple):
+    """A convolution as kernels take it: its sizes, and its lattices along both dimensions."""
+
+    M: int
+    R: int
+    C: int
+    taps_h: int
+    taps_w: int
+    in_h: int
+    in_w: int
+    out_h: int
+    out_w: int
+    scale_h: int
+    scale_w: int
+    origin_h: int
+    origin_w: int
+    step_h: int
+    step_w: int
+
+
+class Image(NamedTuple):
+    """Images [N, C, H, W] as kernels take them: where they start, and their strides."""
+
+    start: Tensor
+    n: int
+    c: int
+    h: int
+    w: int
+
+
+class Filters(NamedTuple):
+    """As `Image`: filters [groups (or slabs of these), R, C, taps_h, taps_w]."""
+
+    start: Tensor
+    row: int
+    column: int
+    h: int
+    w: int
+    group: int
 
 
 @triton.jit
@@ -51,86 +104,91 @@ def locate(first, height, width, POSITIONS: tl.constexpr):
 
 
 @triton.jit
+def matrix_of_tap(filters, group, kh, kw):
+    """The matrix [R, C] of a group's tap (kh, kw)."""
+    start = filters.start + group * filters.group
+    start += kh.to(tl.int64) * filters.h + kw.to(tl.int64) * filters.w
+    return Strided(start, filters.row, filters.column)
+
+
+@triton.jit
 def conv_product_kernel(
-    x, weight, threshold, bias, out,
-    M, R, C, taps_h, taps_w, in_h, in_w, out_h, out_w,
-    scale_h, scale_w, origin_h, origin_w, step_h, step_w,
-    stride_xn, stride_xc, stride_xh, stride_xw,
-    stride_wr, stride_wc, stride_wh, stride_ww, stride_wg,
-    stride_tr, stride_tc, stride_th, stride_tw, stride_tg,
-    stride_on, stride_or, stride_oh, stride_ow,
-    THRESHOLD: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    TRANSPOSED: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    UNROLL: tl.constexpr, GROUP: tl.constexpr,
+    x, weight, threshold, bias, out, geometry, stride_x, stride_w, stride_t, stride_o,
+    THRESHOLD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One tile of R x positions of channel group program_id(1).
 
     R and C are channels of one group. Steps go through the channels of one tap, then to the next.
     """
-    tile_r, tile_m = tile_of_program(tl.cdiv(R, BLOCK_R), tl.cdiv(M, BLOCK_M), GROUP)
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_R: tl.constexpr = TILE.block_r
+    BLOCK_C: tl.constexpr = TILE.block_c
+    INDEX: tl.constexpr = TILE.index
+    M, R, C = geometry.M, geometry.R, geometry.C
+    x, out = Image(x, *stride_x), Image(out, *stride_o)
+    weight, threshold = Filters(weight, *stride_w), Filters(threshold, *stride_t)
+    tile_r, tile_m = tile_of_program(tl.cdiv(R, BLOCK_R), tl.cdiv(M, BLOCK_M), TILE.group)
     group = tl.program_id(1).to(tl.int64)
     rows, columns = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
     r = tile_r * BLOCK_R + rows
     in_r = r < R
     first = tile_m.to(tl.int64) * BLOCK_M
     in_m = tl.arange(0, BLOCK_M) < M - first
-    image, n, u_h, u_w = locate(first, out_h, out_w, BLOCK_M)
-    h0 = u_h * scale_h + origin_h
-    w0 = u_w * scale_w + origin_w
-    x_start = x + image * stride_xn + group * C * stride_xc
-    x_positions = n.to(INDEX) * stride_xn + h0.to(INDEX) * stride_xh + w0.to(INDEX) * stride_xw
-    w_rows = rows.to(INDEX) * stride_wr
-    w_start = weight + group * stride_wg + tile_r.to(tl.int64) * BLOCK_R * stride_wr
-    t_start = threshold + group * stride_tg
+    image, n, u_h, u_w = locate(first, geometry.out_h, geometry.out_w, BLOCK_M)
+    h0 = u_h * geometry.scale_h + geometry.origin_h
+    w0 = u_w * geometry.scale_w + geometry.origin_w
+    x_start = x.start + image * x.n + group * C * x.c
+    x_positions = n.to(INDEX) * x.n + h0.to(INDEX) * x.h + w0.to(INDEX) * x.w
+    w_rows = rows.to(INDEX) * weight.row
+    w_start = weight.start + group * weight.group + tile_r.to(tl.int64) * BLOCK_R * weight.row
+    t_start = threshold.start + group * threshold.group
     steps_c = tl.cdiv(C, BLOCK_C)
     accumulator = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
-    for step in tl.range(0, taps_h * taps_w * steps_c, loop_unroll_factor=UNROLL):
+    steps = geometry.taps_h * geometry.taps_w * steps_c
+    for step in tl.range(0, steps, loop_unroll_factor=TILE.unroll):
         tap = step // steps_c
-        kh = tap // taps_w
-        kw = tap - kh * taps_w
+        kh = tap // geometry.taps_w
+        kw = tap - kh * geometry.taps_w
         c = (step - tap * steps_c) * BLOCK_C + columns
         in_c = c < C
-        h, w = h0 + kh * step_h, w0 + kw * step_w
-        in_x = in_m & (h >= 0) & (h < in_h) & (w >= 0) & (w < in_w)
-        x_tap = tl.cast(kh * step_h, INDEX) * stride_xh + tl.cast(kw * step_w, INDEX) * stride_xw
+        h, w = h0 + kh * geometry.step_h, w0 + kw * geometry.step_w
+        in_x = in_m & (h >= 0) & (h < geometry.in_h) & (w >= 0) & (w < geometry.in_w)
+        x_tap = tl.cast(kh * geometry.step_h, INDEX) * x.h
+        x_tap += tl.cast(kw * geometry.step_w, INDEX) * x.w
         xt = tl.load(
-            x_start + (x_positions + x_tap)[None, :] + (c.to(INDEX) * stride_xc)[:, None],
+            x_start + (x_positions + x_tap)[None, :] + (c.to(INDEX) * x.c)[:, None],
             mask=in_x[None, :] & in_c[:, None],
             other=0.0,
         )
-        w_tap = tl.cast(kh, tl.int64) * stride_wh + tl.cast(kw, tl.int64) * stride_ww
+        w_tap = tl.cast(kh, tl.int64) * weight.h + tl.cast(kw, tl.int64) * weight.w
         t_tap = t_start
         if THRESHOLD == ELEMENT:
-            t_tap += tl.cast(kh, tl.int64) * stride_th + tl.cast(kw, tl.int64) * stride_tw
-        w_columns = c.to(INDEX) * stride_wc
+            t_tap += tl.cast(kh, tl.int64) * threshold.h + tl.cast(kw, tl.int64) * threshold.w
+        w_columns = c.to(INDEX) * weight.column
         # The tile as it lies in memory: [C, R] where the rows of A are nearer to each other.
-        if TRANSPOSED:
+        if TILE.transposed:
             tile = w_columns[:, None] + w_rows[None, :]
             inside = in_c[:, None] & in_r[None, :]
-            t = load_threshold(
-                t_tap, c, r, in_c, in_r, stride_tc, stride_tr,
-                transposed_axis(THRESHOLD), tl.float32,
-            )  # fmt: skip
+            of_tap = Strided(t_tap, threshold.column, threshold.row)
+            t = load_threshold(of_tap, c, r, in_c, in_r, transposed_axis(THRESHOLD), tl.float32)
         else:
             tile = w_rows[:, None] + w_columns[None, :]
             inside = in_r[:, None] & in_c[None, :]
-            t = load_threshold(
-                t_tap, r, c, in_r, in_c, stride_tr, stride_tc, THRESHOLD, tl.float32
-            )  # fmt: skip
+            of_tap = Strided(t_tap, threshold.row, threshold.column)
+            t = load_threshold(of_tap, r, c, in_r, in_c, THRESHOLD, tl.float32)
         stored = tl.load(w_start + w_tap + tile, mask=inside, other=0.0).to(tl.float32)
-        left = masked(stored, t).to(x.dtype.element_ty)
-        if TRANSPOSED:
+        left = masked(stored, t).to(x.start.dtype.element_ty)
+        if TILE.transposed:
             left = tl.trans(left)
-        accumulator = tl.dot(left, xt, accumulator, input_precision=PRECISION)
-    if HAS_BIAS:
+        accumulator = tl.dot(left, xt, accumulator, input_precision=TILE.precision)
+    if bias is not None:
         of_rows = tl.load(bias + group * R + r, mask=in_r, other=0.0)
         accumulator += of_rows.to(tl.float32)[:, None]
-    out_start = out + image * stride_on + (group * R + tile_r * BLOCK_R) * stride_or
-    positions = n.to(INDEX) * stride_on + u_h.to(INDEX) * stride_oh + u_w.to(INDEX) * stride_ow
+    out_start = out.start + image * out.n + (group * R + tile_r * BLOCK_R) * out.c
+    positions = n.to(INDEX) * out.n + u_h.to(INDEX) * out.h + u_w.to(INDEX) * out.w
     tl.store(
-        out_start + positions[:, None] + (rows.to(INDEX) * stride_or)[None, :],
-        tl.trans(accumulator.to(out.dtype.element_ty)),
+        out_start + positions[:, None] + (rows.to(INDEX) * out.c)[None, :],
+        tl.trans(accumulator.to(out.start.dtype.element_ty)),
         mask=in_m[:, None] & in_r[None, :],
     )
 
@@ -166,27 +224,31 @@ def conv_product(
     axis = ELEMENT if element_wise else ALONG_C if by_input else ALONG_R
     positions = out.shape[0] * out.shape[2] * out.shape[3]
     tiles = triton.cdiv(rows, tile.block_r) * triton.cdiv(positions, tile.block_m)
-    vertical, horizontal = lattices
+    index = index_dtype(
+        reach(x, out.shape, tile.block_m),
+        reach(out, out.shape, tile.block_m),
+        columns * x.stride(1), tile.block_r * out.stride(1),
+        tile.block_r * strides[0], columns * strides[1],
+    )  # fmt: skip
     with on_device_of(x):
         conv_product_kernel[(tiles, groups)](
-            x, weight, threshold, out if bias is None else bias, out,
-            positions, rows, columns, *weight.shape[2:], *x.shape[2:], *out.shape[2:],
-            vertical.scale, horizontal.scale, vertical.origin, horizontal.origin,
-            vertical.step, horizontal.step,
-            *x.stride(), *strides, group_stride, *of_threshold, threshold_group_stride,
-            *out.stride(),
-            THRESHOLD=axis.value, HAS_BIAS=bias is not None, PRECISION=precision,
-            TRANSPOSED=strides[0] < strides[1],
-            INDEX=index_dtype(
-                reach(x, out.shape, tile.block_m),
-                reach(out, out.shape, tile.block_m),
-                columns * x.stride(1), tile.block_r * out.stride(1),
-                tile.block_r * strides[0], columns * strides[1],
+            x, weight, threshold, bias, out, geometry_of(rows, columns, x, weight, out, lattices),
+            x.stride(), (*strides, group_stride), (*of_threshold, threshold_group_stride),
+            out.stride(), THRESHOLD=axis.value,
+            TILE=CompiledTile(
+                precision, index, tile.block_m, tile.block_r, tile.block_c, tile.group,
+                unroll=tile.unroll, transposed=strides[0] < strides[1],
             ),
-            BLOCK_M=tile.block_m, BLOCK_R=tile.block_r, BLOCK_C=tile.block_c,
-            UNROLL=tile.unroll, GROUP=tile.group,
             num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
         )  # fmt: skip
+
+
+def geometry_of(
+    R: int, C: int, x: Tensor, weight: Tensor, out: Tensor, lattices: tuple[Lattice, Lattice]
+) -> Geometry:
+    M = out.shape[0] * out.shape[2] * out.shape[3]
+    along_both = (value for pair in zip(*lattices, strict=True) for value in pair)
+    return Geometry(M, R, C, *weight.shape[2:], *x.shape[2:], *out.shape[2:], *along_both)
 
 
 def reach(image: Tensor, positions: tuple[int, ...], block: int) -> int:

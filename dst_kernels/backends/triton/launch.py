@@ -1,14 +1,15 @@
-"""What every launcher needs: the tensors' device, Triton's names of dtypes."""
+"""What every launcher needs: the tensors' device, Triton's names of dtypes, a product's TILE."""
 
 from __future__ import annotations
 
 import contextlib
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["OPTIONS", "TRITON_DTYPES", "index_dtype", "on_device_of"]
+__all__ = ["OPTIONS", "TRITON_DTYPES", "CompiledTile", "index_dtype", "on_device_of"]
 
 TRITON_DTYPES = {
     torch.float16: tl.float16,
@@ -19,6 +20,21 @@ TRITON_DTYPES = {
 
 # Of every launch. Triton 3.10 changes this default, and 3.9 warns who does not say.
 OPTIONS = {"enable_fp_fusion": True}
+
+
+class CompiledTile(NamedTuple):
+    """A product's tile with all else that its kernel is compiled for: the kernels' TILE."""
+
+    precision: str
+    index: tl.dtype
+    block_m: int
+    block_r: int
+    block_c: int
+    group: int
+    unroll: int = 1
+    pieces: int = 1
+    transposed: bool = False
+
 
 _NOTHING = contextlib.nullcontext()
 

@@ -6,6 +6,8 @@ threshold is; the order of operations is the reference's, so masks agree bit for
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -15,6 +17,8 @@ __all__ = [
     "ELEMENT",
     "LAYER",
     "SURROGATE_CODES",
+    "Rule",
+    "elements",
     "load_threshold",
     "masked",
     "transposed_axis",
@@ -27,8 +31,15 @@ ALONG_R = tl.constexpr(1)
 ALONG_C = tl.constexpr(2)
 ELEMENT = tl.constexpr(3)
 
-# The kernels' SURROGATE.
 SURROGATE_CODES = {"long_tailed": 0, "rectangular": 1, "triangular": 2, "straight_through": 3}
+
+
+class Rule(NamedTuple):
+    """Along which axis thresholds vary, and what gradients they and weights get: kernels' RULE."""
+
+    axis: int
+    surrogate: int
+    structure_gradient: bool
 
 
 @triton.constexpr_function
@@ -38,22 +49,28 @@ def transposed_axis(axis):
 
 
 @triton.jit
+def elements(matrix, r, c):
+    """Where the elements of rows r and columns c are."""
+    return matrix.start + r[:, None] * matrix.row + c[None, :] * matrix.column
+
+
+@triton.jit
 def load_threshold(
-    threshold, r, c, in_r, in_c, stride_tr, stride_tc,
-    THRESHOLD: tl.constexpr, COMPUTE: tl.constexpr,
+    threshold, r, c, in_r, in_c, THRESHOLD: tl.constexpr, COMPUTE: tl.constexpr
 ):  # fmt: skip
     """Thresholds of the tile with rows r and columns c, broadcastable against it."""
     if THRESHOLD == LAYER:
-        return tl.load(threshold).to(COMPUTE)
+        return tl.load(threshold.start).to(COMPUTE)
     elif THRESHOLD == ALONG_R:
-        return tl.load(threshold + r * stride_tr, mask=in_r, other=0.0).to(COMPUTE)[:, None]
+        of_rows = tl.load(threshold.start + r * threshold.row, mask=in_r, other=0.0)
+        return of_rows.to(COMPUTE)[:, None]
     elif THRESHOLD == ALONG_C:
-        return tl.load(threshold + c * stride_tc, mask=in_c, other=0.0).to(COMPUTE)[None, :]
+        of_columns = tl.load(threshold.start + c * threshold.column, mask=in_c, other=0.0)
+        return of_columns.to(COMPUTE)[None, :]
     else:
-        offsets = r[:, None].to(tl.int64) * stride_tr + c[None, :].to(tl.int64) * stride_tc
-        return tl.load(threshold + offsets, mask=in_r[:, None] & in_c[None, :], other=0.0).to(
-            COMPUTE
-        )
+        of_rows = r[:, None].to(tl.int64) * threshold.row
+        of_tile = threshold.start + (of_rows + c[None, :].to(tl.int64) * threshold.column)
+        return tl.load(of_tile, mask=in_r[:, None] & in_c[None, :], other=0.0).to(COMPUTE)
 
 
 @triton.jit
@@ -81,17 +98,15 @@ def _surrogate(margin, SURROGATE: tl.constexpr):
 
 
 @triton.jit
-def weight_gradients(
-    dense, weight, threshold, SURROGATE: tl.constexpr, STRUCTURE_GRADIENT: tl.constexpr
-):
+def weight_gradients(dense, weight, threshold, RULE: tl.constexpr):
     """(dW, each weight's summand of dt) from G; all in one dtype, broadcastable.
 
-    dW = G M + G |W| H(Q), the second term only with STRUCTURE_GRADIENT; dt = -sum(G W H(Q)).
+    dW = G M + G |W| H(Q), the second term only with a structure gradient; dt = -sum(G W H(Q)).
     """
     magnitude = tl.abs(weight)
     margin = magnitude - threshold
-    through_mask = dense * _surrogate(margin, SURROGATE)
+    through_mask = dense * _surrogate(margin, RULE.surrogate)
     grad_weight = tl.where(margin <= 0.0, 0.0, dense)
-    if STRUCTURE_GRADIENT:
+    if RULE.structure_gradient:
         grad_weight += through_mask * magnitude
     return grad_weight, -(through_mask * weight)

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from .masking import ALONG_C, ALONG_R, ELEMENT, LAYER
 
-__all__ = ["Matrix", "as_matrices", "as_threshold", "compute_dtype"]
+__all__ = ["Matrix", "Strided", "as_matrices", "as_threshold", "compute_dtype"]
+
+
+class Strided(NamedTuple):
+    """A matrix as kernels take it: where it starts, and how far it is to the next row or column."""
+
+    start: Tensor
+    row: int
+    column: int
 
 
 class Matrix(NamedTuple):
@@ -25,6 +33,10 @@ class Matrix(NamedTuple):
     row_stride: int
     column_stride: int
     axis: int = ELEMENT.value
+
+    @property
+    def strided(self) -> Strided:
+        return Strided(self.tensor, self.row_stride, self.column_stride)
 
     def t(self) -> Matrix:
         """The transpose, without a copy."""

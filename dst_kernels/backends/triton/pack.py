@@ -13,37 +13,38 @@ import triton.language as tl
 
 from ...reference.weight import largest_collapsed_count
 from .launch import OPTIONS, TRITON_DTYPES, on_device_of
-from .masking import ALONG_R, LAYER, load_threshold, masked
+from .masking import ALONG_R, LAYER, elements, load_threshold, masked
 from .matrix import Matrix, compute_dtype
 from .tiles import StreamTile
 
-__all__ = ["apply_guard_kernel", "pack", "pack_kernel"]
+__all__ = ["COUNTS", "apply_guard_kernel", "has_collapsed", "pack", "pack_kernel"]
+
+COUNTS = tl.constexpr(1024)
+"""How many counts are added up at a time."""
 
 
 @triton.jit
-def _store_threshold(
-    effective, value, r, c, in_r, in_c, first, stride_er, stride_ec, THRESHOLD: tl.constexpr
-):  # fmt: skip
+def _store_threshold(effective, value, r, c, in_r, in_c, first, THRESHOLD: tl.constexpr):
     """Write a tile's thresholds; those of rows and layers by the programs that are `first`."""
-    value = value.to(effective.dtype.element_ty)
+    start = effective.start
+    value = value.to(start.dtype.element_ty)
     if THRESHOLD == LAYER:
-        tl.store(effective, value, mask=first & (tl.program_id(0) == 0))
+        tl.store(start, value, mask=first & (tl.program_id(0) == 0))
     elif THRESHOLD == ALONG_R:
-        tl.store(effective + r * stride_er, tl.reshape(value, r.shape), mask=in_r & first)
+        tl.store(start + r * effective.row, tl.reshape(value, r.shape), mask=in_r & first)
     else:
-        offsets = r[:, None] * stride_er + c[None, :] * stride_ec
-        tl.store(effective + offsets, value, mask=in_r[:, None] & in_c[None, :])
+        tl.store(elements(effective, r, c), value, mask=in_r[:, None] & in_c[None, :])
 
 
 @triton.jit
 def pack_kernel(
-    weight, threshold, packed, effective, pruned_counts,
-    R, C, chunk,
-    stride_wr, stride_wc, stride_tr, stride_tc, stride_pr, stride_pc, stride_er, stride_ec,
-    THRESHOLD: tl.constexpr, COMPUTE: tl.constexpr, WRITE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    weight, threshold, packed, effective, pruned_counts, R, C, chunk,
+    THRESHOLD: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows program_id(0), columns program_id(1) * chunk onwards; pruned_counts [chunks, R]."""
+    """Rows program_id(0), columns program_id(1) * chunk onwards; pruned_counts [chunks, R].
+
+    Without `packed` it only counts.
+    """
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_r = r < R
     begin = tl.program_id(1).to(tl.int64) * chunk
@@ -53,45 +54,33 @@ def pack_kernel(
         c = start + tl.arange(0, BLOCK).to(tl.int64)
         in_c = c < end
         inside = in_r[:, None] & in_c[None, :]
-        w = tl.load(
-            weight + r[:, None] * stride_wr + c[None, :] * stride_wc, mask=inside, other=0.0
-        ).to(COMPUTE)
-        t = load_threshold(
-            threshold, r, c, in_r, in_c, stride_tr, stride_tc, THRESHOLD, COMPUTE
-        )  # fmt: skip
+        w = tl.load(elements(weight, r, c), mask=inside, other=0.0).to(COMPUTE)
+        t = load_threshold(threshold, r, c, in_r, in_c, THRESHOLD, COMPUTE)
         pruned += tl.sum(((tl.abs(w) <= t) & inside).to(tl.int32), axis=1)
-        if WRITE:
-            tl.store(
-                packed + r[:, None] * stride_pr + c[None, :] * stride_pc,
-                masked(w, t).to(packed.dtype.element_ty),
-                mask=inside,
-            )
-        _store_threshold(
-            effective, t, r, c, in_r, in_c, start == 0, stride_er, stride_ec, THRESHOLD
-        )
+        if packed is not None:
+            dtype = packed.start.dtype.element_ty
+            tl.store(elements(packed, r, c), masked(w, t).to(dtype), mask=inside)
+        _store_threshold(effective, t, r, c, in_r, in_c, start == 0, THRESHOLD)
     tl.store(pruned_counts + tl.program_id(1).to(tl.int64) * R + r, pruned, mask=in_r)
 
 
 @triton.jit
-def has_collapsed(pruned_counts, number_of_counts, least_pruned, BLOCK: tl.constexpr):
+def has_collapsed(pruned_counts, number_of_counts, least_pruned):
     """Whether the layer's counts add up to at least `least_pruned`; integers, so exact."""
-    total = tl.zeros((BLOCK,), tl.int64)
-    for start in range(0, number_of_counts, BLOCK):
-        i = start + tl.arange(0, BLOCK)
+    total = tl.zeros((COUNTS,), tl.int64)
+    for start in range(0, number_of_counts, COUNTS):
+        i = start + tl.arange(0, COUNTS)
         total += tl.load(pruned_counts + i, mask=i < number_of_counts, other=0)
     return tl.sum(total, axis=0) >= least_pruned
 
 
 @triton.jit
 def apply_guard_kernel(
-    weight, packed, effective, pruned_counts,
-    number_of_counts, least_pruned, R, C,
-    stride_wr, stride_wc, stride_pr, stride_pc, stride_er, stride_ec,
-    THRESHOLD: tl.constexpr, COMPUTE: tl.constexpr, WRITE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, COUNTS: tl.constexpr,
+    weight, packed, effective, pruned_counts, number_of_counts, least_pruned, R, C,
+    THRESHOLD: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Set the thresholds to 0 and keep the whole weight, if the layer has collapsed."""
-    if has_collapsed(pruned_counts, number_of_counts, least_pruned, COUNTS):
+    if has_collapsed(pruned_counts, number_of_counts, least_pruned):
         for block in range(tl.program_id(0), tl.cdiv(R, ROWS), tl.num_programs(0)):
             r = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
             in_r = r < R
@@ -99,25 +88,17 @@ def apply_guard_kernel(
                 c = start + tl.arange(0, BLOCK).to(tl.int64)
                 in_c = c < C
                 inside = in_r[:, None] & in_c[None, :]
-                w = tl.load(
-                    weight + r[:, None] * stride_wr + c[None, :] * stride_wc,
-                    mask=inside, other=0.0,
-                ).to(COMPUTE)  # fmt: skip
+                w = tl.load(elements(weight, r, c), mask=inside, other=0.0).to(COMPUTE)
                 if THRESHOLD == LAYER:
                     t = tl.zeros((), COMPUTE)
                 elif THRESHOLD == ALONG_R:
                     t = tl.zeros((ROWS, 1), COMPUTE)
                 else:
                     t = tl.zeros((ROWS, BLOCK), COMPUTE)
-                if WRITE:
-                    tl.store(
-                        packed + r[:, None] * stride_pr + c[None, :] * stride_pc,
-                        masked(w, t).to(packed.dtype.element_ty),
-                        mask=inside,
-                    )
-                _store_threshold(
-                    effective, t, r, c, in_r, in_c, start == 0, stride_er, stride_ec, THRESHOLD
-                )
+                if packed is not None:
+                    dtype = packed.start.dtype.element_ty
+                    tl.store(elements(packed, r, c), masked(w, t).to(dtype), mask=inside)
+                _store_threshold(effective, t, r, c, in_r, in_c, start == 0, THRESHOLD)
 
 
 # Enough programs to fill any GPU; each adds up all counts, so more would only read more.
@@ -137,34 +118,21 @@ def pack(
     row_blocks = triton.cdiv(R, tile.rows)
     chunk, chunks = tile.chunk(row_blocks, C)
     counts = torch.empty(chunks * R, dtype=torch.int32, device=weight.tensor.device)
-    target = weight if packed is None else packed  # never written to with WRITE off
+    tensors = weight.strided, threshold.strided, packed and packed.strided, effective.strided
     constants = {
         "THRESHOLD": threshold.axis,
         "COMPUTE": TRITON_DTYPES[compute_dtype(weight.tensor, threshold.tensor)],
-        "WRITE": packed is not None,
         "ROWS": tile.rows,
         "BLOCK": tile.block,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         **OPTIONS,
     }
-    strides = (
-        target.row_stride, target.column_stride, effective.row_stride, effective.column_stride,
-    )  # fmt: skip
     with on_device_of(weight.tensor):
-        pack_kernel[(row_blocks, chunks)](
-            weight.tensor, threshold.tensor, target.tensor, effective.tensor, counts,
-            R, C, chunk,
-            weight.row_stride, weight.column_stride,
-            threshold.row_stride, threshold.column_stride, *strides,
-            **constants,
-        )  # fmt: skip
+        pack_kernel[(row_blocks, chunks)](*tensors, counts, R, C, chunk, **constants)
         if reset_ratio is None:
             return
         least_pruned = R * C - largest_collapsed_count(R * C, reset_ratio)
         apply_guard_kernel[(min(row_blocks, _GUARD_PROGRAMS),)](
-            weight.tensor, target.tensor, effective.tensor, counts,
-            counts.numel(), least_pruned, R, C,
-            weight.row_stride, weight.column_stride, *strides,
-            COUNTS=1024, **constants,
-        )  # fmt: skip
+            tensors[0], *tensors[2:], counts, counts.numel(), least_pruned, R, C, **constants
+        )

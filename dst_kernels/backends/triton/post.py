@@ -5,28 +5,43 @@ G may come as several slabs (partial sums of a split product), which are added u
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .launch import OPTIONS, TRITON_DTYPES, on_device_of
-from .masking import ELEMENT, LAYER, SURROGATE_CODES, load_threshold, weight_gradients
+from .masking import (
+    ELEMENT,
+    LAYER,
+    SURROGATE_CODES,
+    Rule,
+    elements,
+    load_threshold,
+    weight_gradients,
+)
 from .matrix import Matrix, compute_dtype
 from .tiles import StreamTile
 
-__all__ = ["finish_threshold_gradient", "post", "post_kernel"]
+__all__ = ["Slabs", "finish_threshold_gradient", "post", "post_kernel"]
+
+
+class Slabs(NamedTuple):
+    """As `Strided`: the sum of `count` matrices that are `distance` apart."""
+
+    start: Tensor
+    row: int
+    column: int
+    count: int
+    distance: int
 
 
 @triton.jit
 def post_kernel(
-    dense, weight, threshold, grad_weight, grad_threshold,
-    R, C, chunk, slabs, slab_stride,
-    stride_dr, stride_dc, stride_wr, stride_wc, stride_tr, stride_tc,
-    stride_gr, stride_gc, stride_hr, stride_hc,
-    THRESHOLD: tl.constexpr, COMPUTE: tl.constexpr,
-    SURROGATE: tl.constexpr, STRUCTURE_GRADIENT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    dense, weight, threshold, grad_weight, grad_threshold, R, C, chunk,
+    RULE: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rows program_id(0), columns program_id(1) * chunk onwards.
 
@@ -41,35 +56,25 @@ def post_kernel(
         c = start + tl.arange(0, BLOCK).to(tl.int64)
         in_c = c < end
         inside = in_r[:, None] & in_c[None, :]
-        w = tl.load(
-            weight + r[:, None] * stride_wr + c[None, :] * stride_wc, mask=inside, other=0.0
-        ).to(COMPUTE)
-        from_dense = dense + r[:, None] * stride_dr + c[None, :] * stride_dc
+        w = tl.load(elements(weight, r, c), mask=inside, other=0.0).to(COMPUTE)
+        from_dense = elements(dense, r, c)
         g = tl.load(from_dense, mask=inside, other=0.0).to(COMPUTE)
-        for slab in range(1, slabs):
-            g += tl.load(
-                from_dense + tl.cast(slab, tl.int64) * slab_stride, mask=inside, other=0.0
-            ).to(COMPUTE)
-        t = load_threshold(
-            threshold, r, c, in_r, in_c, stride_tr, stride_tc, THRESHOLD, COMPUTE
-        )  # fmt: skip
-        gw, gt = weight_gradients(g, w, t, SURROGATE, STRUCTURE_GRADIENT)
-        tl.store(
-            grad_weight + r[:, None] * stride_gr + c[None, :] * stride_gc,
-            gw.to(grad_weight.dtype.element_ty),
-            mask=inside,
-        )
-        if THRESHOLD == ELEMENT:
-            tl.store(
-                grad_threshold + r[:, None] * stride_hr + c[None, :] * stride_hc,
-                gt.to(grad_threshold.dtype.element_ty),
-                mask=inside,
-            )
+        for slab in range(1, dense.count):
+            from_slab = from_dense + tl.cast(slab, tl.int64) * dense.distance
+            g += tl.load(from_slab, mask=inside, other=0.0).to(COMPUTE)
+        t = load_threshold(threshold, r, c, in_r, in_c, RULE.axis, COMPUTE)
+        gw, gt = weight_gradients(g, w, t, RULE)
+        dtype = grad_weight.start.dtype.element_ty
+        tl.store(elements(grad_weight, r, c), gw.to(dtype), mask=inside)
+        if RULE.axis == ELEMENT:
+            dtype_t = grad_threshold.start.dtype.element_ty
+            tl.store(elements(grad_threshold, r, c), gt.to(dtype_t), mask=inside)
         else:
             # Outside the tile g is 0, but 0 * NaN is not.
             row_sum += tl.sum(tl.where(inside, gt, 0.0), axis=1)
-    if THRESHOLD != ELEMENT:
-        tl.store(grad_threshold + tl.program_id(1).to(tl.int64) * R + r, row_sum, mask=in_r)
+    if RULE.axis != ELEMENT:
+        of_chunk = grad_threshold.start + tl.program_id(1).to(tl.int64) * R
+        tl.store(of_chunk + r, row_sum, mask=in_r)
 
 
 def post(
@@ -99,16 +104,10 @@ def post(
         grad_threshold = Matrix(partial, R, C, 0, 0)
     with on_device_of(weight.tensor):
         post_kernel[(row_blocks, chunks)](
-            dense.tensor, weight.tensor, threshold.tensor,
-            grad_weight.tensor, grad_threshold.tensor,
-            R, C, chunk, slabs, slab_stride,
-            dense.row_stride, dense.column_stride, weight.row_stride, weight.column_stride,
-            threshold.row_stride, threshold.column_stride,
-            grad_weight.row_stride, grad_weight.column_stride,
-            grad_threshold.row_stride, grad_threshold.column_stride,
-            THRESHOLD=threshold.axis, COMPUTE=TRITON_DTYPES[dtype],
-            SURROGATE=SURROGATE_CODES[surrogate], STRUCTURE_GRADIENT=structure_gradient,
-            ROWS=tile.rows, BLOCK=tile.block,
+            Slabs(*dense.strided, slabs, slab_stride), weight.strided, threshold.strided,
+            grad_weight.strided, grad_threshold.strided, R, C, chunk,
+            RULE=Rule(threshold.axis, SURROGATE_CODES[surrogate], structure_gradient),
+            COMPUTE=TRITON_DTYPES[dtype], ROWS=tile.rows, BLOCK=tile.block,
             num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
         )  # fmt: skip
     return partial

@@ -5,18 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import triton
+import triton.language as tl
 
+from dst_kernels.backends.triton.grad_weight import compiled_tile
+from dst_kernels.backends.triton.launch import CompiledTile
 from dst_kernels.backends.triton.masking import ALONG_C, ALONG_R, ELEMENT, LAYER
+from dst_kernels.backends.triton.matrix import Strided
+from dst_kernels.backends.triton.tiles import GradWeightTile, ProductTile
 
 __all__ = [
     "AUTOCAST",
     "FLOAT32",
+    "PARTIAL_SUMS",
     "SIXTEEN_BIT",
+    "SIZES",
     "Variant",
+    "grad_weight_tile",
     "granularities",
     "is_of_ampere",
-    "unit_strides",
-    "variant",
+    "matrix",
+    "pointer",
+    "product_tile",
 ]
 
 
@@ -26,11 +35,11 @@ class Variant:
 
     name: str
     kernel: triton.JITFunction
-    signature: dict[str, str]  # runtime argument -> Triton's type
-    constexprs: dict[str, object]
+    arguments: dict[str, object]
+    """As in a launch, but with types for tensors and numbers; these are spelled as in
+    `triton.tools.compile`: "i32:16" is divisible by 16. What is not a type is compiled in."""
     warps: int
     stages: int
-    aligned: tuple[str, ...]  # arguments divisible by 16
     tensor_cores: bool = False
     operand_a_in_registers: bool = False
     wide_accesses: bool = False
@@ -48,46 +57,38 @@ def is_of_ampere(weight: str, x: str, precision: str) -> bool:
     return weight == "fp32" and (x == "bf16" or precision == "tf32")
 
 
-# Integers that are just numbers, so of any divisibility; least_pruned may exceed 32 bits.
-_PLAIN = {
-    "number_of_counts", "number_of_thresholds", "slabs", "parts", "least_pruned",
-    "taps", "taps_h", "taps_w", "in_h", "in_w", "out_h", "out_w",
-    "scale_h", "scale_w", "origin_h", "origin_w", "step_h", "step_w",
-}  # fmt: skip
+# Of a product's or a pass's matrices.
+SIZES = dict.fromkeys(("M", "R", "C"), "i32:16")
 
 
-def variant(
-    name: str,
-    kernel: triton.JITFunction,
-    pointers: dict[str, str],
-    constexprs: dict[str, object],
-    *,
-    warps: int,
-    stages: int,
-    **expected: bool,
-) -> Variant:
-    """What is neither a pointer nor a constant is an integer."""
-    signature = {}
-    for argument in kernel.arg_names:
-        if argument in pointers:
-            signature[argument] = f"*{pointers[argument]}"
-        elif argument not in constexprs:
-            signature[argument] = "i64" if argument == "least_pruned" else "i32"
-    aligned = tuple(argument for argument in signature if argument not in _PLAIN)
-    return Variant(name, kernel, signature, constexprs, warps, stages, aligned, **expected)
+def pointer(dtype: str) -> str:
+    return f"*{dtype}:16"
 
 
-def unit_strides(*strides: str) -> dict[str, int]:
-    """Strides of 1, which Triton compiles in."""
-    return {f"stride_{stride}": 1 for stride in strides}
+def matrix(dtype: str, *, transposed: bool = False) -> Strided:
+    """With contiguous rows, or columns."""
+    strides = (1, "i32:16") if transposed else ("i32:16", 1)
+    return Strided(pointer(dtype), *strides)
 
 
-def granularities(transposed: bool) -> dict[str, tuple[int, dict[str, int]]]:
-    """Name -> (THRESHOLD, strides of 1)."""
-    unit = "tr" if transposed else "tc"
-    row = (ALONG_C.value, "tc") if transposed else (ALONG_R.value, "tr")
+# Of the gradient of thresholds that are not element-wise.
+PARTIAL_SUMS = Strided(pointer("fp32"), "i32:16", "i32:16")
+
+
+def product_tile(tile: ProductTile, precision: str, *, transposed: bool) -> CompiledTile:
+    blocks = tile.block_m, tile.block_r, tile.block_c, tile.group
+    return CompiledTile(precision, tl.int32, *blocks, unroll=tile.unroll, transposed=transposed)
+
+
+def grad_weight_tile(tile: GradWeightTile, precision: str) -> CompiledTile:
+    return compiled_tile(tile, precision, 0)
+
+
+def granularities(transposed: bool) -> dict[str, tuple[int, Strided]]:
+    """Name -> (THRESHOLD, thresholds)."""
+    along_rows = ALONG_C.value if transposed else ALONG_R.value
     return {
-        "row": (row[0], unit_strides(row[1])),
-        "layer": (LAYER.value, {}),
-        "element": (ELEMENT.value, unit_strides(unit)),
+        "row": (along_rows, matrix("fp32", transposed=not transposed)),
+        "layer": (LAYER.value, Strided(pointer("fp32"), "i32:16", "i32:16")),
+        "element": (ELEMENT.value, matrix("fp32", transposed=transposed)),
     }

@@ -8,14 +8,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import triton.language as tl
 
 from dst_kernels.backends.triton.conv_grad_weight import conv_grad_weight_kernel, conv_slabs_kernel
-from dst_kernels.backends.triton.conv_product import conv_product_kernel
-from dst_kernels.backends.triton.masking import ALONG_C, ALONG_R, ELEMENT, SURROGATE_CODES
+from dst_kernels.backends.triton.conv_product import Filters, Geometry, Image, conv_product_kernel
+from dst_kernels.backends.triton.masking import SURROGATE_CODES, Rule
+from dst_kernels.backends.triton.matrix import Strided
 from dst_kernels.backends.triton.tiles import Traits, conv_grad_weight_tiles, conv_product_tiles
 
-from .base import Variant, is_of_ampere, unit_strides, variant
+from .base import (
+    PARTIAL_SUMS,
+    SIZES,
+    Variant,
+    grad_weight_tile,
+    granularities,
+    is_of_ampere,
+    matrix,
+    pointer,
+    product_tile,
+)
 
 __all__ = ["convolutions"]
 
@@ -24,6 +34,18 @@ def convolutions(architecture: int) -> Iterator[Variant]:
     """All of them."""
     yield from _products(architecture)
     yield from _grad_weights(architecture)
+
+
+_GEOMETRY = Geometry(*["i32"] * len(Geometry._fields))._replace(**SIZES)
+
+
+def _image(dtype: str) -> Image:
+    return Image(pointer(dtype), "i32:16", 1, "i32:16", "i32:16")
+
+
+def _filters(of_tap: Strided) -> Filters:
+    start, *strides = of_tap
+    return Filters(start, *strides, "i32:16", "i32:16", "i32:16")
 
 
 # Stored weight, activations, whether float32 may round to TF32. fp16 compiles to the code of bf16.
@@ -55,36 +77,29 @@ def _products(architecture: int) -> Iterator[Variant]:
     ):
         for purpose in ("forward", "grad_input"):
             by_input = purpose == "grad_input"
-            for granularity, axis in (
-                ("row", ALONG_C if by_input else ALONG_R),
-                ("element", ELEMENT),
-            ):
-                if granularity == "element" and ((weight, x) != ("fp32", "bf16") or not largest):
+            for granularity, (axis, threshold) in granularities(by_input).items():
+                rare = (weight, x) != ("fp32", "bf16") or not largest
+                if granularity == "layer" or (granularity == "element" and rare):
                     continue
-                strides = ["wr" if by_input else "wc", "xc", "or"]
-                if granularity == "row":
-                    strides += ["tc" if by_input else "tr"]
-                else:
-                    strides += ["tr" if by_input else "tc"]
-                yield variant(
+                yield Variant(
                     f"conv {purpose} {weight}->{x} {precision} {granularity} {tile}",
                     conv_product_kernel,
-                    {"x": x, "weight": weight, "threshold": "fp32", "bias": "fp32", "out": x},
                     {
-                        **unit_strides(*strides),
-                        "THRESHOLD": axis.value,
-                        "HAS_BIAS": not by_input,
-                        "PRECISION": precision,
-                        "TRANSPOSED": by_input,
-                        "INDEX": tl.int32,
-                        "BLOCK_M": tile.block_m,
-                        "BLOCK_R": tile.block_r,
-                        "BLOCK_C": tile.block_c,
-                        "UNROLL": tile.unroll,
-                        "GROUP": tile.group,
+                        "x": pointer(x),
+                        "weight": pointer(weight),
+                        "threshold": pointer("fp32"),
+                        "bias": None if by_input else pointer("fp32"),
+                        "out": pointer(x),
+                        "geometry": _GEOMETRY,
+                        "stride_x": _image(x)[1:],
+                        "stride_w": _filters(matrix(weight, transposed=by_input))[1:],
+                        "stride_t": _filters(threshold)[1:],
+                        "stride_o": _image(x)[1:],
+                        "THRESHOLD": axis,
+                        "TILE": product_tile(tile, precision, transposed=by_input),
                     },
-                    warps=tile.warps,
-                    stages=tile.stages,
+                    tile.warps,
+                    tile.stages,
                     tensor_cores=tensor_cores,
                     operand_a_in_registers=tensor_cores,
                 )
@@ -95,47 +110,33 @@ def _grad_weights(architecture: int) -> Iterator[Variant]:
     for tile, weight, x, precision, tensor_cores, largest in _cases(
         architecture, conv_grad_weight_tiles
     ):
-        constants = {
-            **unit_strides("gr", "xc"),
-            "PRECISION": precision,
-            "INDEX": tl.int32,
-            "BLOCK_R": tile.block_r,
-            "BLOCK_C": tile.block_c,
-            "BLOCK_M": tile.block_m,
-            "GROUP": tile.group,
-        }
+        common = {"grad": _image(x), "x": _image(x), "geometry": _GEOMETRY}
         options = {"warps": tile.warps, "stages": tile.stages, "tensor_cores": tensor_cores}
-        for granularity, axis in (("row", ALONG_R), ("element", ELEMENT)):
-            element = granularity == "element"
-            if element and ((weight, x) != ("fp32", "bf16") or not largest):
+        for granularity, (axis, threshold) in granularities(False).items():
+            rare = (weight, x) != ("fp32", "bf16") or not largest
+            if granularity == "layer" or (granularity == "element" and rare):
                 continue
-            yield variant(
+            dt = threshold if granularity == "element" else PARTIAL_SUMS
+            yield Variant(
                 f"conv grad_weight {weight},{x} {precision} {granularity} {tile}",
                 conv_grad_weight_kernel,
                 {
-                    "grad": x,
-                    "x": x,
-                    "weight": weight,
-                    "threshold": "fp32",
-                    "grad_weight": weight,
-                    "grad_threshold": "fp32",
-                },
-                {
-                    **constants,
-                    **unit_strides("wc", "oc", *(("tc", "hc") if element else ("tr",))),
-                    "THRESHOLD": axis.value,
-                    "SURROGATE": SURROGATE_CODES["long_tailed"],
-                    "STRUCTURE_GRADIENT": True,
-                    "PIECES": tile.pieces,
+                    **common,
+                    "weight": _filters(matrix(weight)),
+                    "threshold": _filters(threshold),
+                    "grad_weight": _filters(matrix(weight)),
+                    "grad_threshold": _filters(dt),
+                    "RULE": Rule(axis, SURROGATE_CODES["long_tailed"], True),
+                    "TILE": grad_weight_tile(tile, precision),
                 },
                 **options,
             )
         if weight == x and x != "fp32":
             continue
-        yield variant(
+        slabs = _filters(matrix("fp32"))._replace(start="*fp32")
+        yield Variant(
             f"conv slabs {x} {precision} {tile}",
             conv_slabs_kernel,
-            {"grad": x, "x": x, "slabs": "fp32"},
-            {**constants, **unit_strides("sc")},
+            {**common, "slabs": slabs, "part": "i32:16", "TILE": grad_weight_tile(tile, precision)},
             **options,
         )

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-import triton.language as tl
-
 from dst_kernels.backends.triton.grad_weight import grad_weight_kernel, slabs_kernel
-from dst_kernels.backends.triton.masking import ELEMENT, SURROGATE_CODES
-from dst_kernels.backends.triton.product import finish_kernel, product_kernel
+from dst_kernels.backends.triton.masking import ELEMENT, SURROGATE_CODES, Rule
+from dst_kernels.backends.triton.product import Guard, Sizes, finish_kernel, product_kernel
 from dst_kernels.backends.triton.tiles import (
     FLOAT32_GRAD_WEIGHT_TILES,
     FLOAT32_PRODUCT_TILES,
@@ -27,12 +25,16 @@ from dst_kernels.backends.triton.tiles import (
 from .base import (
     AUTOCAST,
     FLOAT32,
+    PARTIAL_SUMS,
     SIXTEEN_BIT,
+    SIZES,
     Variant,
+    grad_weight_tile,
     granularities,
     is_of_ampere,
-    unit_strides,
-    variant,
+    matrix,
+    pointer,
+    product_tile,
 )
 
 __all__ = ["linear"]
@@ -97,20 +99,6 @@ def _grad_weight_cases(architecture: int) -> Iterator[tuple[GradWeightTile, str,
                 yield tile, weight, x, precision, x != "fp32" or precision == "tf32"
 
 
-def _product_constants(tile: ProductTile, precision: str, transposed: bool) -> dict[str, object]:
-    return {
-        "PRECISION": precision,
-        "TRANSPOSED": transposed,
-        "INDEX": tl.int32,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_R": tile.block_r,
-        "BLOCK_C": tile.block_c,
-        "UNROLL": tile.unroll,
-        "GROUP": tile.group,
-        **unit_strides("xc", "wr" if transposed else "wc"),
-    }
-
-
 def _products(cases: Iterable[_ProductCase]) -> Iterator[Variant]:
     """Forward with and without the guard's count, and dX; whole sums and split ones."""
     for tile, weight, x, precision, tensor_cores, largest in cases:
@@ -118,7 +106,7 @@ def _products(cases: Iterable[_ProductCase]) -> Iterator[Variant]:
             if purpose == "unguarded" and not largest:
                 continue
             transposed = purpose == "grad_input"
-            for granularity, (axis, unit) in granularities(transposed).items():
+            for granularity, (axis, threshold) in granularities(transposed).items():
                 if granularity == "layer":
                     continue  # its threshold is read as one for each row
                 if granularity == "element" and not _with_elements(tile, weight, x, largest):
@@ -127,30 +115,33 @@ def _products(cases: Iterable[_ProductCase]) -> Iterator[Variant]:
                     of_another = granularity != "row" or x == "fp16" or purpose == "unguarded"
                     if split and (of_another or not largest):
                         continue
-                    yield variant(
+                    yield Variant(
                         f"{purpose}{' split' if split else ''} {weight}->{x} {precision} "
                         f"{granularity} {tile}",
                         product_kernel,
                         {
-                            "x": x,
-                            "weight": weight,
-                            "threshold": "fp32",
-                            "bias": "fp32",
-                            "out": "fp32" if split else x,
-                            "pruned_counts": "i32",
-                        },
-                        {
-                            **_product_constants(tile, precision, transposed),
-                            **unit,
+                            "x": pointer(x),
+                            "weight": pointer(weight),
+                            "threshold": pointer("fp32"),
+                            "bias": None if transposed or split else pointer("fp32"),
+                            "out": pointer("fp32" if split else x),
+                            "pruned_counts": pointer("i32") if purpose == "forward" else None,
+                            "sizes": Sizes(**SIZES, part="i32:16"),
+                            "stride_x": matrix(x)[1:],
+                            "stride_w": matrix(weight, transposed=transposed)[1:],
+                            "stride_t": threshold[1:],
                             "THRESHOLD": axis,
-                            "COUNT": purpose == "forward",
-                            "HAS_BIAS": not transposed and not split,
+                            "TILE": product_tile(tile, precision, transposed=transposed),
                         },
-                        warps=tile.warps,
-                        stages=tile.stages,
+                        tile.warps,
+                        tile.stages,
                         tensor_cores=tensor_cores,
                         operand_a_in_registers=tensor_cores,
                     )
+
+
+# At least how many are pruned may exceed 32 bits.
+_GUARD = Guard(pointer("i32"), "i32", "i64", pointer("fp32"), "i32")
 
 
 def _finishes(architecture: int) -> Iterator[Variant]:
@@ -163,27 +154,22 @@ def _finishes(architecture: int) -> Iterator[Variant]:
             if x == "fp16" or not largest or (not guard and weight == x == "bf16"):
                 continue
             purpose = " ".join(["finish", *["guard"] * guard, *["split"] * split])
-            yield variant(
+            yield Variant(
                 f"{purpose} {weight}->{x} {precision} {tile}",
                 finish_kernel,
                 {
-                    "x": x,
-                    "weight": weight,
-                    "slabs": "fp32" if split else x,
-                    "bias": "fp32",
-                    "out": x,
-                    "effective": "fp32",
-                    "pruned_counts": "i32",
+                    **SIZES,
+                    "x": matrix(x),
+                    "weight": matrix(weight),
+                    "slabs": "*fp32" if split else None,
+                    "bias": pointer("fp32") if guard else None,
+                    "out": pointer(x),
+                    "guard": _GUARD if guard else None,
+                    "parts": "i32",
+                    "TILE": product_tile(tile, precision, transposed=False),
                 },
-                {
-                    **_product_constants(tile, precision, False),
-                    "GUARD": guard,
-                    "SPLIT": split,
-                    "HAS_BIAS": guard,
-                    "COUNTS": 1024,
-                },
-                warps=tile.warps,
-                stages=tile.stages,
+                tile.warps,
+                tile.stages,
                 tensor_cores=tensor_cores and guard,
                 operand_a_in_registers=tensor_cores and guard,
             )
@@ -191,40 +177,30 @@ def _finishes(architecture: int) -> Iterator[Variant]:
 
 def _grad_weights(cases: Iterable[tuple]) -> Iterator[Variant]:
     for tile, weight, x, precision, tensor_cores in cases:
-        for granularity, (axis, unit) in granularities(False).items():
+        for granularity, (axis, threshold) in granularities(False).items():
             for surrogate, code in SURROGATE_CODES.items():
                 special = granularity != "row" or surrogate != "long_tailed"
                 if special and (weight, x, tile.block_c) != ("fp32", "bf16", 128):
                     continue
                 if granularity != "row" and surrogate != "long_tailed":
                     continue
-                yield variant(
+                element = axis == ELEMENT.value
+                yield Variant(
                     f"grad_weight {weight},{x} {precision} {granularity} {surrogate} {tile}",
                     grad_weight_kernel,
                     {
-                        "grad": x,
-                        "x": x,
-                        "weight": weight,
-                        "threshold": "fp32",
-                        "grad_weight": weight,
-                        "grad_threshold": "fp32",
+                        **SIZES,
+                        "grad": matrix(x),
+                        "x": matrix(x),
+                        "weight": matrix(weight),
+                        "threshold": threshold,
+                        "grad_weight": matrix(weight),
+                        "grad_threshold": threshold if element else PARTIAL_SUMS,
+                        "RULE": Rule(axis, code, True),
+                        "TILE": grad_weight_tile(tile, precision),
                     },
-                    {
-                        **unit_strides("gr", "xc", "wc", "oc", *(["hc"] * (axis == ELEMENT.value))),
-                        **unit,
-                        "THRESHOLD": axis,
-                        "SURROGATE": code,
-                        "STRUCTURE_GRADIENT": True,
-                        "PRECISION": precision,
-                        "INDEX": tl.int32,
-                        "BLOCK_R": tile.block_r,
-                        "BLOCK_C": tile.block_c,
-                        "BLOCK_M": tile.block_m,
-                        "GROUP": tile.group,
-                        "PIECES": tile.pieces,
-                    },
-                    warps=tile.warps,
-                    stages=tile.stages,
+                    tile.warps,
+                    tile.stages,
                     tensor_cores=tensor_cores,
                 )
 
@@ -238,21 +214,19 @@ def _slabs(architecture: int) -> Iterator[Variant]:
     ):
         if architecture == 80 and not is_of_ampere("fp32", x, precision):
             continue
-        yield variant(
+        yield Variant(
             f"slabs {x} {precision} {tile}",
             slabs_kernel,
-            {"grad": x, "x": x, "slabs": "fp32"},
             {
-                **unit_strides("gr", "xc"),
-                "PRECISION": precision,
-                "INDEX": tl.int32,
-                "BLOCK_R": tile.block_r,
-                "BLOCK_C": tile.block_c,
-                "BLOCK_M": tile.block_m,
-                "GROUP": tile.group,
+                **SIZES,
+                "grad": matrix(x),
+                "x": matrix(x),
+                "slabs": "*fp32",
+                "part": "i32:16",
+                "TILE": grad_weight_tile(tile, precision),
             },
-            warps=tile.warps,
-            stages=tile.stages,
+            tile.warps,
+            tile.stages,
             tensor_cores=tensor_cores,
         )
 

@@ -7,12 +7,21 @@ from collections.abc import Iterator
 
 import triton.language as tl
 
-from dst_kernels.backends.triton.masking import ELEMENT
+from dst_kernels.backends.triton.masking import ELEMENT, SURROGATE_CODES, Rule
 from dst_kernels.backends.triton.pack import apply_guard_kernel, pack_kernel
-from dst_kernels.backends.triton.post import post_kernel
+from dst_kernels.backends.triton.post import Slabs, post_kernel
 from dst_kernels.backends.triton.tiles import StreamTile, pack_tile, post_tile, stream_candidates
 
-from .base import AUTOCAST, FLOAT32, SIXTEEN_BIT, Variant, granularities, unit_strides, variant
+from .base import (
+    AUTOCAST,
+    FLOAT32,
+    PARTIAL_SUMS,
+    SIXTEEN_BIT,
+    Variant,
+    granularities,
+    matrix,
+    pointer,
+)
 
 __all__ = ["streams"]
 
@@ -39,71 +48,60 @@ def _passes(
 ) -> Iterator[Variant]:
     """In these tiles; else without float16, whose code is bf16's."""
     for weight, packed in (*AUTOCAST, *SIXTEEN_BIT, *FLOAT32):
-        for granularity, (axis, unit) in granularities(False).items():
+        for granularity, (axis, threshold) in granularities(False).items():
             if granularity != "row" and (weight, packed) != ("fp32", "bf16"):
                 continue
             if packed == "fp16" and not every_dtype:
                 continue
-            element = axis == ELEMENT.value
             for write in (True, False):
                 if not write and packed != weight:
                     continue
-                constants = {
-                    **_blocks(tile),
-                    **unit_strides("wc", "pc", *(["ec"] if element else ["er"] if axis else [])),
+                arguments = {
+                    **_common(tile),
+                    "weight": matrix(weight),
+                    "packed": matrix(packed) if write else None,
+                    "effective": threshold,
+                    "pruned_counts": pointer("i32"),
                     "THRESHOLD": axis,
-                    "WRITE": write,
-                }
-                pointers = {
-                    "weight": weight,
-                    "packed": packed,
-                    "effective": "fp32",
-                    "pruned_counts": "i32",
                 }
                 purpose = f"{weight}->{packed}" if write else weight
                 name = f"{purpose} {granularity} {tile}"
-                yield variant(
+                yield Variant(
                     f"{'pack' if write else 'count'} {name}",
                     pack_kernel,
-                    {**pointers, "threshold": "fp32"},
-                    {**constants, **unit},
-                    warps=tile.warps,
-                    stages=tile.stages,
+                    {**arguments, "threshold": threshold, "chunk": "i32:16"},
+                    tile.warps,
+                    tile.stages,
                     wide_accesses=True,
                 )
                 if packed == "fp16" or not every_dtype:
                     continue  # it writes only where a layer has collapsed
-                yield variant(
+                yield Variant(
                     f"apply_guard {name}",
                     apply_guard_kernel,
-                    pointers,
-                    {**constants, "COUNTS": 1024},
-                    warps=tile.warps,
-                    stages=tile.stages,
+                    {**arguments, "number_of_counts": "i32", "least_pruned": "i64"},
+                    tile.warps,
+                    tile.stages,
                 )
-            yield variant(
+            yield Variant(
                 f"post {packed},{weight} {granularity} {of_post}",
                 post_kernel,
                 {
-                    "dense": packed,
-                    "weight": weight,
-                    "threshold": "fp32",
-                    "grad_weight": weight,
-                    "grad_threshold": "fp32",
+                    **_common(of_post),
+                    "dense": Slabs(*matrix(packed), "i32", "i32:16"),
+                    "weight": matrix(weight),
+                    "threshold": threshold,
+                    "grad_weight": matrix(weight),
+                    "grad_threshold": threshold if axis == ELEMENT.value else PARTIAL_SUMS,
+                    "chunk": "i32:16",
+                    "RULE": Rule(axis, SURROGATE_CODES["long_tailed"], True),
                 },
-                {
-                    **_blocks(of_post),
-                    **unit_strides("dc", "wc", "gc", *(["hc"] if element else [])),
-                    **unit,
-                    "THRESHOLD": axis,
-                    "SURROGATE": 0,
-                    "STRUCTURE_GRADIENT": True,
-                },
-                warps=of_post.warps,
-                stages=of_post.stages,
+                of_post.warps,
+                of_post.stages,
                 wide_accesses=True,
             )
 
 
-def _blocks(tile: StreamTile) -> dict[str, object]:
-    return {"COMPUTE": tl.float32, "ROWS": tile.rows, "BLOCK": tile.block}
+def _common(tile: StreamTile) -> dict[str, object]:
+    sizes = {"R": "i32:16", "C": "i32:16"}
+    return {**sizes, "COMPUTE": tl.float32, "ROWS": tile.rows, "BLOCK": tile.block}
