@@ -10,14 +10,19 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import itertools
 from collections.abc import Iterator
 from types import CodeType
 
 from torch import nn
 
-__all__ = ["bypassed_layers", "reads_a_weight"]
+__all__ = ["bypassed_layers", "reads_a_weight", "what_writes_its_weight"]
 
-_TORCHS = (nn.Module, nn.RNNBase, nn.LSTM, nn.GRU, nn.RNN)
+_TORCHS = {
+    nn.Module, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d,
+    nn.ConvTranspose3d, *nn.Conv2d.__bases__, *nn.ConvTranspose2d.__bases__,
+    nn.RNNBase, nn.LSTM, nn.GRU, nn.RNN,
+}  # fmt: skip
 # What may be asked of a weight without computing with it.
 _HARMLESS = {"device", "dim", "dtype", "is_cuda", "ndim", "numel", "requires_grad", "shape", "size"}
 # Its fused path is kept off where layers are masked: see `_transformer_encoder.py`.
@@ -39,9 +44,24 @@ def bypassed_layers(model: nn.Module) -> dict[nn.Module, str]:
     return reasons
 
 
-def reads_a_weight(cls: type[nn.Module]) -> bool:
-    """Whether a recurrent class asks for weights by name in a forward that is not torch's."""
-    return any(_is_weight(name) for code in _reached(cls) for name in code.co_names)
+def reads_a_weight(cls: type[nn.Module], method: str) -> bool:
+    """Whether a class asks for weights by name in a method that is not torch's."""
+    return any(_is_weight(name) for code in _reached(cls, method) for name in code.co_names)
+
+
+def what_writes_its_weight(cls: type[nn.Module]) -> str | None:
+    """Return `self.weight.data` or `self.weight.clamp_` if a forward that is not torch's has it."""
+    for code in _reached(cls):
+        names = [
+            instruction.argval
+            for instruction in dis.get_instructions(code)
+            if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR")
+        ]
+        for name, following in itertools.pairwise([*names, ""]):
+            in_place = following.endswith("_") and not following.startswith("_")
+            if name == "weight" and (following == "data" or in_place):
+                return f"self.weight.{following}"
+    return None
 
 
 @functools.cache
@@ -50,10 +70,10 @@ def _weights_read(cls: type[nn.Module]) -> frozenset[tuple[str, ...]]:
     return frozenset(path for code in _reached(cls) for path in _paths_in(code))
 
 
-def _reached(cls: type[nn.Module]) -> Iterator[CodeType]:
-    """The code of forward and of every method it names, in turn; but for torch's own."""
+def _reached(cls: type[nn.Module], start: str = "forward") -> Iterator[CodeType]:
+    """The code of a method and of every method it names, in turn; but for torch's own."""
     seen: set[str] = set()
-    waiting = ["forward"]
+    waiting = [start]
     while waiting:
         for code in _codes(cls, waiting.pop()):
             yield code

@@ -26,10 +26,10 @@ from ..nn import (
     MaskedRNN,
     MaskOptions,
 )
-from ..nn.in_place import mask_module_
+from ..nn.in_place import mask_module_, masked_class, unmask_module_
 from ..ops.dtensor import is_dtensor
 from ._transformer_encoder import avoid_fast_path
-from ._weight_readers import bypassed_layers, reads_a_weight
+from ._weight_readers import bypassed_layers, reads_a_weight, what_writes_its_weight
 from .config import SparsifyConfig
 
 __all__ = ["ConversionPlan", "PlannedLayer", "plan_sparsify", "sparsify_"]
@@ -128,11 +128,18 @@ def sparsify_(
         if isinstance(module, MaskedModule)
         for part in module.masked_weights()
     }
-    for module in chosen:
-        masked = mask_module_(module, _masked_type(module), config.mask_options())
-        for part in masked.masked_weights():
+    done: list[MaskedModule] = []
+    try:
+        for module in chosen:
+            done.append(mask_module_(module, _masked_type(module), config.mask_options()))
+    except Exception:  # all or nothing
+        for module in done:
+            unmask_module_(module)
+        raise
+    for module in done:
+        for part in module.masked_weights():
             shared = thresholds.setdefault(id(part.weight), part.threshold)
-            setattr(masked, part.threshold_name, shared)
+            setattr(module, part.threshold_name, shared)
     avoid_fast_path(model)
     for layer in plan.layers:
         if layer.action == "convert" and layer.reason:
@@ -273,8 +280,14 @@ def _cannot_convert(module: nn.Module, path: str) -> str | None:
     base = _base(module)
     if base is None and _qualified(type(module)) != _TRANSFORMERS_CONV1D:
         return f"there is no masked {type(module).__name__}"
-    if isinstance(module, nn.RNNBase) and reads_a_weight(type(module)):
+    kind = type(module)
+    if isinstance(module, nn.RNNBase) and reads_a_weight(kind, "forward"):
         return f"is a {base.__name__} with a forward of its own that reads weights"
+    if kind.__call__ is not nn.Module.__call__ and reads_a_weight(kind, "__call__"):
+        return f"is a {base.__name__} with a __call__ of its own that reads its weight"
+    write = what_writes_its_weight(kind)
+    if write is not None:
+        return f"has {write} in a forward of its own, where only the masked weight could be reached"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
     for name in _weight_names(module):
@@ -288,6 +301,10 @@ def _cannot_convert(module: nn.Module, path: str) -> str | None:
     masked = _masked_type(module)
     if path not in masked.accepted_paths:
         return f"has no path {path!r}, only {' and '.join(masked.accepted_paths)}"
+    try:
+        masked_class(kind, masked)
+    except Exception as error:  # whatever a metaclass or __init_subclass__ of the user's raises
+        return f"is of a class from which none can be derived ({error})"
     in_the_way = [name for name in _names_needed(module, masked) if hasattr(module, name)]
     if in_the_way:
         return f"has an attribute {in_the_way[0]!r} of its own, a name that masked layers need"

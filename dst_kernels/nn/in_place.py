@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..ops.dtensor import is_dtensor
-from .own_forward import OwnForward, has_forward_of_its_own
+from .own_forward import members_for_own_forward
 
 if TYPE_CHECKING:
     from ..autograd import MaskOptions
@@ -39,8 +39,6 @@ def masked_class(
         if members.get("dense_class") is dense and members.get("_own") == own:
             return known
     bases = (masked,) if dense is masked.dense_type else (dense, masked)
-    if has_forward_of_its_own(dense, masked):
-        bases = (OwnForward, *bases)
     members = {
         "dense_class": dense,
         "_own": own,
@@ -48,6 +46,7 @@ def masked_class(
         "__qualname__": f"Masked{dense.__qualname__}",
         "__doc__": dense.__doc__,
         "__reduce_ex__": _reduce,
+        **members_for_own_forward(dense, masked),
         **{name: property(partial(_own_attribute, name)) for name in own},
     }
     name = f"Masked{dense.__name__}"

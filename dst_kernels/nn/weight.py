@@ -35,7 +35,8 @@ class MaskedWeight:
     @property
     def weight(self) -> Tensor:
         """The weight as it is stored, or as a parametrization computes it."""
-        stored = self.module._parameters.get(self.name)
+        module = self.module
+        stored = module._parameters.get(self.name, module.__dict__.get(self.name))
         return getattr(self.module, self.name) if stored is None else stored
 
     @property
