@@ -64,8 +64,7 @@ def _reduce(self, protocol):
 
 
 def _rebuilt(*arguments) -> nn.Module:
-    cls = masked_class(*arguments)
-    return cls.__new__(cls)
+    return object.__new__(masked_class(*arguments))
 
 
 def mask_module_(
@@ -133,7 +132,7 @@ def shallow_copy(module: nn.Module) -> nn.Module:
 
     Containers are its own; hooks are shared, so that a handle from before still removes its hook.
     """
-    new = type(module).__new__(type(module))
+    new = object.__new__(type(module))  # FSDP2's classes have a `__new__` that builds
     new.__dict__.update(module.__dict__)
     for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         new.__dict__[name] = module.__dict__[name].copy()

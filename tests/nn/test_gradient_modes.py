@@ -89,6 +89,31 @@ def test_groups_within_groups_of_another_mode(wrap, scope):
     assert_same_gradients(inner, plain)
 
 
+@pytest.mark.parametrize("paths", [("auto", "fused"), ("fused", "auto"), ("auto", "auto")])
+@every_way
+def test_tied_layers_and_a_forward_without_gradients_before_backward(way, paths):
+    """Change nothing that the backward needs, also where one layer masks by itself."""
+
+    def tied():
+        torch.manual_seed(0)
+        first, second = (MaskedLinear(6, 6, path=path) for path in paths)
+        second.weight, second.threshold = first.weight, first.threshold
+        nn.init.uniform_(first.threshold, 0, 0.1)
+        return nn.Sequential(first, nn.Tanh(), second).double()
+
+    model, alone = tied(), tied()
+    optimizer, solo = prepared(way, model), prepared(way, alone)
+
+    def look():
+        with torch.no_grad():
+            model(batch(7))
+
+    for step in range(3):
+        training_step(model, optimizer, step, look)
+        training_step(alone, solo, step)
+    assert_same_state(model, alone)
+
+
 # -- forwards that are broken off --------------------------------------------------------------
 
 

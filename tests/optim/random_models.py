@@ -125,7 +125,7 @@ class RandomNetwork(nn.Module):
             layers += [square, nn.Tanh(), other, nn.Tanh()]
         if self._flip(0.5):
             layers += [nn.Linear(out, out, bias=False), nn.BatchNorm1d(out, eps=0.1), nn.ReLU()]
-        return [*layers, self._layer(nn.Linear, MaskedLinear, out, CLASSES)]
+        return [*layers, MaskedLinear(out, CLASSES, **self._masking())]  # so that one is masked
 
     def _conv(self, conv: nn.Module, norm: nn.Module) -> list[nn.Module]:
         """Leave out biases before a normalisation, whose gradients would be rounding errors alone.
