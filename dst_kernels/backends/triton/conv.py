@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...reference.conv import conv_memory_format, conv_output_shape
+from ...reference.conv import Geometry, conv_memory_format
 from .conv_grad_weight import conv_grad_weight, conv_slabs
 from .conv_product import Lattice, conv_product
 from .conv_shapes import (
@@ -53,17 +53,12 @@ def masked_conv(
     threshold: Tensor,
     bias: Tensor | None,
     reset_ratio: float | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Geometry,
 ) -> tuple[Tensor, Tensor]:
     """As the reference's; RuntimeError over three dimensions, TypeError for float64."""
     _check(input, weight, threshold)
     memory_format = conv_memory_format(input, weight)
-    if memory_format == torch.channels_last and is_pointwise(
-        weight, stride, padding, groups, input
-    ):
+    if memory_format == torch.channels_last and is_pointwise(weight, geometry, input):
         output, effective = masked_linear(
             channels_to_the_end(input),
             *as_linear(weight, threshold),
@@ -74,14 +69,14 @@ def masked_conv(
         return channels_to_the_front(output), effective.view_as(threshold)
     effective = effective_threshold(weight, threshold, reset_ratio)
     output = torch.empty(
-        conv_output_shape(input.shape, weight.shape, stride, padding, dilation),
+        geometry.output_shape(input.shape, weight.shape),
         dtype=input.dtype,
         device=input.device,
         memory_format=memory_format,
     )
     if output.numel() == 0:
         return output, effective
-    problem = problem_of(weight, effective, stride, padding, dilation, groups)
+    problem = problem_of(weight, effective, geometry)
     bias = None if bias is None else bias.contiguous()
     _product(planar(input), problem, bias, planar(output), problem.lattices)
     return output, effective
@@ -92,15 +87,12 @@ def masked_conv_grad_input(
     input_shape: Sequence[int],
     weight: Tensor,
     threshold: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Geometry,
 ) -> Tensor:
     """As the reference's; RuntimeError over three dimensions, TypeError for float64."""
     _check(grad, weight, threshold)
     memory_format = conv_memory_format(grad, weight)
-    if memory_format == torch.channels_last and is_pointwise(weight, stride, padding, groups, grad):
+    if memory_format == torch.channels_last and is_pointwise(weight, geometry, grad):
         result = masked_linear_grad_input(
             channels_to_the_end(grad), *as_linear(weight, threshold),
             traits_of(grad, convolution=True),
@@ -112,7 +104,7 @@ def masked_conv_grad_input(
         device=grad.device,
         memory_format=memory_format,
     )
-    problem = problem_of(weight, threshold, stride, padding, dilation, groups)
+    problem = problem_of(weight, threshold, geometry)
     written, grad = planar(result), planar(grad)
     taps = problem.weight.shape[2:]
     dimensions = list(zip(taps, problem.stride, problem.padding, problem.dilation, strict=True))
@@ -184,16 +176,13 @@ def masked_conv_grad_weight(
     input: Tensor,
     weight: Tensor,
     threshold: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Geometry,
     surrogate: str,
     structure_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """As the reference's; RuntimeError over three dimensions, TypeError for float64."""
     _check(input, weight, threshold)
-    if is_pointwise(weight, stride, padding, groups, grad, input):
+    if is_pointwise(weight, geometry, grad, input):
         grad_weight, grad_threshold = masked_linear_grad_weight(
             channels_to_the_end(grad), channels_to_the_end(input),
             *as_linear(weight, threshold), surrogate, structure_gradient,
@@ -209,14 +198,13 @@ def masked_conv_grad_weight(
         # Rows in pieces: once more on a dense copy of the arguments.
         dense = threshold.contiguous() if element_wise else threshold
         results = masked_conv_grad_weight(
-            grad, input, weight.contiguous(), dense, stride, padding, dilation, groups,
-            surrogate, structure_gradient,
-        )  # fmt: skip
+            grad, input, weight.contiguous(), dense, geometry, surrogate, structure_gradient
+        )
         return grad_weight.copy_(results[0]), torch.empty_like(threshold).copy_(results[1])
     grad_threshold = torch.empty_like(threshold) if element_wise else None
     partial = _grad_weight(
         planar(grad), planar(input),
-        problem_of(weight, threshold, stride, padding, dilation, groups),
+        problem_of(weight, threshold, geometry),
         planar(grad_weight), planar(grad_threshold), surrogate, structure_gradient,
     )  # fmt: skip
     if partial is None:

@@ -99,7 +99,9 @@ def conv_grad_weight_kernel(
 
 
 @triton.jit
-def conv_slabs_kernel(grad, x, slabs, geometry, part, TILE: tl.constexpr):
+def conv_slabs_kernel(
+    grad, x, slabs, part, geometry, stride_g, stride_x, stride_s, TILE: tl.constexpr
+):  # fmt: skip
     """One tile of one slab of G: the positions part * (program_id(1) // taps) onwards."""
     M, R, C = geometry.M, geometry.R, geometry.C
     tile_r, tile_c = tile_of_program(tl.cdiv(R, TILE.block_r), tl.cdiv(C, TILE.block_c), TILE.group)
@@ -113,10 +115,11 @@ def conv_slabs_kernel(grad, x, slabs, geometry, part, TILE: tl.constexpr):
     c = tile_c * TILE.block_c + tl.arange(0, TILE.block_c)
     in_r, in_c = r < R, c < C
     dense = _dense_tile(
-        grad, x, geometry, group * R + tile_r * TILE.block_r, group * C + tile_c * TILE.block_c,
+        Image(grad, *stride_g), Image(x, *stride_x), geometry,
+        group * R + tile_r * TILE.block_r, group * C + tile_c * TILE.block_c,
         in_r, in_c, kh, kw, split * part, tl.minimum((split + 1) * part, M), TILE,
     )  # fmt: skip
-    slab = matrix_of_tap(slabs, split.to(tl.int64), kh, kw)
+    slab = matrix_of_tap(Filters(slabs, *stride_s), split.to(tl.int64), kh, kw)
     start = slab.start + group * R * slab.row
     offsets = r.to(tl.int64)[:, None] * slab.row + c.to(tl.int64)[None, :] * slab.column
     tl.store(start + offsets, dense, mask=in_r[:, None] & in_c[None, :])
@@ -194,9 +197,8 @@ def conv_slabs(
     tiles = triton.cdiv(rows, tile.block_r) * triton.cdiv(columns, tile.block_c)
     with on_device_of(x):
         conv_slabs_kernel[(tiles, parts * taps_h * taps_w, groups)](
-            Image(grad, *grad.stride()), Image(x, *x.stride()),
-            Filters(slabs, *like.stride(), slabs.stride(0)),
-            geometry_of(rows, columns, x, like, grad, lattices), part,
+            grad, x, slabs, part, geometry_of(rows, columns, x, like, grad, lattices),
+            grad.stride(), x.stride(), (*like.stride(), slabs.stride(0)),
             TILE=compiled_tile(tile, precision, *_extents(grad, x, tile)),
             num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
         )  # fmt: skip

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
+from ...reference.conv import Geometry
 from .conv_product import Lattice
 
 __all__ = [
@@ -45,16 +45,10 @@ class Problem(NamedTuple):
         )
 
 
-def is_pointwise(
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    groups: int,
-    *activations: Tensor,
-) -> bool:
+def is_pointwise(weight: Tensor, geometry: Geometry, *activations: Tensor) -> bool:
     """Whether it is a matrix product of the tensors as they lie in memory."""
-    one = all(size == 1 for size in (*weight.shape[2:], *stride, groups))
-    if not one or any(padding) or weight.numel() == 0:
+    one = all(size == 1 for size in (*weight.shape[2:], *geometry.stride, geometry.groups))
+    if not one or any(geometry.padding) or weight.numel() == 0:
         return False
     return all(channels_to_the_end(tensor).is_contiguous() for tensor in activations)
 
@@ -81,18 +75,12 @@ def as_kernel(matrix: Tensor, weight: Tensor) -> Tensor:
     return matrix.as_strided(weight.shape, (*matrix.stride(), *weight.stride()[2:]))
 
 
-def problem_of(
-    weight: Tensor,
-    threshold: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Problem:
+def problem_of(weight: Tensor, threshold: Tensor, geometry: Geometry) -> Problem:
     if threshold.shape == weight.shape:
         threshold = planar(threshold)
     elif threshold.numel() == 1:
         threshold = threshold.reshape(1).expand(len(weight))
+    stride, padding, dilation, groups = geometry
     if len(stride) == 1:
         stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
     return Problem(

@@ -133,10 +133,19 @@ def _grad_weights(architecture: int) -> Iterator[Variant]:
             )
         if weight == x and x != "fp32":
             continue
-        slabs = _filters(matrix("fp32"))._replace(start="*fp32")
         yield Variant(
             f"conv slabs {x} {precision} {tile}",
             conv_slabs_kernel,
-            {**common, "slabs": slabs, "part": "i32:16", "TILE": grad_weight_tile(tile, precision)},
+            {
+                "grad": pointer(x),
+                "x": pointer(x),
+                "slabs": "*fp32",
+                "part": "i32:16",
+                "geometry": _GEOMETRY,
+                "stride_g": _image(x)[1:],
+                "stride_x": _image(x)[1:],
+                "stride_s": _filters(matrix("fp32"))[1:],
+                "TILE": grad_weight_tile(tile, precision),
+            },
             **options,
         )
