@@ -12,7 +12,7 @@ from .. import ops
 from ..backends.device import gpu_name, tf32_allowed
 from ..ops.conv_checks import check_conv
 from ..ops.geometry import per_dimension, resolve_padding
-from ..plan import Plan, plan_conv
+from ..plan import ConvKind, Plan, plan_conv
 from ..reference.conv import conv, conv_dense_weight_gradient, conv_grad_input, conv_output_shape
 from .options import MaskOptions
 from .product import Product, masked_product
@@ -47,16 +47,14 @@ class _Conv(Product):
     ) -> Plan:
         shape = conv_output_shape(input.shape, weight.shape, stride, padding, dilation)
         channels, per_group, *kernel = weight.shape
+        pointwise = not any(padding) and all(n == 1 for n in (*kernel, *stride, groups))
         return plan_conv(
             math.prod((shape[0], *shape[2:])),
             channels,
             per_group,
             input.dtype,
             weight.dtype,
-            kernel=tuple(kernel),
-            stride=stride,
-            groups=groups,
-            pointwise=not any(padding) and all(n == 1 for n in (*kernel, *stride, groups)),
+            ConvKind(tuple(kernel), stride, groups, pointwise),
             channels_last=input.movedim(1, -1).is_contiguous(),
             gpu=gpu_name(weight.device),
             tf32=tf32_allowed(convolution=True),

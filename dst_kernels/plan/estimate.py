@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -54,6 +55,18 @@ class Costs:
     packed_grad_weight: float
 
 
+class ConvKind(NamedTuple):
+    """What tells convolutions of one size apart.
+
+    `pointwise` ones are matrix products: kernel and stride of 1, one group, no padding.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    groups: int
+    pointwise: bool
+
+
 def check_path(path: str, paths: Sequence[str] = PATHS) -> None:
     """Raise ValueError for an unknown name, or one that is not among the `paths` of a layer."""
     if path in paths:
@@ -91,11 +104,8 @@ def plan_conv(
     C: int,
     input_dtype: torch.dtype,
     weight_dtype: torch.dtype,
+    kind: ConvKind,
     *,
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    groups: int,
-    pointwise: bool,
     channels_last: bool,
     gpu: str | None = None,
     tf32: bool = False,
@@ -104,16 +114,14 @@ def plan_conv(
 ) -> Plan:
     """The fastest plan on a GPU for M output positions and a weight [N, C, *kernel].
 
-    `pointwise` says that it is a matrix product: kernel and stride of 1, one group, no padding;
-    `channels_last` that the input lies so in memory. All else as in `plan_linear`.
+    `channels_last` says that the input lies so in memory. All else as in `plan_linear`.
     """
     exact_float32 = input_dtype == torch.float32 and not tf32
     if torch.float64 in (input_dtype, weight_dtype) or exact_float32:
         return PLANS["packed"]
-    if not channels_last or len(kernel) > 2:
+    if not channels_last or len(kind.kernel) > 2:
         return PLANS["packed"]  # no fused kernels for it
-    sizes_and_dtypes = M, N, C, input_dtype, weight_dtype
-    costs = _conv_costs(*sizes_and_dtypes, kernel, stride, groups, pointwise, gpu)
+    costs = _conv_costs(M, N, C, input_dtype, weight_dtype, kind, gpu)
     if costs is None:
         return PLANS["packed"]
     return _cheapest(costs, needs_grad_input, packed_available)
@@ -156,16 +164,13 @@ def _conv_costs(
     C: int,
     input_dtype: torch.dtype,
     weight_dtype: torch.dtype,
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    groups: int,
-    pointwise: bool,
+    kind: ConvKind,
     gpu: str | None,
 ) -> Costs | None:
     """None where nothing near was measured."""
     arguments = gpu, M, N, C, input_dtype, weight_dtype
-    measured = measured_conv_costs(*arguments, kernel, stride, groups)
-    if measured is None and pointwise:
+    measured = measured_conv_costs(*arguments, kind.kernel, kind.stride, kind.groups)
+    if measured is None and kind.pointwise:
         measured = measured_costs(*arguments)
     return None if measured is None else Costs(**measured)
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dst_kernels.functional as dst
 from dst_kernels.autograd import conv, product
-from dst_kernels.plan import PLANS, Plan, plan_conv
+from dst_kernels.plan import PLANS, ConvKind, Plan, plan_conv
 
 from .plan_tables import GPU, PACKED_WINS, case, conv_case
 
@@ -20,11 +20,10 @@ pytestmark = pytest.mark.usefixtures("fresh_costs")
 
 
 def plan(M=4096, N=256, C=256, of_input=BF16, of_weight=F32, **options):
-    usual = {
-        **{"kernel": (3, 3), "stride": (1, 1), "groups": 1, "pointwise": False},
-        **{"channels_last": True, "gpu": GPU},
-    }
-    return plan_conv(M, N, C, of_input, of_weight, **{**usual, **options})
+    kind = {"kernel": (3, 3), "stride": (1, 1), "groups": 1, "pointwise": False}
+    kind = ConvKind(**{name: options.pop(name, value) for name, value in kind.items()})
+    options = {"channels_last": True, "gpu": GPU, **options}
+    return plan_conv(M, N, C, of_input, of_weight, kind, **options)
 
 
 POINTWISE = {"kernel": (1, 1), "pointwise": True}
