@@ -159,6 +159,7 @@ def _verify(call: Call, tile: Any, expected: Sequence[torch.Tensor]) -> None:
 def calls(problem: Any) -> dict[str, Call]:
     """Return the products of a case by name, each as Triton's kernels make it."""
     from dst_kernels.backends import triton as ours
+    from dst_kernels.reference.conv import Geometry
 
     case, guard, rule = problem.case, 0.01, ("long_tailed", True)
     if case.op == "weights":
@@ -169,12 +170,11 @@ def calls(problem: Any) -> dict[str, Call]:
         }
     x, weight, threshold = problem.input, problem.weight, problem.threshold
     grad, geometry, shape = problem.grad_output, (), ()
-    forward, grad_input, grad_weight = (
-        getattr(ours, f"masked_{case.op}{of}") for of in ("", "_grad_input", "_grad_weight")
-    )
+    parts = "", "_grad_input", "_grad_weight"
+    forward, grad_input, grad_weight = (getattr(ours, f"masked_{case.op}{of}") for of in parts)
     if case.op == "conv":
         sides = ((number, number) for number in (case.stride, case.kernel // 2, 1))
-        geometry, shape = (*sides, case.groups), (x.shape,)
+        geometry, shape = (Geometry(*sides, case.groups),), (x.shape,)
     return {
         "forward": lambda: forward(x, weight, threshold, problem.bias, guard, *geometry),
         "grad_input": lambda: (grad_input(grad, *shape, weight, threshold, *geometry),),

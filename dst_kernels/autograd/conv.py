@@ -13,7 +13,7 @@ from ..backends.device import gpu_name, tf32_allowed
 from ..ops.conv_checks import check_conv
 from ..ops.geometry import per_dimension, resolve_padding
 from ..plan import ConvKind, Plan, plan_conv
-from ..reference.conv import conv, conv_dense_weight_gradient, conv_grad_input, conv_output_shape
+from ..reference.conv import Geometry, conv, conv_dense_weight_gradient, conv_grad_input
 from .options import MaskOptions
 from .product import Product, masked_product
 from .weight import FRESH, Packed, WeightSource
@@ -36,16 +36,9 @@ class _Conv(Product):
     fused_grad_weight = ops.masked_conv_grad_weight
 
     @staticmethod
-    def fastest(
-        input: Tensor,
-        weight: Tensor,
-        packed_available: bool,
-        stride: tuple[int, ...],
-        padding: tuple[int, ...],
-        dilation: tuple[int, ...],
-        groups: int,
-    ) -> Plan:
-        shape = conv_output_shape(input.shape, weight.shape, stride, padding, dilation)
+    def fastest(input: Tensor, weight: Tensor, packed_available: bool, geometry: Geometry) -> Plan:
+        stride, padding, _, groups = geometry
+        shape = geometry.output_shape(input.shape, weight.shape)
         channels, per_group, *kernel = weight.shape
         pointwise = not any(padding) and all(n == 1 for n in (*kernel, *stride, groups))
         return plan_conv(
@@ -83,9 +76,9 @@ def masked_conv(
     if not batched:
         input = input.unsqueeze(0)
     input, padding = resolve_padding(input, padding, weight.shape[2:], stride, dilation)
-    geometry = stride, padding, dilation, groups
+    geometry = Geometry(stride, padding, dilation, groups)
     if not torch.compiler.is_compiling():  # there the compiler's own checks of shapes serve
-        check_conv(input, weight, threshold, bias, *geometry)
+        check_conv(input, weight, threshold, bias, geometry)
     operands = input, weight, threshold, bias
-    output, effective = masked_product(_Conv, *operands, geometry, options, source)
+    output, effective = masked_product(_Conv, *operands, (geometry,), options, source)
     return output if batched else output.squeeze(0), effective

@@ -10,7 +10,12 @@ from torch import Tensor
 from ..ops.conv_checks import check_conv_transpose
 from ..ops.geometry import per_dimension
 from ..plan import CONV_TRANSPOSE_PATHS, check_path
-from ..reference.conv_transpose import by_group, conv_transpose, not_by_group
+from ..reference.conv_transpose import (
+    TransposedGeometry,
+    by_group,
+    conv_transpose,
+    not_by_group,
+)
 from ._function import cast_for_autocast
 from .options import MaskOptions
 from .weight import FRESH, Packed, WeightSource, masked_weight
@@ -42,17 +47,17 @@ def masked_conv_transpose(
     padding = per_dimension("padding", padding, spatial)
     output_padding = per_dimension("output_padding", output_padding, spatial)
     dilation = per_dimension("dilation", dilation, spatial)
-    geometry = stride, padding, output_padding, groups, dilation
+    geometry = TransposedGeometry(stride, padding, output_padding, groups, dilation)
     batched = input.dim() != spatial + 1
     if not batched:
         input = input.unsqueeze(0)
     if not torch.compiler.is_compiling():  # there the compiler's own checks of shapes serve
-        check_conv_transpose(input, weight, threshold, bias, *geometry)
+        check_conv_transpose(input, weight, threshold, bias, geometry)
     input = cast_for_autocast(input, weight)
     masked, effective = masked_conv_transpose_weight(
         weight, threshold, groups, options, input.dtype, source
     )
-    output = conv_transpose(input, masked, bias, *geometry)
+    output = conv_transpose(input, masked, bias, geometry)
     return output if batched else output.squeeze(0), effective
 
 

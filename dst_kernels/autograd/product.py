@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -26,10 +27,10 @@ _RAW = "raw"
 class Product:
     """What the product of a kind of layer is made of: a class of functions, without instances.
 
-    `geometry` is all that it depends on besides the tensors, nothing for a linear layer. Where
+    `*geometry` is all that it depends on besides the tensors, nothing for a linear layer. Where
     there is one, gradients of the input are also told the shape it has, by a tensor `like` it: the
     input itself where it was saved. Several sizes of a convolution's input lead to one of its
-    output.
+    output. Ops take its members one by one, after their tensors.
     """
 
     multiply: ClassVar[Callable]  # (input, masked, bias, *geometry) -> output; torch's gradients
@@ -38,7 +39,7 @@ class Product:
     grad_input: ClassVar[Callable]  # (grad, like, masked, *geometry) -> dX
     dense_gradient: ClassVar[Callable]  # (grad, input, weight, *geometry) -> G
     grad_bias: ClassVar[Callable]  # (grad, dtype) -> db
-    # Fused: ops, which take `geometry` after their tensors.
+    # Fused: ops.
     fused_forward: ClassVar[OpOverload]
     fused_grad_input: ClassVar[OpOverload]
     fused_grad_weight: ClassVar[OpOverload]
@@ -55,23 +56,22 @@ class _MaskedProduct(MaskedFunction):
     @staticmethod
     def compute(
         input, weight, threshold, bias, packed, effective, product, grad_paths, keep_packed,
-        reset_ratio, *options_and_geometry,
+        reset_ratio, surrogate, structure_gradient, backend, geometry,
     ):  # fmt: skip
-        (*_, backend), geometry = options_and_geometry[:3], options_and_geometry[3:]
         if packed is not None:
             return (product.forward(input, packed, bias, *geometry),)
         operands = input, weight, threshold, bias, reset_ratio
-        return ops.call(product.fused_forward, *operands, *geometry, backend)
+        return ops.call(product.fused_forward, *operands, *chain(*geometry), backend)
 
     @staticmethod
     def save(ctx, inputs, outputs):
         input, weight, _, bias, packed, effective, ctx.product, *rest = inputs
-        (ctx.grad_input_path, ctx.grad_weight_path), keep_packed, _, *options = rest
+        (ctx.grad_input_path, ctx.grad_weight_path), keep_packed, _, *options, geometry = rest
         if packed is None:
             effective = outputs[1]
             ctx.mark_non_differentiable(effective)
-        ctx.options, ctx.geometry = options[:3], options[3:]
-        ctx.shape = (input.shape,) if ctx.geometry else ()
+        ctx.options, ctx.geometry = options, geometry
+        ctx.shape = (input.shape,) if geometry else ()
         ctx.bias_dtype = None if bias is None else bias.dtype
         _save_operands(ctx, input, weight, effective, packed if keep_packed else None)
 
@@ -85,7 +85,7 @@ class _MaskedProduct(MaskedFunction):
         if any(ctx.needs_input_grad[1:3]):
             if ctx.grad_weight_path == FUSED:
                 operands = grad, input, weight, effective
-                arguments = *operands, *ctx.geometry, *ctx.options
+                arguments = *operands, *chain(*ctx.geometry), *ctx.options
                 grads = ops.call(product.fused_grad_weight, *arguments)
             else:
                 grads = product.dense_gradient(grad, input, weight, *ctx.geometry), None
@@ -96,7 +96,8 @@ class _MaskedProduct(MaskedFunction):
         if ctx.needs_input_grad[0]:
             if ctx.grad_input_path == FUSED:
                 operands = grad, *ctx.shape, weight, effective
-                grad_input = ops.call(product.fused_grad_input, *operands, *ctx.geometry, backend)
+                arguments = *operands, *chain(*ctx.geometry), backend
+                grad_input = ops.call(product.fused_grad_input, *arguments)
             else:
                 if packed is None:
                     as_it_is = MaskOptions(reset_ratio=None, backend=backend)
@@ -107,8 +108,7 @@ class _MaskedProduct(MaskedFunction):
                 grad_input = product.grad_input(grad, like, packed, *ctx.geometry)
         if ctx.needs_input_grad[3]:
             grad_bias = product.grad_bias(grad, ctx.bias_dtype)
-        none = [None] * (9 + len(ctx.geometry))
-        return grad_input, *wanted(ctx, 1, grads), grad_bias, *none
+        return grad_input, *wanted(ctx, 1, grads), grad_bias, *[None] * 10
 
 
 def _save_operands(
@@ -140,8 +140,9 @@ def masked_product(
 ) -> Packed:
     """Return (output, effective threshold), with gradients to all four tensors.
 
-    The caller has checked the tensors. Packed, this is a masked weight and torch's own operation;
-    every other plan, and a weight that may not be kept, is one node.
+    The caller has checked the tensors; `geometry` has a `Geometry`, or nothing for a linear layer.
+    Packed, this is a masked weight and torch's own operation; every other plan, and a weight that
+    may not be kept, is one node.
     """
     check_surrogate(options.surrogate)
     check_path(options.path)
@@ -160,7 +161,7 @@ def masked_product(
     outputs = _MaskedProduct.apply(
         input, weight, threshold, bias, masked, effective, product, grad_paths, source.keep,
         options.reset_ratio, options.surrogate, options.structure_gradient, options.backend,
-        *geometry,
+        geometry,
     )  # fmt: skip
     return (outputs[0], effective) if len(outputs) == 1 else outputs
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..reference.conv import conv_output_shape
-from ..reference.conv_transpose import conv_transpose_output_shape
+from ..reference.conv import Geometry
+from ..reference.conv_transpose import TransposedGeometry
 from .checks import (
     check_bias,
     check_grad,
@@ -46,12 +46,9 @@ def check_masked_conv(
     threshold: Tensor,
     bias: Tensor | None,
     reset_ratio: float | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Geometry,
 ) -> None:
-    check_conv(input, weight, threshold, bias, stride, padding, dilation, groups)
+    check_conv(input, weight, threshold, bias, geometry)
     check_reset_ratio(reset_ratio)
 
 
@@ -60,13 +57,11 @@ def check_conv(
     weight: Tensor,
     threshold: Tensor,
     bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Geometry,
 ) -> None:
     check_weight_and_threshold(weight, threshold)
     check_input(input, weight)
+    stride, padding, dilation, groups = geometry
     spatial = len(stride)
     check_value(
         weight.dim() == spatial + 2,
@@ -110,14 +105,10 @@ def check_conv_grad_input(
     input_shape: Sequence[int],
     weight: Tensor,
     threshold: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Geometry,
 ) -> None:
     check_weight_and_threshold(weight, threshold)
-    shape = conv_output_shape(input_shape, weight.shape, stride, padding, dilation)
-    check_grad(grad, shape)
+    check_grad(grad, geometry.output_shape(input_shape, weight.shape))
 
 
 def check_conv_grad_weight(
@@ -125,17 +116,13 @@ def check_conv_grad_weight(
     input: Tensor,
     weight: Tensor,
     threshold: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Geometry,
     surrogate: str,
     structure_gradient: bool,
 ) -> None:
-    check_conv(input, weight, threshold, None, stride, padding, dilation, groups)
+    check_conv(input, weight, threshold, None, geometry)
     check_surrogate(surrogate)
-    shape = conv_output_shape(input.shape, weight.shape, stride, padding, dilation)
-    check_grad(grad, shape)
+    check_grad(grad, geometry.output_shape(input.shape, weight.shape))
 
 
 def check_conv_transpose(
@@ -143,12 +130,9 @@ def check_conv_transpose(
     weight: Tensor,
     threshold: Tensor,
     bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
-    groups: int,
-    dilation: Sequence[int],
+    geometry: TransposedGeometry,
 ) -> None:
+    stride, padding, output_padding, groups, dilation = geometry
     spatial = len(stride)
     check_value(
         weight.dim() == spatial + 2,
@@ -186,10 +170,7 @@ def check_conv_transpose(
                 f"at most {most}, but is {extra}"
             ),
         )
-    geometry = stride, padding, output_padding, groups, dilation
-    for axis, size in enumerate(
-        conv_transpose_output_shape(input.shape, weight.shape, *geometry)[2:]
-    ):
+    for axis, size in enumerate(geometry.output_shape(input.shape, weight.shape)[2:]):
         check_value(
             size >= 1,
             lambda size=size, axis=axis: (

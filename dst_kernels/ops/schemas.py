@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..backends import implementation
-from ..reference.conv import conv_memory_format, conv_output_shape
+from ..reference.conv import Geometry, conv_memory_format
 from . import checks, conv_checks
 from .autocast import autocast_enabled
 
@@ -29,14 +29,22 @@ def _define(schema: str, check: Callable) -> Callable[[Callable], torch._ops.OpO
     """Decorate a fake; returns the op's overload, bound once to spare calls the look-up.
 
     Every schema gets a last argument `backend`; the function of the op's name in that backend
-    takes all the others, as do `check` and the fake.
+    takes all the others, as do `check` and the fake: those of a convolution as one `Geometry`.
     """
     name, _, arguments = schema.partition("(")
+    before, _, rest = arguments.partition("SymInt[] stride")
+    start = before.count(",")
     schema = f"{name}({arguments.replace(') ->', ', str backend) ->', 1)}"
 
     def bind(fake: Callable) -> torch._ops.OpOverload:
-        def run(*args):
+        def split(args):
             *args, backend = args
+            if rest:
+                args[start : start + 4] = [Geometry(*args[start : start + 4])]
+            return args, backend
+
+        def run(*args):
+            args, backend = split(args)
             check(*args)
             device = args[0].device
             kernel = implementation(backend, device, name, double=_any_double(device, args))
@@ -44,7 +52,7 @@ def _define(schema: str, check: Callable) -> Callable[[Callable], torch._ops.OpO
                 return kernel(*args)
 
         def run_fake(*args):
-            *args, backend = args
+            args, backend = split(args)
             check(*args)
             device = args[0].device
             implementation(backend, device, name, double=_any_double(device, args))
@@ -174,10 +182,9 @@ def masked_linear_grad_weight(grad, input, weight, threshold, surrogate, structu
     "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> (Tensor, Tensor)",
     conv_checks.check_masked_conv,
 )
-def masked_conv(input, weight, threshold, bias, reset_ratio, stride, padding, dilation, groups):
-    shape = conv_output_shape(input.shape, weight.shape, stride, padding, dilation)
+def masked_conv(input, weight, threshold, bias, reset_ratio, geometry):
     output = torch.empty(
-        shape,
+        geometry.output_shape(input.shape, weight.shape),
         dtype=input.dtype,
         device=input.device,
         memory_format=conv_memory_format(input, weight),
@@ -190,7 +197,7 @@ def masked_conv(input, weight, threshold, bias, reset_ratio, stride, padding, di
     "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> Tensor",
     conv_checks.check_conv_grad_input,
 )
-def masked_conv_grad_input(grad, input_shape, weight, threshold, stride, padding, dilation, groups):
+def masked_conv_grad_input(grad, input_shape, weight, threshold, geometry):
     return torch.empty(
         input_shape,
         dtype=grad.dtype,
@@ -206,15 +213,6 @@ def masked_conv_grad_input(grad, input_shape, weight, threshold, stride, padding
     conv_checks.check_conv_grad_weight,
 )
 def masked_conv_grad_weight(
-    grad,
-    input,
-    weight,
-    threshold,
-    stride,
-    padding,
-    dilation,
-    groups,
-    surrogate,
-    structure_gradient,
+    grad, input, weight, threshold, geometry, surrogate, structure_gradient
 ):
     return torch.empty_like(weight), torch.empty_like(threshold)

@@ -7,6 +7,7 @@ runs in the input's dtype.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,16 +16,35 @@ from torch.nn import functional as F
 from .weight import masked_weight, weight_gradients_
 
 __all__ = [
+    "Geometry",
     "conv",
     "conv_dense_weight_gradient",
     "conv_grad_input",
     "conv_memory_format",
-    "conv_output_shape",
     "convolution_backward",
     "masked_conv",
     "masked_conv_grad_input",
     "masked_conv_grad_weight",
 ]
+
+
+class Geometry(NamedTuple):
+    """How a convolution moves over its input: integers for each dimension, and the groups."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+
+    def output_shape(self, input_shape: Sequence[int], weight_shape: Sequence[int]) -> list[int]:
+        """Return [N, out, *spatial']."""
+        each = zip(input_shape[2:], weight_shape[2:], *self[:3], strict=True)
+        spatial = [
+            (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+            for size, taps, stride, padding, dilation in each
+        ]
+        return [input_shape[0], weight_shape[0], *spatial]
+
 
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -40,29 +60,11 @@ def conv_memory_format(activation: Tensor, weight: Tensor) -> torch.memory_forma
     return torch.contiguous_format
 
 
-def conv_output_shape(
-    input_shape: Sequence[int],
-    weight_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> list[int]:
-    """[N, out, *spatial'] of the convolution."""
-    spatial = [
-        (size + 2 * padding[i] - dilation[i] * (weight_shape[i + 2] - 1) - 1) // stride[i] + 1
-        for i, size in enumerate(input_shape[2:])
-    ]
-    return [input_shape[0], weight_shape[0], *spatial]
-
-
 def conv(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Geometry,
 ) -> Tensor:
     """input [N, C, *spatial], weight [out, C/groups, *kernel] of its dtype -> [N, out, *spatial'].
 
@@ -70,36 +72,28 @@ def conv(
     """
     if bias is not None and bias.dtype != input.dtype:
         bias = bias.to(input.dtype)
-    return _CONV[input.dim()](input, weight, bias, stride, padding, dilation, groups)
+    return _CONV[input.dim()](input, weight, bias, *geometry)
 
 
 def conv_grad_input(
     grad: Tensor,
     like: Tensor,
     weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Geometry,
 ) -> Tensor:
     """dX, shaped like `like`, of which nothing but shape and strides is used."""
-    return convolution_backward(grad, like, weight, stride, padding, dilation, groups, 0)
+    return convolution_backward(grad, like, weight, geometry, 0)
 
 
 def conv_dense_weight_gradient(
     grad: Tensor,
     input: Tensor,
     weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Geometry,
 ) -> Tensor:
     """G, shaped like `weight`, of which nothing but shape and strides is used."""
     shaped_like_weight = torch.empty_like(weight, dtype=grad.dtype)
-    return convolution_backward(
-        grad, input, shaped_like_weight, stride, padding, dilation, groups, 1
-    )
+    return convolution_backward(grad, input, shaped_like_weight, geometry, 1)
 
 
 def masked_conv(
@@ -108,14 +102,11 @@ def masked_conv(
     threshold: Tensor,
     bias: Tensor | None,
     reset_ratio: float | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Geometry,
 ) -> tuple[Tensor, Tensor]:
     """(`conv` with the masked weight, effective threshold)."""
     masked, effective = masked_weight(weight, threshold, reset_ratio, input.dtype)
-    output = conv(input, masked, bias, stride, padding, dilation, groups)
+    output = conv(input, masked, bias, geometry)
     return output.contiguous(memory_format=conv_memory_format(input, weight)), effective
 
 
@@ -124,10 +115,7 @@ def masked_conv_grad_input(
     input_shape: Sequence[int],
     weight: Tensor,
     threshold: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Geometry,
 ) -> Tensor:
     """dX of shape `input_shape`, in the gradient's dtype."""
     masked, _ = masked_weight(weight, threshold, None, grad.dtype)
@@ -135,7 +123,7 @@ def masked_conv_grad_input(
     like = torch.empty(
         input_shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format
     )
-    dense = conv_grad_input(grad, like, masked, stride, padding, dilation, groups)
+    dense = conv_grad_input(grad, like, masked, geometry)
     return dense.contiguous(memory_format=memory_format)
 
 
@@ -144,20 +132,19 @@ def masked_conv_grad_weight(
     input: Tensor,
     weight: Tensor,
     threshold: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Geometry,
     surrogate: str,
     structure_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """(dW, dt) with G the dense weight gradient."""
-    dense = conv_dense_weight_gradient(grad, input, weight, stride, padding, dilation, groups)
+    dense = conv_dense_weight_gradient(grad, input, weight, geometry)
     return weight_gradients_(dense, weight, threshold, surrogate, structure_gradient)
 
 
-def convolution_backward(grad, input, kernel, stride, padding, dilation, groups, which):
+def convolution_backward(
+    grad: Tensor, input: Tensor, kernel: Tensor, geometry: Geometry, which: int
+) -> Tensor:
     """Return the gradient of the input (which=0) or of the kernel (which=1)."""
+    of = *geometry[:3], False, [0] * len(geometry.stride), geometry.groups
     wanted = [which == 0, which == 1, False]
-    of = stride, padding, dilation, False, [0] * len(stride), groups
     return torch.ops.aten.convolution_backward(grad, input, kernel, None, *of, wanted)[which]

@@ -11,6 +11,7 @@ Inputs are batched, padding is numeric. The product runs in the input's dtype.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,14 +19,33 @@ from torch.nn import functional as F
 from .weight import masked_weight
 
 __all__ = [
+    "TransposedGeometry",
     "by_group",
     "conv_transpose",
-    "conv_transpose_output_shape",
     "masked_conv_transpose",
     "not_by_group",
 ]
 
 _CONV_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
+
+
+class TransposedGeometry(NamedTuple):
+    """How a transposed convolution moves over its output, in the order of torch's functions."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    output_padding: Sequence[int]
+    groups: int
+    dilation: Sequence[int]
+
+    def output_shape(self, input_shape: Sequence[int], weight_shape: Sequence[int]) -> list[int]:
+        """Return [N, out, *spatial']."""
+        sizes = input_shape[2:], weight_shape[2:], *self[:3], self.dilation
+        spatial = [
+            (size - 1) * stride - 2 * padding + dilation * (taps - 1) + extra + 1
+            for size, taps, stride, padding, extra, dilation in zip(*sizes, strict=True)
+        ]
+        return [input_shape[0], weight_shape[1] * self.groups, *spatial]
 
 
 def by_group(weight: Tensor, threshold: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -52,44 +72,17 @@ def not_by_group(grouped: Tensor, like: Tensor) -> Tensor:
     return grouped[(slice(None), 0, slice(None), *[0] * (grouped.dim() - 3))].reshape(like.shape)
 
 
-def conv_transpose_output_shape(
-    input_shape: Sequence[int],
-    weight_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
-    groups: int,
-    dilation: Sequence[int],
-) -> list[int]:
-    """[N, out, *spatial'] of the transposed convolution."""
-    spatial = [
-        (size - 1) * stride[i]
-        - 2 * padding[i]
-        + dilation[i] * (weight_shape[i + 2] - 1)
-        + output_padding[i]
-        + 1
-        for i, size in enumerate(input_shape[2:])
-    ]
-    return [input_shape[0], weight_shape[1] * groups, *spatial]
-
-
 def conv_transpose(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
-    groups: int,
-    dilation: Sequence[int],
+    geometry: TransposedGeometry,
 ) -> Tensor:
     """input [N, in, *spatial], weight [in, out/groups, *kernel] of its dtype, bias [out] of any
     dtype -> [N, out, *spatial']."""
     if bias is not None and bias.dtype != input.dtype:
         bias = bias.to(input.dtype)
-    return _CONV_TRANSPOSE[input.dim()](
-        input, weight, bias, stride, padding, output_padding, groups, dilation
-    )
+    return _CONV_TRANSPOSE[input.dim()](input, weight, bias, *geometry)
 
 
 def masked_conv_transpose(
@@ -98,19 +91,14 @@ def masked_conv_transpose(
     threshold: Tensor,
     bias: Tensor | None,
     reset_ratio: float | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
-    groups: int,
-    dilation: Sequence[int],
+    geometry: TransposedGeometry,
 ) -> tuple[Tensor, Tensor]:
     """(`conv_transpose` with the masked weight, effective threshold).
 
     `threshold` is [out], [] or [1], or has the weight's shape.
     """
     masked, effective = masked_weight(
-        *by_group(weight, threshold, groups), reset_ratio, input.dtype
+        *by_group(weight, threshold, geometry.groups), reset_ratio, input.dtype
     )
-    geometry = stride, padding, output_padding, groups, dilation
-    output = conv_transpose(input, masked.flatten(0, 1), bias, *geometry)
+    output = conv_transpose(input, masked.flatten(0, 1), bias, geometry)
     return output, not_by_group(effective, threshold)

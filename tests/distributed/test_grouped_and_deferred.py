@@ -47,7 +47,7 @@ def buckets(called, wrapped, rank):
     wrapped(part(rank)(0)[0]).sum().backward()
     wrapped.zero_grad()
     (group,) = {hook.__self__ for hook in called._forward_pre_hooks.values()}
-    return group._buckets
+    return group._plan[1]
 
 
 def fsdp(rank, mode, wrapping):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import dst_kernels.functional as dst
 from dst_kernels import ops, reference
 from dst_kernels.nn import MaskedConvTranspose2d
+from dst_kernels.reference.conv_transpose import TransposedGeometry
 
 from . import authors
 from .backends import BACKENDS
@@ -161,7 +162,7 @@ def test_the_reference_states_it(geometry):
         if len(geometry.input) == len(geometry.weight) - 1:
             input = input[None]
         output, effective = reference.masked_conv_transpose(
-            input, weight, threshold, bias, ratio, **options
+            input, weight, threshold, bias, ratio, TransposedGeometry(**options)
         )
         expected = threshold if ratio is None else torch.zeros_like(threshold)
         assert torch.equal(effective, expected) and effective.shape == threshold.shape

@@ -124,15 +124,15 @@ class RandomNetwork(nn.Module):
             other.weight = square.weight
             layers += [square, nn.Tanh(), other, nn.Tanh()]
         if self._flip(0.5):
-            layers += [nn.Linear(out, out, bias=False), nn.BatchNorm1d(out, eps=0.1), nn.ReLU()]
+            layers += [nn.Linear(out, out, bias=False), nn.BatchNorm1d(out, eps=0.1), nn.Softplus()]
         return [*layers, MaskedLinear(out, CLASSES, **self._masking())]  # so that one is masked
 
     def _conv(self, conv: nn.Module, norm: nn.Module) -> list[nn.Module]:
         """Leave out biases before a normalisation, whose gradients would be rounding errors alone.
 
-        AdamW would enlarge those, as would a normalisation with a small eps.
+        AdamW would enlarge those, as would a normalisation with a small eps or a ReLU behind it.
         """
-        return [conv, nn.Tanh()] if conv.bias is not None else [conv, norm, nn.ReLU()]
+        return [conv, nn.Tanh()] if conv.bias is not None else [conv, norm, nn.Softplus()]
 
     # -- options -------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from triton_cases import (
     SURROGATES,
+    by_reference,
     check,
     crossed,
     every_granularity,
@@ -25,7 +26,7 @@ from triton_cases import (
 from dst_kernels import reference
 from dst_kernels.backends.triton import conv, linear
 from dst_kernels.backends.triton.tiles import GradWeightTile, ProductTile
-from dst_kernels.reference.conv import conv_output_shape
+from dst_kernels.reference.conv import Geometry
 
 pytestmark = pytest.mark.usefixtures("poisoned", "exact_convolutions")
 
@@ -57,7 +58,7 @@ class Conv:
     def geometry(self):
         dimensions = len(self.size)
         per_dimension = self.stride, self.padding, self.dilation
-        return *(list(each[:dimensions]) for each in per_dimension), self.groups
+        return Geometry(*(list(each[:dimensions]) for each in per_dimension), self.groups)
 
     @property
     def input_shape(self):
@@ -69,7 +70,7 @@ class Conv:
 
     @property
     def output_shape(self):
-        return conv_output_shape(self.input_shape, self.weight_shape, *self.geometry[:3])
+        return self.geometry.output_shape(self.input_shape, self.weight_shape)
 
 
 CONVS = {
@@ -132,7 +133,7 @@ def arguments(of, device, *, granularity="row", dtypes=(F32, F32, F32), channels
         threshold = threshold.contiguous(memory_format=arranged)
     bias = normal(of.filters, dtype=dtype, device=device)
     summed = math.prod(of.weight_shape[1:])
-    grad = reference.conv.conv(input.double(), weight.double(), None, *of.geometry) / summed**0.5
+    grad = reference.conv.conv(input.double(), weight.double(), None, of.geometry) / summed**0.5
     return input, weight, threshold, bias, grad.to(of_input)
 
 
@@ -303,12 +304,12 @@ def test_nan_is_never_pruned_away(of, where, device):
     poisoned = {"weight": weight, "threshold": threshold}[where]
     poisoned[(0,) * poisoned.dim()] = math.nan
     ours = run("masked_conv", input, weight, threshold, bias, None, *of.geometry)
-    plain = reference.masked_conv(input, weight, threshold, bias, None, *of.geometry)
+    plain = by_reference("masked_conv", input, weight, threshold, bias, None, *of.geometry)
     for result, truth in zip(ours, plain, strict=True):
         torch.testing.assert_close(result, truth, equal_nan=True, rtol=1e-5, atol=1e-5)
     given_to = grad, list(input.shape), weight, threshold, *of.geometry
     (result,) = run("masked_conv_grad_input", *given_to)
-    truth = reference.masked_conv_grad_input(*given_to)
+    truth = by_reference("masked_conv_grad_input", *given_to)
     assert bool((result.isnan() >= truth.isnan()).all()), "and at the edges perhaps, as above"
     finite = result.isfinite()
     assert not finite.all()

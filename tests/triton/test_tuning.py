@@ -30,6 +30,7 @@ from dst_kernels.backends.triton.tiles import (
     stream_candidates,
 )
 from dst_kernels.backends.triton.weight import masked_weight, masked_weight_backward
+from dst_kernels.reference.conv import Geometry
 
 DEFAULT, FAST, SLOW = (ProductTile(16, 128, 32, 8, stages) for stages in (3, 2, 4))
 TRAITS = Traits(torch.bfloat16, tf32=False, hopper=True)
@@ -173,14 +174,14 @@ def test_only_16_bit_products_on_hopper_have_more_candidates():
 def test_tuned_convolutions_compute_the_same_in_tiles_the_gate_knows(timed, monkeypatch):
     input, weight = torch.randn(2, 3, 4, 5), torch.randn(4, 3, 1, 2)
     threshold, grad = torch.rand(4), torch.randn(2, 4, 4, 4)
-    geometry = (1, 1), (0, 0), (1, 1), 1
+    geometry = Geometry((1, 1), (0, 0), (1, 1), 1)
 
     def results():
         return (
-            *conv.masked_conv(input, weight, threshold, None, 0.01, *geometry),
-            conv.masked_conv_grad_input(grad, input.shape, weight, threshold, *geometry),
+            *conv.masked_conv(input, weight, threshold, None, 0.01, geometry),
+            conv.masked_conv_grad_input(grad, input.shape, weight, threshold, geometry),
             *conv.masked_conv_grad_weight(
-                grad, input, weight, threshold, *geometry, "triangular", True
+                grad, input, weight, threshold, geometry, "triangular", True
             ),
         )
 
