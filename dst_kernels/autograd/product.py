@@ -73,7 +73,15 @@ class _MaskedProduct(MaskedFunction):
         ctx.options, ctx.geometry = options, geometry
         ctx.shape = (input.shape,) if geometry else ()
         ctx.bias_dtype = None if bias is None else bias.dtype
-        _save_operands(ctx, input, weight, effective, packed if keep_packed else None)
+        # What the wanted gradients need and no more; `packed` serves the input's alone.
+        of_input, *of_mask = ctx.needs_input_grad[:3]
+        if not (keep_packed and of_input) or ctx.grad_input_path == FUSED:
+            packed = None
+        from_weight = any(of_mask) or (of_input and packed is None)
+        kept = weight, effective
+        ctx.save_for_backward(
+            input if any(of_mask) else None, *(kept if from_weight else (None, None)), packed
+        )
 
     @staticmethod
     def gradients(ctx, grad, *_):
@@ -109,23 +117,6 @@ class _MaskedProduct(MaskedFunction):
         if ctx.needs_input_grad[3]:
             grad_bias = product.grad_bias(grad, ctx.bias_dtype)
         return grad_input, *wanted(ctx, 1, grads), grad_bias, *[None] * 10
-
-
-def _save_operands(
-    ctx, input: Tensor, weight: Tensor, effective: Tensor, packed: Tensor | None
-) -> None:
-    """Save what the wanted gradients need and no more; `packed` serves the input's alone."""
-    of_input, of_weight, of_threshold = ctx.needs_input_grad[:3]
-    of_mask = of_weight or of_threshold
-    if not of_input or ctx.grad_input_path == FUSED:
-        packed = None
-    from_weight = of_mask or (of_input and packed is None)
-    ctx.save_for_backward(
-        input if of_mask else None,
-        weight if from_weight else None,
-        effective if from_weight else None,
-        packed,
-    )
 
 
 def masked_product(

@@ -23,18 +23,9 @@ def empty_parameters(
     """
     if not cudnn_takes(dtype, device):
         return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
-    size, offsets = _cudnn_layout(
-        module.mode,
-        module.input_size,
-        module.hidden_size,
-        module.proj_size,
-        module.num_layers,
-        module.bidirectional,
-        module.bias,
-        tuple(shapes),
-        dtype,
-        device,
-    )
+    names = "mode", "input_size", "hidden_size", "proj_size", "num_layers", "bidirectional"
+    kind = tuple(getattr(module, name) for name in names)
+    size, offsets = _cudnn_layout(kind, tuple(shapes), dtype, device)
     # Where parameters do not fill it (no biases) the rest must be zeros.
     fills = sum(shape.numel() for shape in shapes) == size
     buffer = (torch.empty if fills else torch.zeros)(size, dtype=dtype, device=device)
@@ -61,20 +52,12 @@ def _tensors_in(
 @functools.lru_cache
 @torch.no_grad()
 def _cudnn_layout(
-    mode: str,
-    input_size: int,
-    hidden_size: int,
-    proj_size: int,
-    num_layers: int,
-    bidirectional: bool,
-    bias: bool,
-    shapes: tuple[torch.Size, ...],
-    dtype: torch.dtype,
-    device: torch.device,
+    kind: tuple, shapes: tuple[torch.Size, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[int, list[int]]:
     """(elements in the buffer, offset of each parameter), as torch itself lays them out."""
     import torch.backends.cudnn.rnn as cudnn_rnn
 
+    mode, input_size, hidden_size, proj_size, num_layers, bidirectional = kind
     tensors = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
     with torch.cuda.device(device):
         buffer = torch._cudnn_rnn_flatten_weight(

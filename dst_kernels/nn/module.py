@@ -28,37 +28,6 @@ __all__ = ["MaskedModule"]
 logger = logging.getLogger(__name__)
 
 
-class _Option:
-    """Reads and sets one option of a module's `masking`.
-
-    Where the user's class or the instance has something of that name, it is theirs alone.
-    """
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, module: MaskedModule | None, owner: type) -> object:
-        if module is None:
-            return self
-        attributes = module.__dict__
-        return (
-            attributes[self.name] if self.name in attributes else getattr(module.masking, self.name)
-        )
-
-    def __set__(self, module: MaskedModule, value: object) -> None:
-        if module.dense_class is not module.dense_type or self.name in module.__dict__:
-            module.__dict__[self.name] = value
-            return
-        options = module.masking._replace(**{self.name: value})
-        check_options(options, module.accepted_paths)
-        module.masking = options
-
-    def __delete__(self, module: MaskedModule) -> None:
-        if self.name not in module.__dict__:
-            raise AttributeError(f"{self.name} is an option of the mask and cannot be deleted")
-        del module.__dict__[self.name]
-
-
 class MaskedModule:
     """Mixin that goes before a `torch.nn` module.
 
@@ -78,9 +47,6 @@ class MaskedModule:
 
     # By name, those that FSDP2 keeps sharded.
     _sharded_thresholds: Mapping[str, Tensor] = MappingProxyType({})
-
-    granularity, reset_ratio, surrogate = _Option(), _Option(), _Option()
-    structure_gradient, backend, path = _Option(), _Option(), _Option()
 
     def __init__(
         self,
@@ -184,7 +150,22 @@ class MaskedModule:
 
     # -- torch.nn.Module machinery -------------------------------------------------------------
 
+    def __getattr__(self, name: str) -> object:
+        """Return an option, where neither the module nor the user's class has that name."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in MaskOptions._fields or "masking" not in self.__dict__:
+                raise
+        return getattr(self.masking, name)
+
     def __setattr__(self, name: str, value: object) -> None:
+        """Set an option of one of our own layers; everything else as torch does."""
+        if name in MaskOptions._fields and self.dense_class is self.dense_type:
+            if "masking" in self.__dict__ and name not in self.__dict__:
+                options = self.masking._replace(**{name: value})
+                check_options(options, self.accepted_paths)
+                name, value = "masking", options
         # During forward FSDP2 puts a gathered copy in the parameter's place and drops it after;
         # a committed reset must also reach the shard, which is seen when FSDP2 sets it here.
         if isinstance(value, Tensor) and is_dtensor(value) and name.startswith("threshold"):

@@ -37,26 +37,22 @@ def _define(schema: str, check: Callable) -> Callable[[Callable], torch._ops.OpO
     schema = f"{name}({arguments.replace(') ->', ', str backend) ->', 1)}"
 
     def bind(fake: Callable) -> torch._ops.OpOverload:
-        def split(args):
+        def checked(args):
             *args, backend = args
             if rest:
                 args[start : start + 4] = [Geometry(*args[start : start + 4])]
-            return args, backend
-
-        def run(*args):
-            args, backend = split(args)
             check(*args)
             device = args[0].device
             kernel = implementation(backend, device, name, double=_any_double(device, args))
-            with without_autograd_and_autocast(device.type):
+            return kernel, device.type, args
+
+        def run(*args):
+            kernel, device_type, args = checked(args)
+            with without_autograd_and_autocast(device_type):
                 return kernel(*args)
 
         def run_fake(*args):
-            args, backend = split(args)
-            check(*args)
-            device = args[0].device
-            implementation(backend, device, name, double=_any_double(device, args))
-            return fake(*args)
+            return fake(*checked(args)[-1])
 
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, run, "CompositeExplicitAutograd")

@@ -40,13 +40,9 @@ class DSTAdamW(DeferredOptimizer):
         backend: str = "auto",
     ) -> None:
         defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-            "alpha": alpha,
-        }
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "maximize": maximize, "alpha": alpha,
+        }  # fmt: skip
         self._check(defaults)
         super().__init__(model, params, defaults, bucket_mb, backend)
 

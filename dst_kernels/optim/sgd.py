@@ -79,14 +79,9 @@ class DSTSGD(DeferredOptimizer):
         backend: str = "auto",
     ) -> None:
         defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "alpha": alpha,
-        }
+            "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
+            "nesterov": nesterov, "maximize": maximize, "alpha": alpha,
+        }  # fmt: skip
         self._check(defaults)
         super().__init__(model, params, defaults, bucket_mb, backend)
 

@@ -98,7 +98,7 @@ class Deferral:
         weight, threshold = layer._parameters["weight"], layer._parameters["threshold"]
         key = id(weight)
         before, _, memory = self._made.get(key, _NOTHING)
-        if before is not None and before is not masked and _alike(before, masked):
+        if before is not None and before is not masked and _layout(before) == _layout(masked):
             masked = before.copy_(masked)
         addresses = weight.data_ptr(), threshold.data_ptr()
         if addresses != tuple(each.data_ptr() for each in memory):
@@ -174,10 +174,5 @@ class Deferral:
 _NOTHING = None, None, ()
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
-    return (
-        one.dtype == other.dtype
-        and one.device == other.device
-        and one.shape == other.shape
-        and one.stride() == other.stride()
-    )
+def _layout(tensor: Tensor) -> tuple:
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
