@@ -89,7 +89,8 @@ def layer_with(name, kind, base=Users):
 
 def value_of(layer, name):
     value = getattr(layer, name)
-    return float(value() if callable(value) else value)
+    value = value() if callable(value) else value
+    return value.item() if isinstance(value, torch.Tensor) else value
 
 
 def threshold_in_the_middle(layer):
