@@ -151,6 +151,21 @@ def test_training(default, way, around):
 
 
 @every_default
+@pytest.mark.parametrize("way", ["DSTSGD", "DSTAdamW"])
+def test_loading_a_state(default, way):
+    model, optimizer = converted(way)
+    model(images()).sum().backward()
+    optimizer.step()
+    before = list(all_tensors(model, optimizer))
+    state = copy.deepcopy(optimizer.state_dict())
+    with default():
+        optimizer.load_state_dict(state)
+    for (what, value), (_, its) in zip(all_tensors(model, optimizer), before, strict=True):
+        assert_identical(value, its, what)
+    optimizer.step()
+
+
+@every_default
 def test_a_first_step_without_any_gradient(default):
     _, optimizer = converted("DSTSGD")
     with default():
