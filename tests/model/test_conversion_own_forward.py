@@ -181,10 +181,14 @@ class Registered(nn.Linear):
 
 
 def test_a_class_that_cannot_be_derived_from():
-    """Is left dense or converted, and the model with it is never half converted."""
+    """Is left dense or converted, as the plan says, and the model is never half converted."""
     model = nn.Sequential(build(nn.Linear), Registered(5, 6).double(), build(nn.Linear))
     expected = model(X)
+    planned = plan_sparsify(model).named("convert")
     sparsify_(model)
+    assert planned == [
+        name for name, layer in model.named_children() if isinstance(layer, MaskedModule)
+    ]
     assert isinstance(model[2], MaskedModule)
     assert torch.equal(model(X), expected)
 
