@@ -12,8 +12,6 @@ from torch.autograd import Function
 from ..ops.autocast import autocast_enabled
 from ..ops.checks import check_same_dtype
 
-__all__ = ["MaskedFunction", "cast_for_autocast", "product_dtype", "wanted"]
-
 
 class MaskedFunction(Function):
     """Subclasses have `compute(*inputs)`, `save(ctx, inputs, output)` and `gradients(ctx, *grads)`.

@@ -18,8 +18,6 @@ from .options import MaskOptions
 from .product import Product, masked_product
 from .weight import FRESH, Packed, WeightSource
 
-__all__ = ["conv_grad_bias", "masked_conv"]
-
 
 def conv_grad_bias(grad: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum over all dimensions but the channels'."""

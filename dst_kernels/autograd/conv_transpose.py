@@ -20,8 +20,6 @@ from ._function import cast_for_autocast
 from .options import MaskOptions
 from .weight import FRESH, Packed, WeightSource, masked_weight
 
-__all__ = ["masked_conv_transpose", "masked_conv_transpose_weight"]
-
 
 def masked_conv_transpose(
     input: Tensor,

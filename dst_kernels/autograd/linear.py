@@ -15,8 +15,6 @@ from .options import MaskOptions
 from .product import Product, masked_product
 from .weight import FRESH, Packed, WeightSource
 
-__all__ = ["masked_linear"]
-
 
 class _Linear(Product):
     multiply = staticmethod(F.linear)

@@ -9,8 +9,6 @@ from ..backends import check_backend
 from ..ops.checks import check_reset_ratio, check_surrogate
 from ..plan import PATHS, check_path
 
-__all__ = ["GRANULARITIES", "MaskOptions", "check_options"]
-
 GRANULARITIES = ("row", "layer", "element")
 
 

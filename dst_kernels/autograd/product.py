@@ -18,8 +18,6 @@ from ._function import MaskedFunction, cast_for_autocast, wanted
 from .options import MaskOptions
 from .weight import FRESH, Packed, WeightSource, masked_weight, pack
 
-__all__ = ["Product", "masked_product"]
-
 # A path of the weight's gradient: return G unchanged; the optimizer derives dW and dt.
 _RAW = "raw"
 

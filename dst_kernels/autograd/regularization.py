@@ -12,8 +12,6 @@ from ..ops import is_watched
 from ..reference import regularization
 from ._function import MaskedFunction
 
-__all__ = ["sparse_regularization"]
-
 
 class _SparseRegularization(MaskedFunction):
     """One node for all layers, where plain autograd makes a dozen and one more for each."""

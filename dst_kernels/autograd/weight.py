@@ -13,8 +13,6 @@ from ..ops.checks import check_surrogate
 from ._function import MaskedFunction, wanted
 from .options import MaskOptions
 
-__all__ = ["FRESH", "Packed", "WeightSource", "masked_weight", "pack"]
-
 
 class Packed(NamedTuple):
     """W * M in the compute dtype, and the effective threshold that made it."""

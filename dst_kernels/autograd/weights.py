@@ -17,8 +17,6 @@ from ..backends import implementation
 from ..ops import without_autograd_and_autocast
 from .options import MaskOptions
 
-__all__ = ["mask_weights", "pack_weights", "with_dense_gradients"]
-
 
 def pack_weights(
     weights: Sequence[Tensor],

@@ -19,16 +19,6 @@ from .. import reference
 from .compiled import library
 from .device import capability
 
-__all__ = [
-    "BACKENDS",
-    "ENVIRONMENT_VARIABLE",
-    "check_backend",
-    "implementation",
-    "resolve",
-    "serving",
-    "unavailable",
-]
-
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "DST_KERNELS_BACKEND"
 

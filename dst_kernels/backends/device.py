@@ -6,8 +6,6 @@ import functools
 
 import torch
 
-__all__ = ["capability", "gpu_name", "tf32_allowed"]
-
 
 def gpu_name(device: torch.device) -> str | None:
     """As torch reports it, e.g. "NVIDIA H200"; None where there is none (a fake tensor's, say)."""

@@ -12,8 +12,6 @@ from torch.nn import functional as F
 
 from ..nn import MaskedModule
 
-__all__ = ["avoid_fast_path", "restore_fast_path"]
-
 
 def avoid_fast_path(model: nn.Module) -> None:
     """Where masked layers stand in such an encoder, keep it on the path that calls them."""

@@ -16,8 +16,6 @@ from types import CodeType
 
 from torch import nn
 
-__all__ = ["bypassed_layers", "reads_a_weight", "what_writes_its_weight"]
-
 _TORCHS = {
     nn.Module, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d,
     nn.ConvTranspose3d, *nn.Conv2d.__bases__, *nn.ConvTranspose2d.__bases__,
@@ -44,11 +42,13 @@ def bypassed_layers(model: nn.Module) -> dict[nn.Module, str]:
     return reasons
 
 
+@functools.cache
 def reads_a_weight(cls: type[nn.Module], method: str) -> bool:
     """Whether a class asks for weights by name in a method that is not torch's."""
     return any(_is_weight(name) for code in _reached(cls, method) for name in code.co_names)
 
 
+@functools.cache
 def what_writes_its_weight(cls: type[nn.Module]) -> str | None:
     """Return `self.weight.data` or `self.weight.clamp_` if a forward that is not torch's has it."""
     for code in _reached(cls):

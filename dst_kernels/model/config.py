@@ -8,8 +8,6 @@ from typing import Any
 from ..autograd import check_options
 from ..nn import MaskOptions
 
-__all__ = ["SparsifyConfig"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparsifyConfig:

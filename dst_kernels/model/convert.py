@@ -32,8 +32,6 @@ from ._transformer_encoder import avoid_fast_path
 from ._weight_readers import bypassed_layers, reads_a_weight, what_writes_its_weight
 from .config import SparsifyConfig
 
-__all__ = ["ConversionPlan", "PlannedLayer", "plan_sparsify", "sparsify_"]
-
 logger = logging.getLogger(__name__)
 
 FilterFn = Callable[[nn.Module, str], bool]

@@ -9,8 +9,6 @@ from ..nn import MaskedModule, ungroup_
 from ..nn.in_place import unmask_module_, why_not_unmasked
 from ._transformer_encoder import restore_fast_path
 
-__all__ = ["FORMATS", "densify_", "finalize_"]
-
 FORMATS = ("dense",)
 
 

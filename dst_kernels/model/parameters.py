@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..nn.find import named_masked_weights
 
-__all__ = ["parameter_groups", "sparse_regularization"]
-
 
 def sparse_regularization(model: nn.Module) -> Tensor:
     """Sum of exp(-t) over every threshold of the model: a 0-dim tensor, to be added times alpha.

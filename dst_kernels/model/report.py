@@ -12,8 +12,6 @@ from ..nn.find import named_masked_weights
 from ..nn.weight import MaskedWeight
 from ..reference import threshold_mask
 
-__all__ = ["LayerSparsity", "SparsityReport", "remaining_ratio", "sparsity_report"]
-
 
 @dataclasses.dataclass(frozen=True)
 class LayerSparsity:

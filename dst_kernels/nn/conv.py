@@ -9,8 +9,6 @@ from .. import autograd
 from .layer import MaskedLayer
 from .sources import attached_weight
 
-__all__ = ["MaskedConv1d", "MaskedConv2d", "MaskedConv3d"]
-
 
 class MaskedConv(MaskedLayer):
     """`torch.nn.{parent}` that computes with the weights whose magnitude exceeds their threshold.

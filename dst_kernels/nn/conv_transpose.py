@@ -11,8 +11,6 @@ from ..plan import CONV_TRANSPOSE_PATHS
 from .layer import MaskedLayer
 from .weight import MaskedWeight
 
-__all__ = ["MaskedConvTranspose1d", "MaskedConvTranspose2d", "MaskedConvTranspose3d"]
-
 
 class _MaskedConvTranspose(MaskedLayer):
     """`torch.nn.{parent}` that computes with the weights whose magnitude exceeds their threshold.

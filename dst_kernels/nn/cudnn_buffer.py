@@ -11,8 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["cudnn_takes", "empty_parameters"]
-
 
 def empty_parameters(
     module: nn.RNNBase, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device

@@ -8,8 +8,6 @@ from .layer import MaskedLayer
 from .module import MaskedModule
 from .weight import MaskedWeight
 
-__all__ = ["masked_layers", "named_masked_weights"]
-
 
 def named_masked_weights(model: nn.Module) -> list[tuple[str, MaskedWeight]]:
     """(name, weight) of every masked weight of every module, each module once.

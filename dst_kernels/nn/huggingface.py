@@ -11,8 +11,6 @@ from transformers.pytorch_utils import Conv1D
 from .. import autograd
 from .layer import MaskedLayer
 
-__all__ = ["MaskedTransformersConv1D"]
-
 
 class MaskedTransformersConv1D(MaskedLayer, Conv1D):
     """`transformers.pytorch_utils.Conv1D` with masked weights; weight [in, out] as the parent.

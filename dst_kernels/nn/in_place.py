@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from ..autograd import MaskOptions
     from .module import MaskedModule
 
-__all__ = ["mask_module_", "masked_class", "shallow_copy", "unmask_module_", "why_not_unmasked"]
-
 
 def masked_class(
     dense: type[nn.Module], masked: type[MaskedModule], own: frozenset[str] = frozenset()
@@ -40,7 +38,6 @@ def masked_class(
             return known
     bases = (masked,) if dense is masked.dense_type else (dense, masked)
     members = {
-        "dense_class": dense,
         "_own": own,
         "__module__": dense.__module__,
         "__qualname__": f"Masked{dense.__qualname__}",
@@ -50,7 +47,9 @@ def masked_class(
         **{name: property(partial(_own_attribute, name)) for name in own},
     }
     name = f"Masked{dense.__name__}"
-    return types.new_class(name, bases, exec_body=lambda body: body.update(members))
+    made = types.new_class(name, bases, exec_body=lambda body: body.update(members))
+    made.dense_class = dense  # last: one that `__init_subclass__` has refused is never found
+    return made
 
 
 def _own_attribute(name: str, module: nn.Module) -> object:

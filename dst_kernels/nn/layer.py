@@ -14,8 +14,6 @@ from .sources import Deferral, attached_weight, copies_of, source_of
 from .sources.stamp import stamp
 from .weight import MaskedWeight
 
-__all__ = ["MaskedLayer"]
-
 
 class MaskedLayer(MaskedModule):
     """Mixin that goes before a `torch.nn` layer with a `weight`; see `MaskedLinear`.

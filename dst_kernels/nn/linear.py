@@ -9,8 +9,6 @@ from .. import autograd
 from .layer import MaskedLayer
 from .sources import attached_weight
 
-__all__ = ["MaskedLinear"]
-
 
 class MaskedLinear(MaskedLayer, nn.Linear):
     """`torch.nn.Linear` that computes with the weights whose magnitude exceeds their threshold.

@@ -23,8 +23,6 @@ from ..plan import PATHS
 from .in_place import mask_module_, shallow_copy, unmask_module_
 from .weight import MaskedWeight
 
-__all__ = ["MaskedModule"]
-
 logger = logging.getLogger(__name__)
 
 
@@ -161,11 +159,11 @@ class MaskedModule:
 
     def __setattr__(self, name: str, value: object) -> None:
         """Set an option of one of our own layers; everything else as torch does."""
-        if name in MaskOptions._fields and self.dense_class is self.dense_type:
-            if "masking" in self.__dict__ and name not in self.__dict__:
-                options = self.masking._replace(**{name: value})
-                check_options(options, self.accepted_paths)
-                name, value = "masking", options
+        ours = name in MaskOptions._fields and self.dense_class is self.dense_type
+        if ours and "masking" in self.__dict__ and name not in self.__dict__:
+            options = self.masking._replace(**{name: value})
+            check_options(options, self.accepted_paths)
+            name, value = "masking", options
         # During forward FSDP2 puts a gathered copy in the parameter's place and drops it after;
         # a committed reset must also reach the shard, which is seen when FSDP2 sets it here.
         if isinstance(value, Tensor) and is_dtensor(value) and name.startswith("threshold"):

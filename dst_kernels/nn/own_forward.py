@@ -18,8 +18,6 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from .module import MaskedModule
 
-__all__ = ["members_for_own_forward"]
-
 _METHODS = ("forward", "_conv_forward", "_output_padding")
 
 

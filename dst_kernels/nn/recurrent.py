@@ -15,8 +15,6 @@ from .in_place import shallow_copy
 from .module import MaskedModule
 from .weight import MaskedWeight
 
-__all__ = ["RECURRENT_PATHS", "MaskedGRU", "MaskedLSTM", "MaskedRNN", "MaskedRecurrent"]
-
 RECURRENT_PATHS = ("auto", "packed")  # products are torch's: cuDNN's on a GPU
 
 _GATES = {"LSTM": 4, "GRU": 3}  # matrices stacked in weight_ih and weight_hh

@@ -13,8 +13,6 @@ from .layer import MaskedLayer
 from .sources import reused
 from .sources.grouped import Group
 
-__all__ = ["group_", "is_grouped", "ungroup_", "weights_unchanged"]
-
 
 def group_(model: nn.Module, bucket_mb: float = 25) -> nn.Module:
     """Mask the layers of `model` together: one launch for many, in forward and in backward.

@@ -14,8 +14,6 @@ from ..ops.dtensor import full_tensor
 if TYPE_CHECKING:
     from .module import MaskedModule
 
-__all__ = ["MaskedWeight"]
-
 
 @dataclass(frozen=True, eq=False)
 class MaskedWeight:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["autocast_enabled"]
-
 
 def autocast_enabled(device_type: str) -> bool:
     """`torch.is_autocast_enabled`, which raises for the meta device, where this is False."""

@@ -13,26 +13,6 @@ from torch import Tensor
 
 from ..reference.surrogate import SURROGATES
 
-__all__ = [
-    "check_bias",
-    "check_effective_threshold",
-    "check_grad",
-    "check_input",
-    "check_linear",
-    "check_linear_grad_input",
-    "check_linear_grad_weight",
-    "check_masked_linear",
-    "check_masked_weight",
-    "check_masked_weight_backward",
-    "check_reset_ratio",
-    "check_same_dtype",
-    "check_surrogate",
-    "check_type",
-    "check_value",
-    "check_weight_and_threshold",
-]
-
-
 _REAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _REAL = "float16, bfloat16, float32 or float64"
 

@@ -18,14 +18,6 @@ from .checks import (
     check_weight_and_threshold,
 )
 
-__all__ = [
-    "check_conv",
-    "check_conv_grad_input",
-    "check_conv_grad_weight",
-    "check_conv_transpose",
-    "check_masked_conv",
-]
-
 _LEAST = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1}
 
 

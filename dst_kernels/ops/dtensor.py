@@ -7,14 +7,6 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-__all__ = [
-    "full_tensor",
-    "is_dtensor",
-    "norm_over_shards",
-    "reset_rows",
-    "sum_over_shards",
-]
-
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Without importing torch.distributed.tensor: before that import there are no DTensors."""

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["per_dimension", "resolve_padding"]
-
 
 def per_dimension(name: str, value: int | Sequence[int], spatial: int) -> tuple[int, ...]:
     """One integer per spatial dimension, from one for all or a sequence of `spatial`."""

@@ -16,8 +16,6 @@ from ..reference.surrogate import SURROGATES
 from ..reference.weight import largest_collapsed_count
 from ._pairs import Pair
 
-__all__ = ["Batch", "Segment", "collect", "local"]
-
 
 @dataclass(eq=False)
 class Segment:

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..nn import MaskedLayer, MaskOptions
+from ..nn import MaskedLayer
+from ..nn.sources.deferred import alike
 from ..ops.dtensor import is_dtensor
-
-__all__ = ["Pair", "deferrable_pairs"]
-
 
 _NAMES = {"weight", "threshold"}  # not among the parameters where they are parametrized
 
@@ -53,16 +51,10 @@ def deferrable_pairs(model: nn.Module, optimized: Container[int]) -> list[Pair]:
             and _rows_are_whole(weight)
             and all(isinstance(each, MaskedLayer) for each in layers)
             and users[id(threshold)] == layers
-            and len({(id(each._parameters["threshold"]), _arithmetic(each)) for each in layers})
-            == 1
+            and alike(layers)
         ):
             pairs[id(weight)] = Pair(weight, threshold, tuple(layers))
     return list(pairs.values())
-
-
-def _arithmetic(layer: MaskedLayer) -> MaskOptions:
-    """The options but those that only say who computes."""
-    return layer.masking._replace(backend="auto", path="auto")
 
 
 def _rows_are_whole(weight: Tensor) -> bool:

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from .deferred import DeferredOptimizer
 
-__all__ = ["DSTAdamW"]
-
 
 class DSTAdamW(DeferredOptimizer):
     """`torch.optim.AdamW` for a model with masked layers, with their gradients made in the step.
@@ -57,8 +55,8 @@ class DSTAdamW(DeferredOptimizer):
         super().load_state_dict(state_dict)
         for parameter, state in self.state.items():
             if "step" in state:
-                step = torch.as_tensor(state["step"], dtype=torch.float32)
-                state["step"] = step.to(parameter.device)
+                step = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device)
+                state["step"] = step
 
     def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)

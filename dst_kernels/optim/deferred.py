@@ -20,8 +20,6 @@ from ..ops.dtensor import norm_over_shards
 from ._batch import Batch, Segment, collect, local
 from ._pairs import deferrable_pairs
 
-__all__ = ["DeferredOptimizer"]
-
 
 class DeferredOptimizer(Optimizer):
     """See `DSTSGD`.
@@ -166,7 +164,7 @@ class DeferredOptimizer(Optimizer):
         self._forget()
 
     def _let_go(self) -> None:
-        """Of layers with other parameters than they had: these gradients are their own."""
+        """Of layers that are not served any more: these gradients are their own."""
         served = [p for p in self._pairs if all(map(self._deferral.serves, p.layers))]
         if len(served) < len(self._pairs):
             kept = {layer for pair in served for layer in pair.layers}

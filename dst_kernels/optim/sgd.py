@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from .deferred import DeferredOptimizer
 
-__all__ = ["DSTSGD"]
-
 
 class DSTSGD(DeferredOptimizer):
     """`torch.optim.SGD` for a model with masked layers, with their gradients made in the step.

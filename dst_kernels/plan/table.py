@@ -10,8 +10,6 @@ from importlib import resources
 
 import torch
 
-__all__ = ["measured_conv_costs", "measured_costs"]
-
 # How far a measured case may be: the product of the factors by which its sizes differ.
 _FARTHEST = 8.0
 _PRODUCTS = ("forward", "grad_input", "grad_weight")

@@ -15,18 +15,6 @@ from torch.nn import functional as F
 
 from .weight import masked_weight, weight_gradients_
 
-__all__ = [
-    "Geometry",
-    "conv",
-    "conv_dense_weight_gradient",
-    "conv_grad_input",
-    "conv_memory_format",
-    "convolution_backward",
-    "masked_conv",
-    "masked_conv_grad_input",
-    "masked_conv_grad_weight",
-]
-
 
 class Geometry(NamedTuple):
     """How a convolution moves over its input: integers for each dimension, and the groups."""

@@ -18,14 +18,6 @@ from torch.nn import functional as F
 
 from .weight import masked_weight
 
-__all__ = [
-    "TransposedGeometry",
-    "by_group",
-    "conv_transpose",
-    "masked_conv_transpose",
-    "not_by_group",
-]
-
 _CONV_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 
 

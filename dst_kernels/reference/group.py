@@ -12,8 +12,6 @@ from torch import Tensor
 
 from . import weight as one
 
-__all__ = ["masked_weights", "masked_weights_backward"]
-
 
 def masked_weights(
     weights: Sequence[Tensor],

@@ -10,15 +10,6 @@ from torch.nn import functional as F
 
 from .weight import masked_weight, weight_gradients_
 
-__all__ = [
-    "dense_weight_gradient",
-    "flatten_batch",
-    "linear",
-    "masked_linear",
-    "masked_linear_grad_input",
-    "masked_linear_grad_weight",
-]
-
 
 def flatten_batch(tensor: Tensor) -> Tensor:
     """[..., features] -> [batch, features], also where there are no features."""

@@ -7,13 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = [
-    "LINEAR_BEYOND",
-    "regularization",
-    "sparse_regularization",
-    "sparse_regularization_and_slope",
-]
-
 # exp(-t) overflows fp32 at t = -88.7, and a sum over many thresholds sooner. From t = -64 downwards
 # the function goes on along its tangent: value and gradient stay finite and the gradient keeps
 # pulling t back up. At any t a training run can recover from, this is exp(-t) to the last bit.

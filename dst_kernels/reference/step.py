@@ -33,8 +33,6 @@ from .regularization import sparse_regularization_and_slope
 from .surrogate import SURROGATES
 from .weight import broadcast_threshold, masked_weight, weight_gradients_
 
-__all__ = ["HYPERS", "SETTINGS", "adamw_step_", "grad_norm_", "sgd_step_"]
-
 SETTINGS, HYPERS = 7, 8
 Tensors = Sequence[Tensor]
 

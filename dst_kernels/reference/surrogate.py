@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["SURROGATES", "times_surrogate_"]
-
 
 def _long_tailed(grad: Tensor, margin: Tensor) -> Tensor:
     """2 - 4|x| up to 0.4, then 0.4 up to 1 inclusive, then 0 (Xu & Cheung, BMVC 2019; the paper).

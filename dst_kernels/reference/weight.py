@@ -14,16 +14,6 @@ from torch import Tensor
 
 from .surrogate import times_surrogate_
 
-__all__ = [
-    "broadcast_threshold",
-    "effective_threshold",
-    "largest_collapsed_count",
-    "masked_weight",
-    "masked_weight_backward",
-    "threshold_mask",
-    "weight_gradients_",
-]
-
 
 def broadcast_threshold(threshold: Tensor, weight: Tensor) -> Tensor:
     """View `threshold` so that it broadcasts against `weight`.

@@ -12,8 +12,6 @@ import torch
 
 from .errors import UsageError
 
-__all__ = ["CHECKPOINT", "load_checkpoint", "save_checkpoint", "write_atomically"]
-
 CHECKPOINT = "checkpoint.pt"
 _FORMAT = "dst_kernels.training/1"
 _CONTENTS = {"format", "config", "history", "seconds", "model", "optimizer", "rng"}

@@ -18,8 +18,6 @@ from .config import DATASET_PRESETS, PRESETS, RULES, RunConfig, option
 from .errors import UsageError
 from .rules import FLAG
 
-__all__ = ["app"]
-
 app = typer.Typer(
     name="dst-kernels",
     help="Dynamic sparse training: train a model that prunes itself, and compare runs.",

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 from .errors import UsageError, require_one_of
 from .rules import FLAG, MILESTONES, TEXT, integer, number, or_none
 
-__all__ = ["DATASET_PRESETS", "PRESETS", "RULES", "Preset", "RunConfig", "option"]
-
 # Each data set with the preset that comes with it where none is named: an alpha that suits 23
 # steps an epoch would strip a model that takes 938.
 DATASET_PRESETS = {

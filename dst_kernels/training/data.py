@@ -14,8 +14,6 @@ from torch.nn import functional as F
 from .config import RunConfig
 from .errors import UsageError
 
-__all__ = ["Batches", "Data", "FolderBatches", "TensorBatches", "load_data"]
-
 _CIFAR_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 _IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _TEST_BATCH = 1000

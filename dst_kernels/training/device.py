@@ -6,8 +6,6 @@ import torch
 
 from .errors import UsageError
 
-__all__ = ["device_name", "select_device"]
-
 
 def select_device(name: str) -> torch.device:
     """The device of a --device option; UsageError for one that is unknown or not there."""

@@ -24,8 +24,6 @@ from .loop import Observer
 if TYPE_CHECKING:
     from dst_kernels import SparsityReport
 
-__all__ = ["percent", "show_comparison", "show_header", "show_result", "watch"]
-
 _RATIO_COLOR = "cyan"
 _REFRESHES_PER_SECOND = 8
 

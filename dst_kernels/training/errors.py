@@ -5,8 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 
-__all__ = ["DivergedError", "UsageError", "require_one_of"]
-
 
 class UsageError(ValueError):
     """Input the training command cannot work with; the message is written for its user.

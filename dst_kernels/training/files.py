@@ -13,22 +13,6 @@ from .checkpoint import CHECKPOINT, write_atomically
 from .config import RunConfig
 from .errors import UsageError
 
-__all__ = [
-    "COMPARISON",
-    "CONFIG",
-    "METRICS",
-    "MODEL",
-    "SUMMARY",
-    "TWINS",
-    "Record",
-    "holds_run",
-    "read_config",
-    "read_metrics",
-    "read_summary",
-    "write_json",
-    "write_metrics",
-]
-
 CONFIG = "config.json"
 METRICS = "metrics.csv"
 SUMMARY = "summary.json"

@@ -19,8 +19,6 @@ from .errors import DivergedError, UsageError
 from .files import Record
 from .models import build_model
 
-__all__ = ["Observer", "State", "new_state", "train"]
-
 
 class Observer:
     """Told what happens in training; does nothing by itself."""

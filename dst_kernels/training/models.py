@@ -12,17 +12,6 @@ from torch.nn import functional as F
 from .config import RunConfig
 from .errors import UsageError, require_one_of
 
-__all__ = [
-    "VGG",
-    "LeNet5",
-    "LeNet300",
-    "RowLSTM",
-    "WideResNet",
-    "build_model",
-    "input_channels",
-    "load_model",
-]
-
 
 class LeNet300(nn.Module):
     """LeNet-300-100: two hidden layers of 300 and 100 units."""

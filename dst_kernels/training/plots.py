@@ -22,8 +22,6 @@ from matplotlib.ticker import (
 from .checkpoint import write_atomically
 from .files import Record
 
-__all__ = ["Curve", "plot_accuracy_and_ratio", "plot_layer_ratios", "plot_runs", "plot_thresholds"]
-
 _FEW = 8  # so many lines can be told apart by hue
 _MOST_NAMED = 27
 _DARK, _GRAY = "#222222", "#767676"

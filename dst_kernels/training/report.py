@@ -18,8 +18,6 @@ from .display import percent
 from .errors import UsageError
 from .files import CONFIG, METRICS, SUMMARY, TWINS, Record, read_config, read_metrics, read_summary
 
-__all__ = ["Run", "read_runs", "report"]
-
 
 class Run(NamedTuple):
     """A run directory, finished or not, as far as it got."""

@@ -32,14 +32,6 @@ from .files import (
 )
 from .loop import State
 
-__all__ = [
-    "count_parameters",
-    "thresholds_by_layer",
-    "weights_by_layer",
-    "write_comparison",
-    "write_results",
-]
-
 
 def write_results(
     config: RunConfig, directory: Path, data: Data, state: State

@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-__all__ = ["FLAG", "MILESTONES", "TEXT", "Rule", "integer", "number", "or_none"]
-
 
 class Rule(NamedTuple):
     """`parse` may raise ValueError; what it returns must still hold."""

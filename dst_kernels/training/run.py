@@ -31,8 +31,6 @@ from .loop import State, new_state, train
 from .models import input_channels
 from .results import count_parameters, weights_by_layer, write_comparison, write_results
 
-__all__ = ["Interrupted", "compare", "resume", "start"]
-
 _FOLDER = "Accepted: a new or empty folder where you may write."
 
 

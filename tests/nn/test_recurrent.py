@@ -248,8 +248,7 @@ def test_masked_weights_go_straight_into_one_buffer(monkeypatch, options):
     """With a layout that reorders parameters and leaves gaps, as cuDNN's may."""
     seen = []
 
-    def layout(*arguments):
-        shapes = arguments[7]
+    def layout(kind, shapes, dtype, device):
         offsets, end = [], 0
         for shape in reversed(shapes):
             end += 3

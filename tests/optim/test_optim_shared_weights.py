@@ -98,3 +98,18 @@ def test_a_weight_that_a_dense_layer_uses_too(backend):
     twins = make(Both(model), backend)
     assert twins.ours.model.heads[0]._deferral is None
     run(twins, batches(shape))
+
+
+def test_tied_layers_whose_options_part_later(backend):
+    """Have gradients of their own from then on, in both trainings alike."""
+    model = nn.Sequential(MaskedLinear(6, 6), nn.Tanh(), MaskedLinear(6, 6), nn.Tanh())
+    model.append(nn.Linear(6, 4))
+    model[2].weight, model[2].threshold = model[0].weight, model[0].threshold
+    twins = Twins(model.double(), backend=backend, **OPTIONS)
+    twins.train(batches((6,)), 2)
+    assert model[0]._deferral is not None
+    for side in twins.sides:
+        side.model[2].surrogate = "straight_through"
+    twins.train(batches((6,)), 3)
+    assert model[0]._deferral is None
+    twins.assert_same(batches((6,))[0][0])

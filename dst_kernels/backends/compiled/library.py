@@ -10,8 +10,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["BUILT", "describe", "path", "unavailable"]
-
 OLDEST_TORCH = (2, 11)
 _FOLDER = Path(__file__).parent
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from ... import reference
 
-__all__ = ["regularization"]
-
 _regularization = torch.ops.dst_kernels_compiled.regularization.default
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["adamw_step_", "grad_norm_", "sgd_step_"]
-
 _ops = torch.ops.dst_kernels_compiled
 adamw_step_ = _ops.adamw_step.default
 grad_norm_ = _ops.grad_norm.default

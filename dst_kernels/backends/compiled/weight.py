@@ -15,14 +15,6 @@ from torch import Tensor
 from ...reference.surrogate import SURROGATES
 from ...reference.weight import largest_collapsed_count
 
-__all__ = [
-    "effective_threshold",
-    "masked_weight",
-    "masked_weight_backward",
-    "masked_weights",
-    "masked_weights_backward",
-]
-
 _pack = torch.ops.dst_kernels_compiled.pack.default
 _post = torch.ops.dst_kernels_compiled.post.default
 _CODES = {name: code for code, name in enumerate(SURROGATES)}

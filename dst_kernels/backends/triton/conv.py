@@ -44,8 +44,6 @@ from .tiles import (
 from .tuning import token_bucket, tuned, tuning_is_on
 from .weight import effective_threshold
 
-__all__ = ["masked_conv", "masked_conv_grad_input", "masked_conv_grad_weight"]
-
 
 def masked_conv(
     input: Tensor,

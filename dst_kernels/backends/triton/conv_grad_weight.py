@@ -20,13 +20,6 @@ from .masking import ALONG_R, ELEMENT, SURROGATE_CODES, Rule
 from .product import tile_of_program
 from .tiles import GradWeightTile
 
-__all__ = [
-    "conv_grad_weight",
-    "conv_grad_weight_kernel",
-    "conv_slabs",
-    "conv_slabs_kernel",
-]
-
 
 @triton.jit
 def _dense_tile(

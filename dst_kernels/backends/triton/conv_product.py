@@ -24,19 +24,6 @@ from .matrix import Strided
 from .product import tile_of_program
 from .tiles import ProductTile
 
-__all__ = [
-    "Filters",
-    "Geometry",
-    "Image",
-    "Lattice",
-    "conv_product",
-    "conv_product_kernel",
-    "geometry_of",
-    "locate",
-    "matrix_of_tap",
-    "reach",
-]
-
 
 class Lattice(NamedTuple):
     """Along one dimension, tap k of output position u reads position u * scale + origin + k * step.

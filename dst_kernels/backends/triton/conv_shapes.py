@@ -9,17 +9,6 @@ from torch import Tensor
 from ...reference.conv import Geometry
 from .conv_product import Lattice
 
-__all__ = [
-    "Problem",
-    "as_kernel",
-    "as_linear",
-    "channels_to_the_end",
-    "channels_to_the_front",
-    "is_pointwise",
-    "planar",
-    "problem_of",
-]
-
 
 class Problem(NamedTuple):
     """A convolution as the kernels take it: over two dimensions, a line being an image one high.

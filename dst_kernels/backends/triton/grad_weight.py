@@ -19,15 +19,6 @@ from .matrix import Matrix, Strided
 from .product import tile_of_program
 from .tiles import GradWeightTile
 
-__all__ = [
-    "compiled_tile",
-    "dense_slabs",
-    "fused_grad_weight",
-    "grad_weight_kernel",
-    "slabs_kernel",
-    "write_gradients",
-]
-
 
 @triton.jit
 def _dense_tile(grad, x, tile_r, tile_c, in_r, in_c, begin, end, TILE: tl.constexpr):

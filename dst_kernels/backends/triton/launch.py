@@ -9,8 +9,6 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["OPTIONS", "TRITON_DTYPES", "CompiledTile", "index_dtype", "on_device_of"]
-
 TRITON_DTYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,

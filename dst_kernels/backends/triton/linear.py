@@ -24,14 +24,6 @@ from .tiles import (
 from .tuning import token_bucket, tuned, tuning_is_on
 from .weight import effective_threshold
 
-__all__ = [
-    "masked_linear",
-    "masked_linear_grad_input",
-    "masked_linear_grad_weight",
-    "refuse_float64",
-    "traits_of",
-]
-
 
 def masked_linear(
     input: Tensor,

@@ -11,20 +11,6 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-__all__ = [
-    "ALONG_C",
-    "ALONG_R",
-    "ELEMENT",
-    "LAYER",
-    "SURROGATE_CODES",
-    "Rule",
-    "elements",
-    "load_threshold",
-    "masked",
-    "transposed_axis",
-    "weight_gradients",
-]
-
 # Along which axis of a tile thresholds vary: the kernels' THRESHOLD.
 LAYER = tl.constexpr(0)
 ALONG_R = tl.constexpr(1)

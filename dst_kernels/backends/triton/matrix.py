@@ -10,8 +10,6 @@ from torch import Tensor
 
 from .masking import ALONG_C, ALONG_R, ELEMENT, LAYER
 
-__all__ = ["Matrix", "Strided", "as_matrices", "as_threshold", "compute_dtype"]
-
 
 class Strided(NamedTuple):
     """A matrix as kernels take it: where it starts, and how far it is to the next row or column."""

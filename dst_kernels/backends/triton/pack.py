@@ -17,8 +17,6 @@ from .masking import ALONG_R, LAYER, elements, load_threshold, masked
 from .matrix import Matrix, compute_dtype
 from .tiles import StreamTile
 
-__all__ = ["COUNTS", "apply_guard_kernel", "has_collapsed", "pack", "pack_kernel"]
-
 COUNTS = tl.constexpr(1024)
 """How many counts are added up at a time."""
 

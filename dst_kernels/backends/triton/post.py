@@ -25,8 +25,6 @@ from .masking import (
 from .matrix import Matrix, compute_dtype
 from .tiles import StreamTile
 
-__all__ = ["Slabs", "finish_threshold_gradient", "post", "post_kernel"]
-
 
 class Slabs(NamedTuple):
     """As `Strided`: the sum of `count` matrices that are `distance` apart."""

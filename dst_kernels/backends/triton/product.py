@@ -25,8 +25,6 @@ from .matrix import Matrix, Strided
 from .pack import COUNTS, has_collapsed
 from .tiles import ProductTile
 
-__all__ = ["Guard", "Sizes", "finish_kernel", "masked_product", "product_kernel", "tile_of_program"]
-
 
 class Sizes(NamedTuple):
     """Of a product, whose sum is split into parts."""

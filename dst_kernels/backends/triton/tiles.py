@@ -13,34 +13,6 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = [
-    "FLOAT32_GRAD_WEIGHT_TILES",
-    "FLOAT32_PRODUCT_TILES",
-    "GRAD_WEIGHT_TILES",
-    "MORE_GRAD_WEIGHT_TILES",
-    "MORE_PRODUCT_TILES",
-    "PRODUCT_TILES",
-    "SLAB_TILE",
-    "TF32_GRAD_WEIGHT_TILES",
-    "TF32_SLAB_TILE",
-    "GradWeightTile",
-    "ProductTile",
-    "StreamTile",
-    "Traits",
-    "conv_grad_weight_candidates",
-    "conv_grad_weight_tile",
-    "conv_grad_weight_tiles",
-    "conv_product_tile",
-    "conv_product_tiles",
-    "grad_weight_candidates",
-    "grad_weight_tile",
-    "pack_tile",
-    "post_tile",
-    "product_candidates",
-    "product_tile",
-    "stream_candidates",
-]
-
 # A Hopper GPU has 132 multiprocessors. Smaller GPUs get more programs than they need.
 MULTIPROCESSORS = 132
 

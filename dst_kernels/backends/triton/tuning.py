@@ -30,8 +30,6 @@ from torch import Tensor
 
 from ..device import gpu_name
 
-__all__ = ["AUTOTUNE", "CACHE_DIRECTORY", "choosing", "token_bucket", "tuned", "tuning_is_on"]
-
 AUTOTUNE = "DST_KERNELS_AUTOTUNE"
 CACHE_DIRECTORY = "DST_KERNELS_CACHE_DIR"
 

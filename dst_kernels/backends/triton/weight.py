@@ -11,8 +11,6 @@ from .post import finish_threshold_gradient, post
 from .tiles import StreamTile, pack_tile, post_tile, stream_candidates
 from .tuning import tuned, tuning_is_on
 
-__all__ = ["effective_threshold", "masked_weight", "masked_weight_backward"]
-
 
 def effective_threshold(weight: Tensor, threshold: Tensor, reset_ratio: float | None) -> Tensor:
     """As the reference's."""

@@ -21,8 +21,6 @@ from .stamp import memory_of, stamp
 if TYPE_CHECKING:
     from ..layer import MaskedLayer
 
-__all__ = ["Deferral", "deferral_of"]
-
 
 def deferral_of(layer: MaskedLayer) -> Deferral | None:
     """Return what an optimizer makes this layer's gradients with, if one does.
@@ -36,6 +34,11 @@ def deferral_of(layer: MaskedLayer) -> Deferral | None:
     return deferral if torch.compiler.is_compiling() or deferral.serves(layer) else None
 
 
+def alike(layers: Sequence[MaskedLayer]) -> bool:
+    """Whether all mask their weight by the same numbers, whoever computes."""
+    return len({layer.masking._replace(backend="auto", path="auto") for layer in layers}) == 1
+
+
 class Deferral:
     """The masked weights, which each step renews. Layers that share a weight share its own.
 
@@ -46,6 +49,10 @@ class Deferral:
         self._layers = {
             layer: (layer._parameters["weight"], layer._parameters["threshold"]) for layer in layers
         }
+        tied: dict[int, list[MaskedLayer]] = {}
+        for layer, (weight, _) in self._layers.items():
+            tied.setdefault(id(weight), []).append(layer)
+        self._tied = {layer: each for each in tied.values() if len(each) > 1 for layer in each}
         # By id of the weight: W * M, its stamp, and the memory of weight and threshold.
         self._made: dict[int, tuple[Tensor, tuple | None, tuple]] = {}
         self._uncommitted: set[MaskedLayer] = set()
@@ -54,14 +61,16 @@ class Deferral:
 
     def serves(self, layer: MaskedLayer) -> bool:
         """Whether weight and threshold are those of then: none that functional_call swaps in, that
-        were assigned or that a parametrization computes.
+        were assigned or that a parametrization computes; and tied layers still mask alike.
 
         FSDP2 and DataParallel do swap parameters, and hand their gradients on.
         """
         if layer._sharded_thresholds or layer._is_replica:
             return True
         mine, now = self._layers.get(layer), layer._parameters
-        return mine is not None and now.get("weight") is mine[0] and now.get("threshold") is mine[1]
+        if mine is None or now.get("weight") is not mine[0] or now.get("threshold") is not mine[1]:
+            return False
+        return layer not in self._tied or alike(self._tied[layer])
 
     def release(self, layers: Iterable[MaskedLayer] | None = None) -> None:
         """Give `layers` (None: all) gradients of their own again, in their own dtype.

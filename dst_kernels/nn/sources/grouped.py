@@ -27,8 +27,6 @@ from .stamp import tensor_stamp
 if TYPE_CHECKING:
     from ..layer import MaskedLayer
 
-__all__ = ["Group", "attached_weight"]
-
 
 @dataclass(slots=True, eq=False)
 class _Forward:

@@ -20,8 +20,6 @@ from .stamp import memory_of, stamp
 if TYPE_CHECKING:
     from ..layer import MaskedLayer
 
-__all__ = ["Copies", "close", "copies_of", "open_for"]
-
 
 class Copies:
     """One layer's masked weights by compute dtype, and what they were made from."""

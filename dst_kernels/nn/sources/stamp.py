@@ -14,8 +14,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ..layer import MaskedLayer
 
-__all__ = ["memory_of", "stamp", "tensor_stamp"]
-
 
 def tensor_stamp(tensor: Tensor) -> tuple:
     """Return what stays the same as long as nobody is seen to write to a tensor."""
