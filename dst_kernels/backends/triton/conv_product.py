@@ -36,7 +36,7 @@ class Lattice(NamedTuple):
     step: int
 
 
-class Geometry(NamedTuple):
+class KernelGeometry(NamedTuple):
     """A convolution as kernels take it: its sizes, and its lattices along both dimensions."""
 
     M: int
@@ -232,10 +232,10 @@ def conv_product(
 
 def geometry_of(
     R: int, C: int, x: Tensor, weight: Tensor, out: Tensor, lattices: tuple[Lattice, Lattice]
-) -> Geometry:
+) -> KernelGeometry:
     M = out.shape[0] * out.shape[2] * out.shape[3]
     along_both = (value for pair in zip(*lattices, strict=True) for value in pair)
-    return Geometry(M, R, C, *weight.shape[2:], *x.shape[2:], *out.shape[2:], *along_both)
+    return KernelGeometry(M, R, C, *weight.shape[2:], *x.shape[2:], *out.shape[2:], *along_both)
 
 
 def reach(image: Tensor, positions: tuple[int, ...], block: int) -> int:

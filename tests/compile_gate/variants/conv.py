@@ -10,7 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from dst_kernels.backends.triton.conv_grad_weight import conv_grad_weight_kernel, conv_slabs_kernel
-from dst_kernels.backends.triton.conv_product import Filters, Geometry, Image, conv_product_kernel
+from dst_kernels.backends.triton.conv_product import (
+    Filters,
+    Image,
+    KernelGeometry,
+    conv_product_kernel,
+)
 from dst_kernels.backends.triton.masking import SURROGATE_CODES, Rule
 from dst_kernels.backends.triton.matrix import Strided
 from dst_kernels.backends.triton.tiles import Traits, conv_grad_weight_tiles, conv_product_tiles
@@ -36,7 +41,7 @@ def convolutions(architecture: int) -> Iterator[Variant]:
     yield from _grad_weights(architecture)
 
 
-_GEOMETRY = Geometry(*["i32"] * len(Geometry._fields))._replace(**SIZES)
+_GEOMETRY = KernelGeometry(*["i32"] * len(KernelGeometry._fields))._replace(**SIZES)
 
 
 def _image(dtype: str) -> Image:
