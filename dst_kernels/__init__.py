@@ -1,8 +1,8 @@
-"""Dynamic sparse training for PyTorch: trainable pruning thresholds in drop-in layers.
+"""Train sparse PyTorch models with trainable pruning thresholds in drop-in layers.
 
-`functional` has the stateless operations, `nn` the layers, and this module what acts on a whole
-model. Method: Liu et al., "Dynamic Sparse Training: Find Efficient Sparse Network From Scratch
-With Trainable Masked Layers", ICLR 2020.
+`functional` has the stateless operations, `nn` the layers, `optim` the optimizers, and this module
+what acts on a whole model. Method: Liu et al., "Dynamic Sparse Training: Find Efficient Sparse
+Network From Scratch With Trainable Masked Layers", ICLR 2020.
 """
 
 from importlib.metadata import version as _version

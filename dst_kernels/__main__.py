@@ -1,4 +1,4 @@
-"""`python -m dst_kernels`: versions, device, libraries and backends, and why one is not there."""
+"""Print versions, devices, libraries and backends, and why any is missing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .backends.compiled import library
 
 
 def main() -> None:
-    """Print the report."""
+    """Print the report to stdout, a line for each item."""
     rows = [
         ("dst_kernels", __version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),

@@ -1,22 +1,22 @@
-"""Stateless operations: masks, masked weights, masked linear and convolutions, the regulariser.
+"""Offer stateless operations: masks, masked weights, masked products and the sparse regulariser.
 
-All take a `weight` of at least two dimensions (a layer's, or any scores) and a `threshold` whose
-shape says what one value governs: `[out]` a row, `[]` or `[1]` everything, the weight's own shape
-each weight by itself. A weight is kept where |weight| > threshold (strictly).
+All take a `weight` of at least two dimensions (a layer's, or any scores) and a `threshold`. The
+threshold's shape says what one value governs: `[out]` a row, `[]` or `[1]` the whole weight, the
+weight's own shape one element. A weight is kept where |weight| > threshold (strictly).
 
-`reset_ratio` is the collapse guard: where at most that share of the weights would remain, the
-thresholds count as 0 for the whole call. `None` switches it off. Nothing here writes to its
-arguments; the layers of `dst_kernels.nn` also commit the reset while training.
+`reset_ratio` is the collapse guard: if at most that share of the weights would remain, all
+thresholds count as 0 in this call; `None` switches it off. No function here writes to its
+arguments; the layers of `dst_kernels.nn` also write the reset into their thresholds while training.
 
-Tensors are float16, bfloat16, float32 or float64 on one device. Wrong dtypes raise TypeError, wrong
-shapes, devices and names ValueError, a backend that cannot serve RuntimeError.
+Tensors are float16, bfloat16, float32 or float64 on one device. Wrong dtypes raise TypeError; wrong
+shapes, devices and names ValueError; a backend that is not available RuntimeError.
 
 Method and formulas: Liu et al., "Dynamic Sparse Training", ICLR 2020.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -48,10 +48,10 @@ def effective_threshold(
     reset_ratio: float | None = 0.01,
     backend: str = "auto",
 ) -> Tensor:
-    """The threshold after the collapse guard: a new tensor of its shape and dtype, no gradient.
+    """Return the threshold after the collapse guard: a new tensor of its shape and dtype.
 
-    Zeros where remaining / total <= `reset_ratio` under `threshold`, else its values. Decided on
-    the device, without a synchronisation.
+    It is 0 if remaining / total <= `reset_ratio` under `threshold`, else equal to `threshold`. It
+    has no gradient, and needs no synchronisation with the device.
     """
     weight, threshold = weight.detach(), threshold.detach()
     return ops.call(ops.effective_threshold, weight, threshold, reset_ratio, backend)
@@ -60,7 +60,7 @@ def effective_threshold(
 def threshold_mask(
     weight: Tensor, threshold: Tensor, *, reset_ratio: float | None = 0.01
 ) -> Tensor:
-    """Boolean mask of the weight's shape: True where |weight| > effective threshold.
+    """Return the boolean mask of the weight's shape: True where |weight| > effective threshold.
 
     NaN (in either) counts as kept, so that a diverged weight is never hidden.
     """
@@ -71,7 +71,7 @@ def threshold_mask(
 def remaining_ratio(
     weight: Tensor, threshold: Tensor, *, reset_ratio: float | None = 0.01
 ) -> Tensor:
-    """Kept weights / all weights as a 0-dim float32 tensor; NaN for a weight without elements."""
+    """Return kept weights / all weights, a 0-dim float32 tensor; NaN if there are no weights."""
     kept = threshold_mask(weight, threshold, reset_ratio=reset_ratio).sum()
     return kept.to(torch.float32) / weight.numel()
 
@@ -86,11 +86,11 @@ def masked_weight(
     dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """weight * mask, in `dtype` (default: the weight's), differentiable in weight and threshold.
+    """Return weight * mask in `dtype` (default: the weight's), with gradients for both arguments.
 
     With G the incoming gradient, H the surrogate derivative and Q = |weight| - threshold:
     dW = G * mask + G * |W| * H(Q), the second term only with `structure_gradient`;
-    dt = -sum(G * W * H(Q)) over what each threshold governs.
+    dt = -sum(G * W * H(Q)) over the weights that a threshold governs.
 
     `surrogate`: "long_tailed" (the paper's: 2 - 4|Q| up to 0.4, 0.4 up to 1, then 0),
     "rectangular" (1 up to 1/2), "triangular" (1 - |Q| up to 1) or "straight_through" (1).
@@ -111,17 +111,19 @@ def masked_linear(
     backend: str = "auto",
     path: str = "auto",
 ) -> Tensor:
-    """input [..., in] times (weight [out, in] * mask)^T plus bias [out] -> [..., out].
+    """Return input [..., in] times (weight [out, in] * mask)^T plus bias [out], shaped [..., out].
 
-    Gradients as in `masked_weight`. Under autocast weight and threshold are compared in their own
-    dtypes and the product runs in the autocast dtype; otherwise the input has the weight's dtype.
+    Gradients are those of `masked_weight`. Under autocast weight and threshold are compared in
+    their own dtypes and the product runs in the autocast dtype; otherwise the input must have the
+    weight's dtype.
 
-    `backend`: "auto" or the name of one; `DST_KERNELS_BACKEND` in the environment overrides "auto".
+    `backend`: "auto" or a backend's name; the environment variable `DST_KERNELS_BACKEND` overrides
+    "auto".
 
-    `path`: "fused" (each product reads the weight, masks and multiplies in one kernel), "packed"
-    (the masked weight is written once in the product's dtype and kept for the backward pass, a
-    library multiplies), "mixed" (packed, but with the weight's gradients fused), or "auto", the
-    fastest as measured or estimated. All compute the same.
+    `path`: "fused" (one kernel reads the weight, masks and multiplies), "packed" (the masked weight
+    is written once in the product's dtype and kept for the backward pass, a library multiplies),
+    "mixed" (packed, but with the weight's gradients fused), or "auto" (the fastest as measured or
+    estimated). All compute the same.
     """
     options = MaskOptions("row", reset_ratio, surrogate, structure_gradient, backend, path)
     return autograd.masked_linear(input, weight, threshold, bias, options)[0]
@@ -130,7 +132,9 @@ def masked_linear(
 _SIZES = {1: "L", 2: "H, W", 3: "D, H, W"}
 
 
-def _conv(spatial: int):
+def _conv(spatial: int) -> Callable[..., Tensor]:
+    """Make `masked_conv{spatial}d`."""
+
     def masked_conv(
         input: Tensor,
         weight: Tensor,
@@ -158,12 +162,12 @@ def _conv(spatial: int):
 
     sizes = _SIZES[spatial]
     masked_conv.__name__ = masked_conv.__qualname__ = f"masked_conv{spatial}d"
-    masked_conv.__doc__ = f"""Convolution with weight * mask over {spatial} dimension(s).
+    masked_conv.__doc__ = f"""Convolve the input with weight * mask over {spatial} dimension(s).
 
-    input [N, in, {sizes}] or [in, {sizes}], weight [out, in/groups, *kernel], bias [out] ->
-    [N, out, *]. `stride`, `padding` (numbers, "same", "valid"), `dilation` and `groups` as in
-    `torch.nn.functional.conv{spatial}d`; a row of the weight is one filter. Everything else as in
-    `masked_linear`.
+    From input [N, in, {sizes}] or [in, {sizes}], weight [out, in/groups, *kernel] and bias [out],
+    return [N, out, *] or [out, *]. `stride`, `padding` (numbers, "same", "valid"), `dilation` and
+    `groups` are those of `torch.nn.functional.conv{spatial}d`; a row of the weight is one filter.
+    Everything else is as in `masked_linear`.
     """
     return masked_conv
 
@@ -173,7 +177,9 @@ masked_conv2d = _conv(2)
 masked_conv3d = _conv(3)
 
 
-def _conv_transpose(spatial: int):
+def _conv_transpose(spatial: int) -> Callable[..., Tensor]:
+    """Make `masked_conv_transpose{spatial}d`."""
+
     def masked_conv_transpose(
         input: Tensor,
         weight: Tensor,
@@ -197,20 +203,21 @@ def _conv_transpose(spatial: int):
             )
         options = MaskOptions("row", reset_ratio, surrogate, structure_gradient, backend)
         operands = input, weight, threshold, bias
-        geometry = stride, padding, output_padding, groups, dilation
-        return autograd.masked_conv_transpose(*operands, *geometry, options)[0]
+        return autograd.masked_conv_transpose(
+            *operands, stride, padding, output_padding, groups, dilation, options
+        )[0]
 
     sizes = _SIZES[spatial]
     name = f"masked_conv_transpose{spatial}d"
     masked_conv_transpose.__name__ = masked_conv_transpose.__qualname__ = name
     dimensions = f"{spatial} dimension(s)"
-    masked_conv_transpose.__doc__ = f"""Transposed convolution with weight * mask over {dimensions}.
+    masked_conv_transpose.__doc__ = f"""Convolve, transposed, with weight * mask over {dimensions}.
 
-    input [N, in, {sizes}] or [in, {sizes}], weight [in, out/groups, *kernel], bias [out] ->
-    [N, out, *]. `stride`, `padding`, `output_padding`, `groups` and `dilation` as in
-    `torch.nn.functional.conv_transpose{spatial}d`. A row is one output channel, so `threshold` is
-    [out], [] or [1], or has the weight's shape. Everything else as in `masked_linear`; the path is
-    the packed one.
+    From input [N, in, {sizes}] or [in, {sizes}], weight [in, out/groups, *kernel] and bias [out],
+    return [N, out, *] or [out, *]. `stride`, `padding`, `output_padding`, `groups` and `dilation`
+    are those of `torch.nn.functional.conv_transpose{spatial}d`. A row is one output channel, so
+    `threshold` is [out], [] or [1], or has the weight's shape. Everything else is as in
+    `masked_linear`; the path is always "packed".
     """
     return masked_conv_transpose
 
@@ -221,14 +228,14 @@ masked_conv_transpose3d = _conv_transpose(3)
 
 
 def sparse_regularization(thresholds: Tensor | Iterable[Tensor]) -> Tensor:
-    """Sum of exp(-t) over all elements of all `thresholds`: a 0-dim tensor in at least float32.
+    """Return the sum of exp(-t) over all elements of all `thresholds`, 0-dim, at least float32.
 
-    Below t = -64, where sums of exp(-t) come near the end of float32, the function goes on along
-    its tangent: value and gradient stay finite and the gradient still raises t (a float16
-    threshold's gradient, rounded to float16, overflows below t = -11). Thresholds that FSDP2 keeps
-    sharded count with all their shards.
+    Below t = -64, where sums of exp(-t) would soon overflow float32, the tangent at -64 replaces
+    it: value and gradient stay finite and the gradient still raises t (a float16 threshold's
+    gradient, rounded to float16, overflows below t = -11). Thresholds that FSDP2 keeps sharded
+    count with all their shards.
 
-    Raises ValueError where there are no thresholds.
+    Raises ValueError if there are no thresholds.
     """
     thresholds = [thresholds] if isinstance(thresholds, Tensor) else list(thresholds)
     if not thresholds:
@@ -236,7 +243,7 @@ def sparse_regularization(thresholds: Tensor | Iterable[Tensor]) -> Tensor:
     groups: dict[object, list[Tensor]] = {}
     for threshold in thresholds:
         if is_dtensor(threshold):
-            key = (threshold.device_mesh, threshold.placements)
+            key: object = (threshold.device_mesh, threshold.placements)
         else:
             key = threshold.device
         groups.setdefault(key, []).append(threshold)

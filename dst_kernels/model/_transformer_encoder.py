@@ -1,8 +1,8 @@
-"""torch's fused encoder layer, which reads weights behind the layers' backs.
+"""Keep torch's encoder layers from a fused kernel that would ignore masks.
 
-In evaluation `nn.TransformerEncoderLayer` hands its weights straight to one fused kernel and calls
-none of its layers, so a mask would be ignored. The layer takes that path only where its
-`activation_relu_or_gelu` is set, a flag nothing else reads.
+In evaluation `nn.TransformerEncoderLayer` passes its weights directly to one fused kernel and calls
+none of its layers. It does so only if its `activation_relu_or_gelu` is set, which nothing else
+reads.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from ..nn import MaskedModule
 
 
 def avoid_fast_path(model: nn.Module) -> None:
-    """Where masked layers stand in such an encoder, keep it on the path that calls them."""
+    """Make encoders that hold masked layers call these layers."""
     for module in model.modules():
-        if _is_masked(module, nn.TransformerEncoderLayer):
+        if isinstance(module, nn.TransformerEncoderLayer) and _has_masked_layers(module):
             module.activation_relu_or_gelu = 0
-        elif _is_masked(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False  # the ordinary path cannot take nested tensors
+        elif isinstance(module, nn.TransformerEncoder) and _has_masked_layers(module):
+            module.use_nested_tensor = False  # only the fused kernel takes nested tensors
 
 
 def restore_fast_path(model: nn.Module) -> None:
-    """The layer's flag as its constructor would set it, where no masked layer is left."""
+    """Set the flag as the constructor does, in encoder layers without masked layers."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and not _is_masked(module, nn.Module):
+        if isinstance(module, nn.TransformerEncoderLayer) and not _has_masked_layers(module):
             activation = module.activation
             if activation is F.relu or isinstance(activation, nn.ReLU):
                 module.activation_relu_or_gelu = 1
@@ -33,5 +33,5 @@ def restore_fast_path(model: nn.Module) -> None:
                 module.activation_relu_or_gelu = 2
 
 
-def _is_masked(module: nn.Module, kind: type[nn.Module]) -> bool:
-    return isinstance(module, kind) and any(isinstance(m, MaskedModule) for m in module.modules())
+def _has_masked_layers(module: nn.Module) -> bool:
+    return any(isinstance(each, MaskedModule) for each in module.modules())

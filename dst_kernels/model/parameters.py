@@ -1,4 +1,4 @@
-"""What goes into the loss and the optimizer."""
+"""Collect a model's thresholds for the loss and its parameters for the optimizer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from ..nn.find import named_masked_weights
 
 
 def sparse_regularization(model: nn.Module) -> Tensor:
-    """Sum of exp(-t) over every threshold of the model: a 0-dim tensor, to be added times alpha.
+    """Return the sum of exp(-t) over every threshold of the model, a 0-dim tensor.
 
-    A threshold that layers share counts once. See `functional.sparse_regularization` for very
-    negative thresholds. ValueError where the model has no masked layers.
+    Add it to the loss times alpha. A threshold that layers share counts once. See
+    `functional.sparse_regularization` for very negative thresholds. Raises ValueError if the model
+    has no masked layers.
     """
     return F.sparse_regularization(_thresholds(model).values())
 
@@ -26,12 +27,14 @@ def parameter_groups(
     threshold_lr: float | None = None,
     threshold_weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Two groups for a torch optimizer: everything else, and the thresholds.
+    """Return two param groups for a torch optimizer: thresholds, and all parameters besides.
 
-    `lr` and `weight_decay` hold for the first (None: the optimizer's own); `threshold_lr`
-    (None: `lr`) and `threshold_weight_decay` for the second. Decay pulls thresholds towards 0 and
-    so caps them where alpha * exp(-t) = decay * t: hence none unless asked for (the authors' CIFAR
-    runs had it). Parameters that need no gradient are left out.
+    `lr` and `weight_decay` apply to the latter (None: the optimizer's own), `threshold_lr` (None:
+    `lr`) and `threshold_weight_decay` to the thresholds. Decay pulls thresholds towards 0 and so
+    limits them to alpha * exp(-t) = decay * t; the default is none (the authors' CIFAR runs had
+    it). Parameters that need no gradient are left out.
+
+    Raises ValueError if the model has no masked layers.
     """
     thresholds = _thresholds(model)
     groups = [
@@ -52,12 +55,15 @@ def parameter_groups(
 
 
 def _thresholds(model: nn.Module) -> dict[int, Tensor]:
-    """By id, shared ones once."""
+    """Return all thresholds by their id, shared ones once."""
     found = [part.threshold for _, part in named_masked_weights(model)]
     return {id(threshold): threshold for threshold in found}
 
 
-def _group(name: str, params: list, lr: float | None, weight_decay: float | None) -> dict[str, Any]:
+def _group(
+    name: str, params: list[Tensor], lr: float | None, weight_decay: float | None
+) -> dict[str, Any]:
+    """Return a param group without the options that are None."""
     options = {"lr": lr, "weight_decay": weight_decay}
     given = {key: value for key, value in options.items() if value is not None}
     return {"name": name, "params": params, **given}

@@ -1,4 +1,4 @@
-"""How sparse a model is, layer by layer."""
+"""Measure how sparse a model is, layer by layer."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..reference import threshold_mask
 
 @dataclasses.dataclass(frozen=True)
 class LayerSparsity:
-    """One masked weight: a layer, or a weight of a recurrent module with all its gates.
+    """Describe one masked weight: a layer's, or one of a recurrent module with all its gates.
 
     Thresholds are the effective ones, after the collapse guard.
 
     dead_rows: output neurons or filters with no weight left; dead_columns: input features or
-    channels that no weight reads any more.
+    channels that no remaining weight reads.
     """
 
     name: str
@@ -37,9 +37,9 @@ class LayerSparsity:
 
 @dataclasses.dataclass(frozen=True)
 class SparsityReport:
-    """All masked layers and their totals; `print` shows a table.
+    """Hold all masked layers and their totals; `print` shows a table.
 
-    Totals count masked weights only (no biases, norms, dense layers), shared ones once.
+    Totals count masked weights only (no biases, norms, dense layers), and shared ones once.
     """
 
     layers: list[LayerSparsity]
@@ -48,13 +48,15 @@ class SparsityReport:
     total: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        header = ("layer", "shape", "remaining", "kept", "total", "dead rows", "dead cols")
-        header += ("t min", "t mean", "t max")
-        rows = [
+        header = (
+            *("layer", "shape", "remaining", "kept", "total", "dead rows", "dead cols"),
+            *("t min", "t mean", "t max"),
+        )
+        rows: list[tuple[str, ...]] = [
             (
                 layer.name or "(root)",
                 "x".join(map(str, layer.shape)),
@@ -83,9 +85,9 @@ class SparsityReport:
 
 @torch.no_grad()
 def sparsity_report(model: nn.Module) -> SparsityReport:
-    """Measure every masked layer with one device synchronisation for the whole model.
+    """Measure every masked layer, with one device synchronisation for the whole model.
 
-    ValueError where the model has no masked layers. On FSDP2 models a collective call.
+    With FSDP2 this is a collective call. Raises ValueError if the model has no masked layers.
     """
     named = named_masked_weights(model)
     device = named[0][1].weight.device
@@ -118,7 +120,7 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
 
 
 def _measure(part: MaskedWeight) -> Tensor:
-    """[kept, dead rows, dead columns, threshold min, mean, max]; float64 counts exactly."""
+    """Return [kept, dead rows, dead columns, threshold min, mean, max] in (exact) float64."""
     weight, effective = part.effective()
     rows = threshold_mask(weight, part.each_row(effective))
     groups = getattr(part.module, "groups", 1)
@@ -135,9 +137,9 @@ def _measure(part: MaskedWeight) -> Tensor:
 
 @torch.no_grad()
 def remaining_ratio(model: nn.Module) -> Tensor:
-    """Kept / all masked weights of the model, a 0-dim float32 tensor; no synchronisation.
+    """Return kept / all masked weights of the model, a 0-dim float32 tensor; no synchronisation.
 
-    Weights that layers share count once. ValueError where the model has no masked layers.
+    Weights that layers share count once. Raises ValueError if the model has no masked layers.
     """
     parts = {id(part.weight): part for _, part in named_masked_weights(model)}.values()
     device = next(iter(parts)).weight.device

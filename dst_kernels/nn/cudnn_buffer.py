@@ -1,6 +1,6 @@
-"""Where cuDNN wants the parameters of a recurrent module: in one buffer, in an order of its own.
+"""Allocate the parameters of a recurrent module as cuDNN needs them: in one buffer, in its order.
 
-Parameters that lie elsewhere are copied there by torch, with a warning, at every call.
+torch copies parameters that are elsewhere into such a buffer at every call, with a warning.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from torch import Tensor, nn
 def empty_parameters(
     module: nn.RNNBase, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
-    """Memory for the parameters of `module`, in the order of its `_flat_weights`.
+    """Return tensors for the parameters of `module`, in the order of its `_flat_weights`.
 
-    On GPUs where cuDNN wants it; elsewhere each by itself. No views of each other for autograd.
+    They share one buffer if cuDNN will use them, but are not views of each other for autograd.
+    Their contents are undefined.
     """
     if not cudnn_takes(dtype, device):
         return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
     names = "mode", "input_size", "hidden_size", "proj_size", "num_layers", "bidirectional"
     kind = tuple(getattr(module, name) for name in names)
     size, offsets = _cudnn_layout(kind, tuple(shapes), dtype, device)
-    # Where parameters do not fill it (no biases) the rest must be zeros.
+    # Where parameters do not fill the buffer (no biases), the rest must be zeros.
     fills = sum(shape.numel() for shape in shapes) == size
     buffer = (torch.empty if fills else torch.zeros)(size, dtype=dtype, device=device)
     return _tensors_in(buffer, offsets, shapes)
 
 
 def cudnn_takes(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch has parameters like these flattened for cuDNN."""
+    """Return whether torch flattens parameters of this dtype on this device for cuDNN."""
     if device.type != "cuda":
         return False
     return torch.backends.cudnn.is_acceptable(torch.empty(0, dtype=dtype, device=device))
@@ -41,9 +42,11 @@ def _tensors_in(
     buffer: Tensor, offsets: Sequence[int], shapes: Sequence[torch.Size]
 ) -> list[Tensor]:
     storage = buffer.untyped_storage()
+    empty = [torch.empty(0, dtype=buffer.dtype, device=buffer.device) for _ in shapes]
+    # torch's stub lacks the overload without strides.
     return [
-        torch.empty(0, dtype=buffer.dtype, device=buffer.device).set_(storage, offset, shape)
-        for offset, shape in zip(offsets, shapes, strict=True)
+        tensor.set_(storage, offset, shape)  # type: ignore[call-overload]
+        for tensor, offset, shape in zip(empty, offsets, shapes, strict=True)
     ]
 
 
@@ -52,7 +55,7 @@ def _tensors_in(
 def _cudnn_layout(
     kind: tuple, shapes: tuple[torch.Size, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[int, list[int]]:
-    """(elements in the buffer, offset of each parameter), as torch itself lays them out."""
+    """Return (elements in the buffer, offset of each parameter), as torch arranges them."""
     import torch.backends.cudnn.rnn as cudnn_rnn
 
     mode, input_size, hidden_size, proj_size, num_layers, bidirectional = kind
@@ -66,7 +69,7 @@ def _cudnn_layout(
             hidden_size,
             proj_size,
             num_layers,
-            False,  # whether batches come first, which changes nothing here
+            False,  # batch_first, which does not matter here
             bidirectional,
         )
-    return buffer.numel(), [tensor.storage_offset() for tensor in tensors]
+    return buffer.numel(), [int(tensor.storage_offset()) for tensor in tensors]

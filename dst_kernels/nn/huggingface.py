@@ -1,6 +1,6 @@
-"""Masked twin of transformers' own `Conv1D` (GPT-2 and kin): a linear layer stored transposed.
+"""Mask transformers' own `Conv1D` (in GPT-2 and others): a linear layer stored transposed.
 
-Imports transformers, so nothing else imports this file before such a layer has been met.
+This file imports transformers, so no other file imports it before a model has such a layer.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from .layer import MaskedLayer
 
 
 class MaskedTransformersConv1D(MaskedLayer, Conv1D):
-    """`transformers.pytorch_utils.Conv1D` with masked weights; weight [in, out] as the parent.
+    """Run `transformers.pytorch_utils.Conv1D` with masked weights; weight [in, out] as there.
 
-    A row is one output neuron here too, which is a column of the stored weight. Keyword-only
+    A row is one output neuron, as elsewhere, which is a column of the stored weight. Keyword-only
     arguments and errors are those of `MaskedLinear`.
     """
 
@@ -26,7 +26,7 @@ class MaskedTransformersConv1D(MaskedLayer, Conv1D):
         return tensor.t() if tensor.dim() == 2 else tensor
 
     def reset_parameters(self) -> None:
-        """As the parent's constructor: weight from N(0, 0.02), bias and thresholds 0."""
+        """Initialise as the parent's constructor: weight from N(0, 0.02), bias and thresholds 0."""
         nn.init.normal_(self.weight, std=0.02)
         nn.init.zeros_(self.bias)
         self.reset_threshold()

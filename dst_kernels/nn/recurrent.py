@@ -1,8 +1,9 @@
-"""Masked recurrent modules, LSTM, GRU and plain RNN: gate matrices masked once per sequence."""
+"""Mask recurrent modules (LSTM, GRU, plain RNN): every gate matrix once per sequence."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,23 +16,28 @@ from .in_place import shallow_copy
 from .module import MaskedModule
 from .weight import MaskedWeight
 
-RECURRENT_PATHS = ("auto", "packed")  # products are torch's: cuDNN's on a GPU
+RECURRENT_PATHS = ("auto", "packed")  # the products are torch's: cuDNN's on a GPU
 
 _GATES = {"LSTM": 4, "GRU": 3}  # matrices stacked in weight_ih and weight_hh
 _CAST_BY_AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)
 
+if TYPE_CHECKING:
+    _Parent = nn.RNNBase  # every subclass of the mixin below also has it among its parents
+else:
+    _Parent = object
 
-class MaskedRecurrent(MaskedModule):
-    """`torch.nn.{parent}` that computes with the weights whose magnitude exceeds their threshold.
 
-    Arguments, input and output as in the parent, and keyword-only arguments and errors as in
-    `MaskedLinear`, but that `path` is "auto" or "packed", which are the same here. `weight_ih_l0`
-    has `threshold_ih_l0`, and so on. Every gate matrix is masked by itself: a row is one unit of
-    one gate, "layer" means one threshold for each gate of each weight, and the collapse guard
-    looks at each gate's matrix. Biases are dense.
+class MaskedRecurrent(MaskedModule, _Parent):
+    """Run `torch.nn.{parent}` with only the weights whose magnitude exceeds their threshold.
 
-    Weights are masked once per call, not per time step, straight to where cuDNN wants them. All
-    layers and directions are masked in one launch, also outside of `dst_kernels.group_`.
+    Arguments, input and output are those of the parent; keyword-only arguments and errors those of
+    `MaskedLinear`, but `path` is "auto" or "packed", which are the same here. `weight_ih_l0` has
+    `threshold_ih_l0`, and so on. As in the paper, every gate's matrix is its own layer: a row is
+    one unit of one gate, "layer" means one threshold for each gate of each weight, and the collapse
+    guard checks each gate's matrix. Biases are dense.
+
+    Weights are masked once per call, not per time step, directly into the buffer that cuDNN uses.
+    All layers and directions are masked in one launch, also without `dst_kernels.group_`.
     """
 
     accepted_paths = RECURRENT_PATHS
@@ -47,35 +53,36 @@ class MaskedRecurrent(MaskedModule):
         ]
 
     def mask(self) -> dict[str, Tensor]:
-        """By weight: boolean, True where a weight is kept; no synchronisation."""
+        """Return a boolean mask by weight name, True where a weight is kept; no synchronisation."""
         return {part.name: part.mask() for part in self.masked_weights()}
 
     @torch.no_grad()
     def remaining_ratio(self) -> Tensor:
-        """Kept weights / all weights, a 0-dim float32 tensor on the module's device."""
+        """Return kept weights / all weights, a 0-dim float32 tensor on the module's device."""
         masks = self.mask().values()
         kept = torch.stack([mask.sum() for mask in masks]).sum()
         return kept.to(torch.float32) / sum(mask.numel() for mask in masks)
 
     # -- forward -------------------------------------------------------------------------------
 
-    # torch's compiler leaves recurrent modules to eager mode, too, unless told otherwise.
+    # By default torch.compile runs torch's own recurrent modules eagerly, too.
     @torch._disable_dynamo
-    def forward(self, input, hx=None):
-        # The parent's forward computes with the `_flat_weights` of a module: of one that lives for
-        # this call, so that no other call, on another thread, meets these masked weights.
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        # The parent's forward computes with the module's `_flat_weights`. A copy that lives for
+        # this call holds the masked ones, so that calls on other threads do not see them.
         other = shallow_copy(self)
         other.__dict__["_flat_weights"] = self._masked_parameters()
         return super(MaskedRecurrent, other).forward(input, hx)
 
     def _masked_parameters(self) -> list[Tensor]:
-        """W * M of every weight, and the biases, in the dtype of the products."""
+        """Return W * M of every weight, and the biases, in the dtype of the products."""
         parameters = [getattr(self, name) for name in self._flat_weights_names]
         parts = {part.name: part for part in self.masked_weights()}
         dtype = _product_dtype(parameters[0])
         at_once = _is_plain(parameters) and not self._sharded_thresholds
         mask = self._mask_at_once if at_once else self._mask_one_by_one
-        weights, biases = map(iter, mask(parts.values(), parameters, dtype))
+        masked, dense = mask(parts.values(), parameters, dtype)
+        weights, biases = iter(masked), iter(dense)
         return [next(weights if name in parts else biases) for name in self._flat_weights_names]
 
     def _mask_at_once(
@@ -100,7 +107,7 @@ class MaskedRecurrent(MaskedModule):
     def _mask_one_by_one(
         self, parts: Iterable[MaskedWeight], parameters: Sequence[Tensor], dtype: torch.dtype
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """With registered ops, as fake tensors, dispatch modes, torch.func and FSDP2 want it."""
+        """Mask with registered ops, which fake tensors, dispatch modes, torch.func, FSDP2 need."""
         masked = []
         for part in parts:
             weights, thresholds = (t.chunk(part.matrices) for t in (part.weight, part.threshold))
@@ -117,12 +124,12 @@ class MaskedRecurrent(MaskedModule):
     # -- torch.nn.RNNBase machinery ------------------------------------------------------------
 
     def flatten_parameters(self) -> None:
-        """Nothing to do: masked weights are flat, and the parameters are not computed with."""
+        """Do nothing: the masked weights are flat, and no product reads the parameters."""
 
     def _update_flat_weights(self) -> None:
-        """Nothing to do: forward reads the parameters, whatever they are by then."""
+        """Do nothing: forward reads the parameters of the moment."""
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         parameters = [self._parameters.get(name) for name in self._flat_weights_names]
         return {**super().__getstate__(), "_flat_weights": parameters}
 
@@ -132,7 +139,7 @@ def _biases(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _is_plain(parameters: Sequence[Tensor]) -> bool:
-    """Whether nothing but eager torch sees these, so that ops without a fake can run on them."""
+    """Return whether only eager torch sees these, so that ops without a fake can take them."""
     return not (
         is_watched()
         or any(type(each) not in (Tensor, nn.Parameter) for each in parameters)
@@ -141,26 +148,29 @@ def _is_plain(parameters: Sequence[Tensor]) -> bool:
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype:
-    """What the parent's products run in: under autocast its dtype, else the weight's."""
+    """Return the dtype of the parent's products: under autocast its dtype, else the weight's."""
     device = weight.device
     if not autocast_enabled(device.type) or weight.dtype not in _CAST_BY_AUTOCAST:
         return weight.dtype
-    # torch's autocast knows only float16 for cuDNN's recurrent layers, whatever was asked for.
+    # For cuDNN's recurrent layers torch's autocast always takes float16.
     if cudnn_takes(torch.float16, device):
         return torch.float16
     return torch.get_autocast_dtype(device.type)
 
 
+_DOC = MaskedRecurrent.__doc__ or ""  # python -OO drops docstrings
+
+
 class MaskedLSTM(MaskedRecurrent, nn.LSTM):
-    __doc__ = MaskedRecurrent.__doc__.format(parent="LSTM")
+    __doc__ = _DOC.format(parent="LSTM")
     dense_type = nn.LSTM
 
 
 class MaskedGRU(MaskedRecurrent, nn.GRU):
-    __doc__ = MaskedRecurrent.__doc__.format(parent="GRU")
+    __doc__ = _DOC.format(parent="GRU")
     dense_type = nn.GRU
 
 
 class MaskedRNN(MaskedRecurrent, nn.RNN):
-    __doc__ = MaskedRecurrent.__doc__.format(parent="RNN")
+    __doc__ = _DOC.format(parent="RNN")
     dense_type = nn.RNN

@@ -1,4 +1,4 @@
-"""Optimizers that make the gradients of masked weights and thresholds inside their step."""
+"""Offer optimizers that compute the gradients of masked weights and thresholds in their step."""
 
 from .adamw import DSTAdamW
 from .sgd import DSTSGD

@@ -1,4 +1,4 @@
-"""The flat lists that the step's ops take; what does not change from step to step is kept."""
+"""Collect the flat lists that the step's ops take, and keep what does not change between steps."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ._pairs import Pair
 
 @dataclass(eq=False)
 class Segment:
-    """A masked weight with its threshold, or any other parameter, and the rows of their hypers."""
+    """Hold a masked weight with its threshold, or any other parameter, and their rows of hypers."""
 
     parameter: nn.Parameter
     hyper: int
     pair: Pair | None = None
-    threshold_hyper: int = -1  # the threshold is not optimized
+    threshold_hyper: int = -1  # -1: the threshold is not optimized
     threshold: nn.Parameter | None = field(init=False)
-    layer: MaskedLayer | None = field(init=False)  # stands for all of the pair
+    layer: MaskedLayer | None = field(init=False)  # the first of the pair's layers
     sharded: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -37,11 +37,11 @@ class Segment:
 
 @dataclass(eq=False)
 class Batch:
-    """One call of an op: segments on one device, and on one mesh if they are sharded; all
-    float64 or none.
+    """Hold the arguments of one call of an op.
 
-    `state` and `threshold_state` have one list of tensors for each kind of state, `kept` one
-    counter for each segment.
+    All segments are on one device (and on one mesh if they are sharded), and all are float64 or
+    none is. `state` and `threshold_state` have one list of tensors for each kind of state, such as
+    AdamW's averages; `kept` has one counter for each segment.
     """
 
     device: torch.device
@@ -53,14 +53,14 @@ class Batch:
     state: list[list[Tensor]] = field(default_factory=list)
     threshold_state: list[list[Tensor]] = field(default_factory=list)
     settings: list[int] = field(default_factory=list)
-    first: bool = False  # of anything in it this is the first step
-    written: list[Tensor] = field(default_factory=list)  # what a step may write to, without W * M
+    first: bool = False  # whether this is the first step of any parameter here
+    written: list[Tensor] = field(default_factory=list)  # all that a step may write, but W * M
 
     def __post_init__(self) -> None:
         self.absent = torch.empty(0, dtype=torch.float32, device=self.device)
 
     def grads(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Of weights and of thresholds; with the strides of what they belong to."""
+        """Return the gradients of weights and of thresholds, with the strides of these."""
         of_weights = [
             self._grad(segment.parameter, own)
             for segment, own in zip(self.segments, self.weights, strict=True)
@@ -87,14 +87,14 @@ class Batch:
         return grad
 
     def masked(self, deferral: Deferral) -> list[Tensor | None]:
-        """What the step is to renew; None where the last forward did not use it as it is."""
+        """Return each W * M that the step has to renew, None where the layer keeps none."""
         return [
             None if segment.layer is None else deferral.fresh(segment.layer)
             for segment in self.segments
         ]
 
     def present(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
-        """Numbers on the device as the ops want them."""
+        """Return one float32 element on the device for each tensor, no element for None."""
         return [
             self.absent if each is None else each.to(self.device, torch.float32).reshape(1)
             for each in tensors
@@ -107,10 +107,10 @@ def collect(
     state_of: Callable[[nn.Parameter, int], tuple[list[Tensor], bool]],
     kinds: int,
 ) -> list[Batch]:
-    """Batches of the segments that have something to do.
+    """Return the batches of the segments that this step updates.
 
-    `state_of(parameter, hyper row)` gives its `kinds` state tensors (none where the rule needs
-    none) and whether this is their first step.
+    `state_of(parameter, row of hypers)` returns the parameter's `kinds` state tensors (none where
+    the rule needs none) and whether this is their first step.
     """
     batches: dict[Any, Batch] = {}
     for segment in segments:
@@ -119,9 +119,13 @@ def collect(
         of_weight = has_grad or (
             threshold is None and weight.requires_grad and has_alpha[segment.hyper]
         )
-        of_threshold = segment.threshold_hyper >= 0 and (
-            threshold.grad is not None
-            or (threshold.requires_grad and (has_grad or has_alpha[segment.threshold_hyper]))
+        of_threshold = (
+            threshold is not None
+            and segment.threshold_hyper >= 0
+            and (
+                threshold.grad is not None
+                or (threshold.requires_grad and (has_grad or has_alpha[segment.threshold_hyper]))
+            )
         )
         if not (of_weight or of_threshold):
             continue
@@ -162,15 +166,16 @@ def _add_state(
     hyper: int,
     used: bool,
 ) -> bool:
-    tensors, first = state_of(parameter, hyper) if used else ([], False)
+    """Add a parameter's state to `lists`; return whether this is its first step."""
+    tensors, first = state_of(parameter, hyper) if used and parameter is not None else ([], False)
     for i, column in enumerate(lists):
         column.append(local(tensors[i]) if tensors else batch.absent)
     return first
 
 
 def _masking(segment: Segment) -> tuple[int, int, int]:
-    """Surrogate, structure gradient, largest collapsed count."""
-    if segment.pair is None:
+    """Return the settings: surrogate, structure gradient, largest kept count that is reset."""
+    if segment.layer is None:
         return 0, 0, -1
     options = segment.layer.masking
     collapsed = -1
@@ -180,21 +185,27 @@ def _masking(segment: Segment) -> tuple[int, int, int]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a DTensor; other tensors as they are."""
+    """Return this rank's shard of a DTensor, and other tensors unchanged."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
+def on_device(value: float | Tensor | None) -> Tensor | None:
+    """Return `value` if it is on a GPU: read there, its changes reach a captured CUDA graph."""
+    return value if isinstance(value, Tensor) and value.is_cuda else None
+
+
 def _dense(tensor: Tensor) -> Tensor:
-    """The ops run over parameters as they lie in memory."""
+    """Return `tensor`; raise ValueError where the ops cannot run over its memory in one piece."""
     if not tensor.is_floating_point():
         raise ValueError(
             "params: parameters must be real floating-point numbers, but one of shape "
             f"{list(tensor.shape)} is {tensor.dtype}"
         )
-    order = sorted(range(tensor.dim()), key=lambda axis: (-tensor.stride(axis), axis))
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda axis: (-strides[axis], axis))
     if not tensor.permute(order).is_contiguous():
         raise ValueError(
             "params: parameters must be dense in memory, but one of shape "
-            f"{list(tensor.shape)} has strides {list(tensor.stride())}"
+            f"{list(tensor.shape)} has strides {list(strides)}"
         )
     return tensor

@@ -1,4 +1,4 @@
-"""Which layers can leave their gradients to the optimizer."""
+"""Find the layers that can leave their gradients to the optimizer."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _NAMES = {"weight", "threshold"}  # not among the parameters where they are para
 
 @dataclass(frozen=True)
 class Pair:
-    """A weight and its threshold, and the layers that use them (more than one where they are tied).
+    """Hold a weight, its threshold and the layers that use them (several where they are tied).
 
-    All layers have the same options, so the first stands for all.
+    All layers have the same options, so the first one represents them.
     """
 
     weight: nn.Parameter
@@ -27,17 +27,17 @@ class Pair:
 
 
 def deferrable_pairs(model: nn.Module, optimized: Container[int]) -> list[Pair]:
-    """Pairs whose weight's gradient comes from masked layers alone, all masking it alike.
+    """Return the pairs whose weight is used by masked layers only, all with the same options.
 
-    One threshold per row, rows first in memory, the weight among the parameters `optimized` (by
-    id). All other masked layers go on making their gradients in their backward.
+    They also have one threshold per row, rows first in memory, and a weight whose id is in
+    `optimized`. All other masked layers still compute dW and dt in their backward.
     """
     users: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 users.setdefault(id(parameter), []).append(module)
-    pairs = {}
+    pairs: dict[int, Pair] = {}
     for layer in model.modules():
         if not isinstance(layer, MaskedLayer) or not layer._parameters.keys() >= _NAMES:
             continue
@@ -58,7 +58,7 @@ def deferrable_pairs(model: nn.Module, optimized: Container[int]) -> list[Pair]:
 
 
 def _rows_are_whole(weight: Tensor) -> bool:
-    """Each row in one piece of memory, after the one before, and on one rank."""
+    """Return whether rows are contiguous, one after the other, and each is on one rank."""
     if is_dtensor(weight):
         if not all(place.is_shard(0) or place.is_replicate() for place in weight.placements):
             return False

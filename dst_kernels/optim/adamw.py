@@ -1,4 +1,4 @@
-"""AdamW that makes the gradients of masked weights and thresholds inside its step."""
+"""Offer AdamW that computes the gradients of masked weights and thresholds in its step."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .deferred import DeferredOptimizer
 
 
 class DSTAdamW(DeferredOptimizer):
-    """`torch.optim.AdamW` for a model with masked layers, with their gradients made in the step.
+    """Optimize a model with masked layers as `torch.optim.AdamW`, with dW and dt made in the step.
 
     See `DSTSGD` for what that means, and for `model`, `params`, `alpha`, `bucket_mb`, `backend`
     and the errors raised. `lr`, `betas`, `eps`, `weight_decay` and `maximize` are those of
-    `torch.optim.AdamW`; there is no amsgrad. Steps are counted on the device, so it can be
-    captured in a CUDA graph as it is. The state dict is interchangeable with that of
+    `torch.optim.AdamW`; there is no amsgrad. Steps are counted on the device, so a CUDA graph can
+    capture the step without further options. The state dict is interchangeable with that of
     `torch.optim.AdamW` over the same groups.
     """
 
@@ -47,7 +47,7 @@ class DSTAdamW(DeferredOptimizer):
     def state_dict(self) -> dict[str, Any]:
         state_dict = super().state_dict()
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            # torch.optim then leaves the step counts on the GPU, too
+            # With it, torch.optim also keeps the step counts on the GPU after loading.
             saved["capturable"] = any(p.is_cuda for p in group["params"])
         return state_dict
 

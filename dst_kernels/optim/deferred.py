@@ -1,4 +1,4 @@
-"""What DSTSGD and DSTAdamW share: whose gradients they make, the step, state, clipping."""
+"""Share between DSTSGD and DSTAdamW: the choice of layers, the step, its state and clipping."""
 
 from __future__ import annotations
 
@@ -17,20 +17,26 @@ from ..nn.find import named_masked_weights
 from ..nn.sources import Deferral
 from ..nn.switches import group_, is_grouped
 from ..ops.dtensor import norm_over_shards
-from ._batch import Batch, Segment, collect, local
-from ._pairs import deferrable_pairs
+from ._batch import Batch, Segment, collect, local, on_device
+from ._pairs import Pair, deferrable_pairs
 
 
 class DeferredOptimizer(Optimizer):
-    """See `DSTSGD`.
+    """Compute dW and dt of masked layers inside the optimizer's step; see `DSTSGD`.
 
-    Subclasses have `_op`, the op's name, and `_kinds`, the number of state tensors it takes for
+    Subclasses define `_op`, the op's name, and `_kinds`, the number of state tensors it takes for
     each parameter.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler hands its scale over instead of waiting for it
+    _step_supports_amp_scaling = True  # GradScaler then passes its scale without a synchronisation
     _op: str
     _kinds: int
+
+    _deferral: Deferral
+    _pairs: list[Pair]
+    _segments: list[Segment]
+    _groups: list[list[int]] | None  # ids by param group, when the segments were collected
+    _signature: list[Any] | None  # of the step for which the batches were collected
 
     def __init__(
         self,
@@ -57,7 +63,6 @@ class DeferredOptimizer(Optimizer):
         resolve(backend)
         self._model, self._backend = model, backend
         self._clip: Tensor | None = None
-        self._deferral: Deferral | None = None
         super().__init__(parameter_groups(model) if params is None else params, defaults)
         if not is_grouped(model):
             group_(model, bucket_mb)
@@ -68,10 +73,7 @@ class DeferredOptimizer(Optimizer):
     @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step from the gradients in `.grad`; returns what `closure` returns, if given.
-
-        Does not wait for the device.
-        """
+        """Update all parameters from `.grad`, without a synchronisation; return the loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -92,7 +94,7 @@ class DeferredOptimizer(Optimizer):
             renewed = [each for each in masked if each is not None]
             torch.autograd.graph.increment_version(batch.written + renewed)
             for segment, each in zip(batch.segments, masked, strict=True):
-                if each is not None:
+                if each is not None and segment.layer is not None:
                     self._deferral.store(segment.layer, each)
         if any(batch.first for batch in batches):
             self._first_step_done(scales[1])
@@ -101,24 +103,24 @@ class DeferredOptimizer(Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As any optimizer; what `clip_grad_norm_` found goes with the gradients."""
+        """Drop all gradients, and the factor of `clip_grad_norm_` with them."""
         super().zero_grad(set_to_none)
         self._clip = None
 
     def refresh(self) -> None:
-        """Say that weights or thresholds were written in a way that leaves no trace.
+        """Announce that weights or thresholds were written in a way that PyTorch does not record.
 
-        Such are writes through `.data` or from outside PyTorch. The next training forward then
-        masks anew; forwards in evaluation mode or without gradients always do. Call it before the
-        next forward.
+        Examples are writes through `.data` or from outside PyTorch. Call it before the next
+        training forward, which then masks again; forwards in evaluation mode or without gradients
+        always do.
         """
         self._deferral.refresh()
 
     def grad_norm(self) -> Tensor:
-        """The norm of all gradients that the next step will use, dW and dt among them (0-dim).
+        """Return the norm of all gradients that the next step will use, as a 0-dim tensor.
 
-        What is in `.grad` has another norm: dense gradients stand there for both. One more pass
-        over gradients and weights; no synchronisation.
+        It differs from the norm of `.grad`, which holds dense gradients G in place of dW and dt.
+        This takes one more pass over gradients and weights, but no synchronisation.
         """
         hypers, _, alphas = self._hypers()
         norms = []
@@ -136,10 +138,11 @@ class DeferredOptimizer(Optimizer):
         return torch.cat([norm.to(norms[0].device) for norm in norms]).norm()
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Scale the gradients of the next step to a norm of at most `max_norm`; `grad_norm()`.
+        """Scale the gradients of the next step to a norm of at most `max_norm`.
 
-        As `torch.nn.utils.clip_grad_norm_`, which would measure the dense gradients instead. Under
-        a GradScaler call its `unscale_` first. `.grad` stays as it is.
+        Return the norm before that. Use it in place of `torch.nn.utils.clip_grad_norm_`, which
+        would measure the dense gradients. With a GradScaler call its `unscale_` first. `.grad`
+        stays unchanged.
         """
         norm = self.grad_norm()
         self._clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -148,23 +151,25 @@ class DeferredOptimizer(Optimizer):
     # -- whose gradients -----------------------------------------------------------------------
 
     def _defer(self) -> None:
+        """Take over the gradients of all layers that allow it, and only of these."""
+        before: Deferral | None = getattr(self, "_deferral", None)
         optimized = {id(p) for group in self.param_groups for p in group["params"]}
         pairs = deferrable_pairs(self._model, optimized)
         layers = [layer for pair in pairs for layer in pair.layers]
-        taken = sum(layer._deferral not in (None, self._deferral) for layer in layers)
+        taken = sum(layer._deferral not in (None, before) for layer in layers)
         if taken:
             raise ValueError(
                 f"model: {taken} of its layers belong to another optimizer of dst_kernels.optim; "
                 "call its release() first"
             )
-        before, self._deferral, self._pairs = self._deferral, Deferral(layers), pairs
+        self._deferral, self._pairs = Deferral(layers), pairs
         weakref.finalize(self, self._deferral.release).atexit = False
         if before is not None:
-            before.release()  # what is not in the new one
+            before.release()  # the layers that are not in the new one
         self._forget()
 
     def _let_go(self) -> None:
-        """Of layers that are not served any more: these gradients are their own."""
+        """Release layers that compute their own gradients now, such as parametrized ones."""
         served = [p for p in self._pairs if all(map(self._deferral.serves, p.layers))]
         if len(served) < len(self._pairs):
             kept = {layer for pair in served for layer in pair.layers}
@@ -174,19 +179,19 @@ class DeferredOptimizer(Optimizer):
             self._forget()
 
     def release(self) -> None:
-        """Give the layers back: their gradients are dW and dt again, for any optimizer to use.
+        """Let the layers compute dW and dt in their backward again, for any optimizer to use.
 
-        Gradients that still wait for a step are dropped.
+        Dense gradients that no step has used yet are dropped.
         """
         self._deferral.release()
         self._pairs = []
         self._forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if isinstance(param_group, dict):  # else an error of torch's
+        if isinstance(param_group, dict):  # otherwise torch raises its own error
             self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        if self._deferral is None:  # still in the constructor
+        if not hasattr(self, "_deferral"):  # still in the constructor
             return
         try:
             self._defer()
@@ -200,15 +205,17 @@ class DeferredOptimizer(Optimizer):
     # -- collecting what the op takes ----------------------------------------------------------
 
     def _forget(self) -> None:
-        self._groups: list | None = None
-        self._signature: list | None = None
+        """Drop what was collected for the last step."""
+        self._groups = self._signature = None
         self._batches: list[Batch] = []
 
     def _hypers(self) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
-        """Two rows for each group: for its weights, and for its thresholds, which have alpha."""
-        rows, rates, alphas = [], [], []
+        """Return hypers, rates and alphas: two rows a group, for weights and for thresholds."""
+        rows: list[list[float]] = []
+        rates: list[Tensor | None] = []
+        alphas: list[Tensor | None] = []
         for group in self.param_groups:
-            rate, alpha = _on_device(group["lr"]), _on_device(group["alpha"])
+            rate, alpha = on_device(group["lr"]), on_device(group["alpha"])
             common = [
                 float(group["lr"]) if rate is None else 0.0,
                 group["weight_decay"],
@@ -240,7 +247,7 @@ class DeferredOptimizer(Optimizer):
         return segments
 
     def _current_batches(self) -> list[Batch]:
-        """Collected anew where anything is not as it was in the last step but the numbers."""
+        """Return this step's batches: the last step's, unless more than values has changed."""
         self._let_go()
         self._commit_resets()
         groups = [[id(p) for p in group["params"]] for group in self.param_groups]
@@ -249,12 +256,12 @@ class DeferredOptimizer(Optimizer):
         has_alpha = [
             flag for group in self.param_groups for flag in (False, group["alpha"] is not None)
         ]
-        signature = [has_alpha, *(self._needs_state(group) for group in self.param_groups)]
+        signature: list[Any] = [has_alpha, *map(self._needs_state, self.param_groups)]
         for segment in self._segments:
             parameter, threshold = segment.parameter, segment.threshold
             own = local(parameter) if segment.sharded else parameter
             signature += parameter.grad is None, own.data_ptr()
-            if threshold is None:
+            if threshold is None or segment.layer is None:
                 signature.append(parameter.requires_grad)
             else:
                 own = local(threshold) if segment.sharded else threshold
@@ -268,7 +275,7 @@ class DeferredOptimizer(Optimizer):
         return self._batches
 
     def _commit_resets(self) -> None:
-        """The step wants effective thresholds, which forwards in evaluation mode do not write."""
+        """Write the guard's resets into thresholds, which forwards in evaluation mode do not."""
         for pair in self._pairs:
             layer = pair.layers[0]
             if pair.weight.grad is not None and not layer._sharded_thresholds:
@@ -277,27 +284,27 @@ class DeferredOptimizer(Optimizer):
     # -- state ---------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Also takes the state of the optimizer of `torch.optim` that this one stands for."""
+        """Load a state dict of this class, or of the optimizer of `torch.optim` it replaces."""
         for group in state_dict["param_groups"]:
             self._check({**self.defaults, **group})
         mine = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, before in zip(self.param_groups, mine, strict=True):
-            group.update({**before, **group})  # torch.optim does not have all of our options
+            group.update({**before, **group})  # torch.optim lacks some of our options
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles take the model along; without it there would be no gradients."""
+        """Return the state with the model, without which a copy could compute no gradients."""
         return {**super().__getstate__(), "_model": self._model, "_backend": self._backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_model" in state:  # else this is load_state_dict
-            self._clip = self._deferral = None
+        if "_model" in state:  # otherwise load_state_dict calls this
+            self._clip = None
             self._defer()
 
     def _check(self, group: dict[str, Any]) -> None:
-        """ValueError for values out of range and for options of torch.optim that are not here."""
+        """Raise ValueError for values out of range and for unsupported options of torch.optim."""
         self._check_range(group, "lr", "weight_decay")
         for name, kinds in ("lr", (Real, Tensor)), ("alpha", (Real, Tensor, type(None))):
             value = group[name]
@@ -314,23 +321,19 @@ class DeferredOptimizer(Optimizer):
                 raise ValueError(f"{name} must be at least 0, but is {group[name]}")
 
     def _rule(self, group: dict[str, Any]) -> tuple[float, float, float]:
-        """The last three columns of the op's hypers."""
+        """Return the last three columns of the op's hypers."""
         raise NotImplementedError
 
     def _needs_state(self, group: dict[str, Any]) -> bool:
-        """Whether the update rule keeps anything with these options."""
+        """Return whether the update rule keeps state with these options."""
         return True
 
     def _state_of(self, parameter: Tensor, row: int) -> tuple[list[Tensor], bool]:
-        """The state tensors of a parameter, made where there are none, and whether the rule is
-        another for their first step and this is it."""
+        """Return a parameter's state tensors, and whether a first step with its own rule is due."""
         raise NotImplementedError
 
     def _like_parameter(self, parameter: Tensor, name: str) -> Tensor:
-        """A state tensor with the dtype and strides that the op wants.
-
-        They may differ after a conversion of the model or after loading.
-        """
+        """Return state `name` with the parameter's dtype and strides, which conversions change."""
         state = self.state[parameter]
         tensor = state[name]
         strides = local(tensor).stride(), local(parameter).stride()
@@ -339,9 +342,4 @@ class DeferredOptimizer(Optimizer):
         return tensor
 
     def _first_step_done(self, found_inf: Tensor | None) -> None:
-        """Called after a step that was the first of something, unless a GradScaler skipped it."""
-
-
-def _on_device(value: float | Tensor | None) -> Tensor | None:
-    """Numbers that are read where they are, so that a captured graph follows their changes."""
-    return value if isinstance(value, Tensor) and value.is_cuda else None
+        """Act after a step that was a parameter's first, unless a GradScaler skipped it."""

@@ -1,4 +1,4 @@
-"""SGD that makes the gradients of masked weights and thresholds inside its step."""
+"""Offer SGD that computes the gradients of masked weights and thresholds in its step."""
 
 from __future__ import annotations
 
@@ -12,51 +12,51 @@ from .deferred import DeferredOptimizer
 
 
 class DSTSGD(DeferredOptimizer):
-    """`torch.optim.SGD` for a model with masked layers, with their gradients made in the step.
+    """Optimize a model with masked layers as `torch.optim.SGD`, with dW and dt made in the step.
 
-    Backward leaves the dense gradient G = dL/d(W * M) in the `.grad` of a masked weight, in the
-    dtype of the product (a sum over several backwards in that of the weight), and nothing in that
-    of its threshold. What happens to gradients between backward and step (accumulation, averaging
-    over ranks, unscaling) happens to G. `step()` then reads every weight once: it makes dW and dt,
-    adds the regulariser's gradient, updates t and W, applies the collapse guard and writes the
-    masked weight of the next forward. The trajectory is that of `torch.optim.SGD` with dW and dt,
-    to rounding. Only the guard also looks at layers that a forward has left out.
+    Backward stores the dense gradient G = dL/d(W * M) in the `.grad` of a masked weight, in the
+    dtype of the product (a sum over several backwards in that of the weight), and nothing in the
+    `.grad` of its threshold. Accumulation, averaging over ranks and unscaling act on G. `step()`
+    then reads every weight once: it computes dW and dt, adds the regulariser's gradient, updates t
+    and W, applies the collapse guard and writes the masked weight for the next forward. The
+    trajectory equals that of `torch.optim.SGD` with dW and dt up to rounding; the one difference
+    is that the guard also checks layers which the forward did not use.
 
         optimizer = dst_kernels.optim.DSTSGD(model, lr=0.1, momentum=0.9, alpha=1e-4)
         loss_fn(model(input), target).backward()
         optimizer.step()
 
-    Between a forward and its step leave weights and thresholds as they are, and let no other term
-    of the loss use a masked weight directly. At other times change them in place only under
-    `torch.no_grad()`: writes through `.data` cannot be noticed. Layers with another granularity
-    than "row", weights that dense layers use too, weights outside `params` and what takes a
-    parameter's place (`functional_call`, a parametrization) keep gradients of their own; the step
-    takes those as any optimizer does. Layers that FSDP2 shards, and compiled ones, mask their
-    weight in the forward. `release()` gives all layers back to other optimizers, and so does the
-    end of this one.
+    Do not change weights or thresholds between a forward and its step, and let no other term of the
+    loss use a masked weight directly. At other times change them in place only under
+    `torch.no_grad()`: writes through `.data` go unnoticed (see `refresh`). Layers with another
+    granularity than "row", weights that dense layers use too, weights outside `params` and
+    parameters that are replaced (`functional_call`, a parametrization) compute dW and dt in their
+    backward; the step uses these as any optimizer does. Layers that FSDP2 shards, and compiled
+    ones, mask their weight in the forward. `release()`, or deleting this optimizer, makes all
+    layers usable by other optimizers.
 
     Args:
-        model: whose masked layers this is for. Call it as it is given here: its hooks attach the
-            masked weights (as `dst_kernels.group_` does; called here unless it was before).
+        model: the model with the masked layers. Call this very module: its hooks attach the masked
+            weights (see `dst_kernels.group_`, which is called here unless it was before).
         params: parameters or param groups as for any optimizer; None:
-            `dst_kernels.parameter_groups(model)`, which spares thresholds the weight decay.
+            `dst_kernels.parameter_groups(model)`, which excludes thresholds from weight decay.
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in `torch.optim.SGD`, in
             every group. `lr` may be a tensor on the device.
-        alpha: of the sparse regulariser, whose gradient is added to that of every threshold in
-            the group; None: not at all. A tensor on the device is read there, in every step. The
-            loss then must not contain `sparse_regularization` as well.
+        alpha: factor of the sparse regulariser, whose gradient is added to that of every threshold
+            in the group; None: no regulariser. A tensor on the device is read there, in every step.
+            The loss must then not contain `sparse_regularization` as well.
         bucket_mb: see `dst_kernels.group_`.
         backend: "auto", "reference", "cpu" or "cuda"; see `dst_kernels.nn.MaskedLinear`.
 
     The state dict is interchangeable with that of `torch.optim.SGD` over the same groups. A
-    GradScaler is supported as by fused optimizers. Float16 products leave float32 gradients, as
+    GradScaler works as with fused optimizers. Float16 products leave float32 gradients, because
     torch's GradScaler does not unscale float16 ones; so do models in DistributedDataParallel.
 
     Raises:
         ValueError: numbers out of range, no parameters, no masked layers, layers that belong to
-            another optimizer of this kind.
-        TypeError: `model` is no module.
-        RuntimeError: sparse gradients; a backend asked for by name that cannot serve.
+            another optimizer of this kind; a loaded state with options that are not supported.
+        TypeError: `model` is not a module, or `params` is not iterable.
+        RuntimeError: sparse gradients; a backend asked for by name that is not available.
     """
 
     _op, _kinds = "sgd_step_", 1
@@ -114,4 +114,5 @@ class DSTSGD(DeferredOptimizer):
 
     def _forget(self) -> None:
         super()._forget()
-        self._empty: set[Tensor] = set()  # buffers of these: their first step has no dampening
+        # Parameters whose momentum buffer is still empty: their first step has no dampening.
+        self._empty: set[Tensor] = set()

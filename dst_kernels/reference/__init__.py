@@ -1,6 +1,6 @@
-"""The specification: every operation in plain PyTorch, any float dtype up to fp64, any device.
+"""Specify every operation in plain PyTorch, for any float dtype up to fp64 and any device.
 
-Other backends offer functions of the same names and signatures and are judged against these. Here
+Other backends offer functions of the same names and signatures and are tested against these. Here
 `threshold` is the *effective* one (the collapse guard already applied), except in functions with a
 `reset_ratio`, which apply the guard and also return the effective threshold. Nothing in this folder
 knows about autograd, modules or dispatch.

@@ -1,7 +1,7 @@
-"""Masked convolution over 1, 2 or 3 spatial dimensions and its gradients.
+"""Compute masked convolutions over 1, 2 or 3 spatial dimensions, and their gradients.
 
-Inputs are batched, padding is numeric: the functional layer resolves everything else. The product
-runs in the input's dtype.
+Inputs are batched and padding is numeric: the callers resolve everything else. The product runs in
+the input's dtype.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .weight import masked_weight, weight_gradients_
 
 
 class Geometry(NamedTuple):
-    """How a convolution moves over its input: integers for each dimension, and the groups."""
+    """Hold a convolution's stride, padding and dilation (an integer per dimension), and groups."""
 
     stride: Sequence[int]
     padding: Sequence[int]
@@ -25,7 +25,7 @@ class Geometry(NamedTuple):
     groups: int
 
     def output_shape(self, input_shape: Sequence[int], weight_shape: Sequence[int]) -> list[int]:
-        """Return [N, out, *spatial']."""
+        """Return the output's shape, [N, out, *spatial']."""
         each = zip(input_shape[2:], weight_shape[2:], *self[:3], strict=True)
         spatial = [
             (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
@@ -39,7 +39,10 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def conv_memory_format(activation: Tensor, weight: Tensor) -> torch.memory_format:
-    """Channels last where the activation or the weight is, so that real and fake results agree."""
+    """Return channels last where the activation or the weight has it, else contiguous.
+
+    One rule for all backends, so that real and fake results agree.
+    """
     channels_last = _CHANNELS_LAST.get(activation.dim())
     if channels_last is not None:
         for tensor in (activation, weight):
@@ -54,9 +57,9 @@ def conv(
     bias: Tensor | None,
     geometry: Geometry,
 ) -> Tensor:
-    """input [N, C, *spatial], weight [out, C/groups, *kernel] of its dtype -> [N, out, *spatial'].
+    """Convolve [N, in, *spatial] with [out, in/groups, *kernel] to [N, out, *spatial'].
 
-    The bias may have any dtype.
+    Input and weight share a dtype; the bias [out] may have another.
     """
     if bias is not None and bias.dtype != input.dtype:
         bias = bias.to(input.dtype)
@@ -69,7 +72,7 @@ def conv_grad_input(
     weight: Tensor,
     geometry: Geometry,
 ) -> Tensor:
-    """dX, shaped like `like`, of which nothing but shape and strides is used."""
+    """Return dX, shaped like the input `like`, of which only shape and strides are used."""
     return convolution_backward(grad, like, weight, geometry, 0)
 
 
@@ -79,7 +82,7 @@ def conv_dense_weight_gradient(
     weight: Tensor,
     geometry: Geometry,
 ) -> Tensor:
-    """G, shaped like `weight`, of which nothing but shape and strides is used."""
+    """Return G, shaped like `weight`, of which only shape and strides are used."""
     shaped_like_weight = torch.empty_like(weight, dtype=grad.dtype)
     return convolution_backward(grad, input, shaped_like_weight, geometry, 1)
 
@@ -92,7 +95,7 @@ def masked_conv(
     reset_ratio: float | None,
     geometry: Geometry,
 ) -> tuple[Tensor, Tensor]:
-    """(`conv` with the masked weight, effective threshold)."""
+    """Return (`conv` with the masked weight, effective threshold)."""
     masked, effective = masked_weight(weight, threshold, reset_ratio, input.dtype)
     output = conv(input, masked, bias, geometry)
     return output.contiguous(memory_format=conv_memory_format(input, weight)), effective
@@ -105,7 +108,7 @@ def masked_conv_grad_input(
     threshold: Tensor,
     geometry: Geometry,
 ) -> Tensor:
-    """dX of shape `input_shape`, in the gradient's dtype."""
+    """Return dX of shape `input_shape`, in the gradient's dtype."""
     masked, _ = masked_weight(weight, threshold, None, grad.dtype)
     memory_format = conv_memory_format(grad, weight)
     like = torch.empty(
@@ -124,7 +127,7 @@ def masked_conv_grad_weight(
     surrogate: str,
     structure_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(dW, dt) with G the dense weight gradient."""
+    """Return (dW, dt), with G the dense weight gradient."""
     dense = conv_dense_weight_gradient(grad, input, weight, geometry)
     return weight_gradients_(dense, weight, threshold, surrogate, structure_gradient)
 

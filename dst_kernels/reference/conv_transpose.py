@@ -1,17 +1,17 @@
-"""Masked transposed convolution over 1, 2 or 3 spatial dimensions.
+"""Compute masked transposed convolutions over 1, 2 or 3 spatial dimensions.
 
-Its weight lies as in torch, [in, out/groups, *kernel], and a row of it is what makes one output
-channel: in/groups * prod(kernel) weights that lie apart. Seen by group, [groups, in/groups,
-out/groups, *kernel], one threshold per output channel is a view of the weight's shape, so that
-masking is that of one threshold per weight, and no weight is moved.
+The weight is stored as in torch, [in, out/groups, *kernel]. A row is what makes one output channel:
+in/groups * prod(kernel) weights that are not adjacent in memory. Viewed by group, [groups,
+in/groups, out/groups, *kernel], the thresholds of the output channels expand to the weight's shape.
+Masking then works as with one threshold per weight, and no weight is copied.
 
-Inputs are batched, padding is numeric. The product runs in the input's dtype.
+Inputs are batched and padding is numeric. The product runs in the input's dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,7 +22,7 @@ _CONV_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_trans
 
 
 class TransposedGeometry(NamedTuple):
-    """How a transposed convolution moves over its output, in the order of torch's functions."""
+    """Hold the options of a transposed convolution, in the order of torch's functions."""
 
     stride: Sequence[int]
     padding: Sequence[int]
@@ -31,7 +31,7 @@ class TransposedGeometry(NamedTuple):
     dilation: Sequence[int]
 
     def output_shape(self, input_shape: Sequence[int], weight_shape: Sequence[int]) -> list[int]:
-        """Return [N, out, *spatial']."""
+        """Return the output's shape, [N, out, *spatial']."""
         sizes = input_shape[2:], weight_shape[2:], *self[:3], self.dilation
         spatial = [
             (size - 1) * stride - 2 * padding + dilation * (taps - 1) + extra + 1
@@ -41,9 +41,9 @@ class TransposedGeometry(NamedTuple):
 
 
 def by_group(weight: Tensor, threshold: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Views: the weight [groups, in/groups, out/groups, *kernel], the threshold of that shape.
+    """View the weight as [groups, in/groups, out/groups, *kernel], and the threshold like it.
 
-    One threshold for all stays as it is.
+    A single threshold for the whole weight is returned unchanged.
     """
     shape = threshold.shape
     grouped = weight.unflatten(0, (groups, weight.shape[0] // groups))
@@ -56,12 +56,13 @@ def by_group(weight: Tensor, threshold: Tensor, groups: int) -> tuple[Tensor, Te
 
 
 def not_by_group(grouped: Tensor, like: Tensor) -> Tensor:
-    """What `by_group` made of a threshold of the shape of `like`, in that shape again."""
+    """Undo `by_group` for a threshold: return it in the shape of `like`."""
     if grouped.shape.numel() == like.shape.numel():
         return grouped.view(like.shape)
     if grouped.numel() == 0:
         return like.clone()
-    return grouped[(slice(None), 0, slice(None), *[0] * (grouped.dim() - 3))].reshape(like.shape)
+    one_per_channel: tuple[Any, ...] = (slice(None), 0, slice(None), *[0] * (grouped.dim() - 3))
+    return grouped[one_per_channel].reshape(like.shape)
 
 
 def conv_transpose(
@@ -70,8 +71,10 @@ def conv_transpose(
     bias: Tensor | None,
     geometry: TransposedGeometry,
 ) -> Tensor:
-    """input [N, in, *spatial], weight [in, out/groups, *kernel] of its dtype, bias [out] of any
-    dtype -> [N, out, *spatial']."""
+    """Convolve [N, in, *spatial] with [in, out/groups, *kernel] to [N, out, *spatial'], transposed.
+
+    Input and weight share a dtype; the bias [out] may have another.
+    """
     if bias is not None and bias.dtype != input.dtype:
         bias = bias.to(input.dtype)
     return _CONV_TRANSPOSE[input.dim()](input, weight, bias, *geometry)
@@ -85,7 +88,7 @@ def masked_conv_transpose(
     reset_ratio: float | None,
     geometry: TransposedGeometry,
 ) -> tuple[Tensor, Tensor]:
-    """(`conv_transpose` with the masked weight, effective threshold).
+    """Return (`conv_transpose` with the masked weight, effective threshold).
 
     `threshold` is [out], [] or [1], or has the weight's shape.
     """

@@ -1,6 +1,7 @@
-"""The weight-side operations for many weights at once: here simply one after the other.
+"""Mask many weights, and make many weights' gradients, one after the other.
 
-Backends without a multi-tensor launch reuse these loops; the keywords pass in their own functions.
+Backends without a multi-tensor launch reuse these loops: they pass their own function for one
+weight as a keyword.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ def masked_weights(
     *,
     masked_weight: Callable = one.masked_weight,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Every (W * M, effective threshold); where `commit`, a reset is written into the threshold.
+    """Return every W * M in `dtype`, and every effective threshold.
 
-    `out`: tensors of `dtype` with the weights' strides to write W * M into.
+    Where `commit` is true, the effective threshold is also written into the threshold. `out`:
+    tensors of `dtype` with the weights' strides to write W * M into.
     """
     pairs = [
         masked_weight(weight, threshold, ratio, dtype)
@@ -48,7 +50,10 @@ def masked_weights_backward(
     *,
     masked_weight_backward: Callable = one.masked_weight_backward,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Every (dW, dt) from G. `out`: tensors like weights and thresholds to write them into."""
+    """Return every dW and every dt from the gradients G of W * M.
+
+    `out`: tensors like weights and thresholds to write them into.
+    """
     arguments = zip(grads, weights, thresholds, surrogates, structure_gradients, strict=True)
     pairs = [masked_weight_backward(*each) for each in arguments]
     of_weights, of_thresholds = [each for each, _ in pairs], [each for _, each in pairs]

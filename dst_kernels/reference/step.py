@@ -1,22 +1,22 @@
-"""The deferred optimizer step: from raw dense gradients to new weights, thresholds and W * M.
+"""Compute the deferred optimizer step: new weights, thresholds and W * M from dense gradients G.
 
-G = dL/d(W * M) is linear in everything that happens to gradients between backward and step (sums
-over micro-batches and ranks, unscaling), and dW and dt are linear in G with coefficients that
-depend on W and t alone. So they can be made once, inside the step that consumes them.
+All that happens to gradients between backward and step (sums over micro-batches and ranks,
+unscaling) is linear in G = dL/d(W * M), and dW and dt are linear in G, with coefficients that
+depend on W and t alone. So they can be computed once, inside the step that uses them.
 
-All functions take lists with one entry per *segment*, and absent tensors as tensors without
-elements. A segment with a threshold (one per row) is a masked weight, one without is any other
-parameter. `settings` has SETTINGS integers per segment, `hypers` (float64 [h, HYPERS] on the CPU)
-the numbers of the param groups:
+All functions take lists with one entry per *segment*; a tensor without elements means "absent". A
+segment with a threshold (one per row) is a masked weight, one without is any other parameter.
+`settings` has SETTINGS integers per segment, `hypers` (float64 [h, HYPERS] on the CPU) one row of
+numbers for the weights and one for the thresholds of each param group:
 
     settings   row of hypers for the weight (-1: it is not updated), and for the threshold;
                surrogate (index into SURROGATES); structure gradient; largest kept count at which
                the guard resets (-1: none); whether it is the first step of weight, of threshold
     hypers     lr, weight decay, maximize, has alpha, alpha; then momentum, dampening, nesterov for
                SGD and beta1, beta2, eps for AdamW
-    rates      0-dim tensors that replace lr; alphas: that replace alpha
-    scales     [grad_scale, found_inf, clip]: gradients are divided by the first, nothing at all
-               happens where the second is 1, and the third multiplies the final gradients
+    rates      one-element tensors that replace lr; alphas: tensors that replace alpha
+    scales     [grad_scale, found_inf, clip]: gradients are divided by the first, the step is
+               skipped if the second is 1, and the third multiplies the final gradients
 
 Thresholds are effective ones on entry and on exit: a reset by the guard is written into them.
 """
@@ -43,7 +43,7 @@ def sgd_step_(
     masked: Tensors, kept: Tensor, settings: Sequence[int],
     hypers: Tensor, rates: Tensors, alphas: Tensors, scales: Tensors,
 ) -> None:  # fmt: skip
-    """As `torch.optim.SGD`; without momentum the buffers are absent."""
+    """Update as `torch.optim.SGD` does; without momentum the buffers are absent."""
     run = _Run(settings, hypers, rates, alphas, scales)
     for i, weight in enumerate(weights):
         *_, first_weight, first_threshold = run.settings(i)
@@ -63,15 +63,15 @@ def adamw_step_(
     masked: Tensors, kept: Tensor, settings: Sequence[int],
     hypers: Tensor, rates: Tensors, alphas: Tensors, scales: Tensors,
 ) -> None:  # fmt: skip
-    """As `torch.optim.AdamW`; steps are one-element float32 tensors, counted here."""
+    """Update as `torch.optim.AdamW` does, and count `steps`, one-element float32 tensors."""
     run = _Run(settings, hypers, rates, alphas, scales)
     for i, weight in enumerate(weights):
         of_weight = averages[i], squares[i], steps[i]
         of_threshold = threshold_averages[i], threshold_squares[i], threshold_steps[i]
         run.segment(
             i, weight, grads[i], thresholds[i], threshold_grads[i], masked[i], kept,
-            lambda p, g, h, state=of_weight: run.adamw(p, g, *state, h),
-            lambda p, g, h, state=of_threshold: run.adamw(p, g, *state, h),
+            lambda p, g, h, state=of_weight: run.adamw(p, g, state, h),
+            lambda p, g, h, state=of_threshold: run.adamw(p, g, state, h),
         )  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def grad_norm_(
     weights: Tensors, grads: Tensors, thresholds: Tensors, threshold_grads: Tensors,
     settings: Sequence[int], hypers: Tensor, alphas: Tensors, scales: Tensors, norm: Tensor,
 ) -> None:  # fmt: skip
-    """`norm`: that of all final gradients before clipping, dW and dt among them."""
+    """Write the norm of all final gradients before clipping, dW and dt among them, into `norm`."""
     run = _Run(settings, hypers, alphas, alphas, scales[:2])
     squares = []
     for i, weight in enumerate(weights):
@@ -90,7 +90,7 @@ def grad_norm_(
 
 
 class _Hyper(NamedTuple):
-    """A row of hypers. The last three mean what the update rule says."""
+    """Hold a row of hypers; the meaning of `rest` depends on the update rule."""
 
     lr: float | Tensor
     weight_decay: float
@@ -100,7 +100,7 @@ class _Hyper(NamedTuple):
 
 
 class _Run:
-    """What all segments of one call share."""
+    """Hold what all segments of one call share, and update one segment at a time."""
 
     def __init__(
         self, settings: Sequence[int], hypers: Tensor, rates: Tensors, alphas: Tensors,
@@ -125,7 +125,7 @@ class _Run:
     def gradients(
         self, i: int, weight: Tensor, grad: Tensor, threshold: Tensor, threshold_grad: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Final gradients of weight and threshold, None where nothing makes one."""
+        """Return the final gradients of weight and threshold, None for one that is not updated."""
         weight_row, threshold_row, surrogate, structure, *_ = self.settings(i)
         of_weight = of_threshold = None
         if grad.numel():
@@ -149,12 +149,12 @@ class _Run:
         )
 
     def _unscaled(self, grad: Tensor, weight: Tensor) -> Tensor:
-        """A new tensor in the dtype of the arithmetic."""
+        """Return the gradient without the loss scale, as a new tensor in the step's dtype."""
         grad = grad.to(_arithmetic(weight), copy=True)
         return grad if self._grad_scale is None else grad / self._grad_scale
 
     def _final(self, grad: Tensor | None, parameter: Tensor, hyper: _Hyper | None) -> Tensor | None:
-        """With the regulariser's share, and clipped."""
+        """Return the gradient with the regulariser's added, and clipped."""
         if hyper is not None and hyper.alpha is not None:
             slope = sparse_regularization_and_slope(parameter)[1]
             grad = _plus(grad, hyper.alpha * slope)
@@ -176,7 +176,7 @@ class _Run:
     def _mask(
         self, weight: Tensor, threshold: Tensor, masked: Tensor, kept: Tensor, collapsed: int
     ) -> None:
-        """W * M under the new threshold, which the guard may reset first."""
+        """Write W * M under the new threshold, after the guard has had its chance to reset it."""
         count = _kept(weight, threshold)
         effective = torch.where(count <= collapsed, torch.zeros_like(threshold), threshold)
         self._write(masked, masked_weight(weight, effective, None, masked.dtype)[0])
@@ -184,7 +184,7 @@ class _Run:
         self._write(threshold, effective)
 
     def _write(self, target: Tensor, value: Tensor) -> None:
-        """`target` becomes `value`, unless the step is skipped: decided on the device."""
+        """Write `value` into `target` unless the step is skipped; the device decides."""
         value = value.to(target.dtype).reshape(target.shape)
         if self._found_inf is not None:
             value = torch.where(self._found_inf.reshape(()) == 1, target, value)
@@ -202,13 +202,13 @@ class _Run:
         self._write(parameter, old - h.lr * grad)
 
     def adamw(
-        self, parameter: Tensor, grad: Tensor, average: Tensor, square: Tensor, step: Tensor,
-        h: _Hyper,
-    ) -> None:  # fmt: skip
+        self, parameter: Tensor, grad: Tensor, state: tuple[Tensor, Tensor, Tensor], h: _Hyper
+    ) -> None:
+        average, square, step = state
         beta1, beta2, eps = h.rest
         grad = -grad if h.maximize else grad
         real = grad.dtype
-        count = (step.reshape(()) + 1).double()  # in float32 1 - beta2 is off by 5e-5 of itself
+        count = (step.reshape(()) + 1).double()  # float32 has a relative error of 5e-5 in 1 - beta2
         new = parameter.to(real) * (1 - h.lr * h.weight_decay)
         first = average.to(real).lerp(grad, 1 - beta1)
         second = beta2 * square.to(real) + (1 - beta2) * grad.square()

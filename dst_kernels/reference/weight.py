@@ -1,10 +1,10 @@
-"""Mask, masked weight and the gradients of both, without any matmul.
+"""Compute the mask, the masked weight and the gradients of weight and threshold, without a matmul.
 
-Definitions (method of Liu et al., ICLR 2020): margin Q = |W| - t, mask M = 1 where Q > 0, and with
-G = dL/d(W * M), H the surrogate derivative:
+Definitions (Liu et al., "Dynamic Sparse Training", ICLR 2020): margin Q = |W| - t, mask M = 1 where
+Q > 0, and with G = dL/d(W * M), H the surrogate derivative:
 
-    dW = G * M + G * |W| * H(Q)          (second term: structure gradient, a switch)
-    dt = -sum(G * W * H(Q))              summed over whatever one threshold governs
+    dW = G * M + G * |W| * H(Q)          the second term is the structure gradient, optional
+    dt = -sum(G * W * H(Q))              over the weights that the threshold governs
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def broadcast_threshold(threshold: Tensor, weight: Tensor) -> Tensor:
 
 
 def threshold_mask(weight: Tensor, threshold: Tensor) -> Tensor:
-    """Boolean mask of kept weights. NaN counts as kept: only Q <= 0 prunes."""
+    """Return the boolean mask of kept weights. NaN counts as kept: only Q <= 0 prunes."""
     return ~(weight.abs() <= broadcast_threshold(threshold, weight))
 
 
 def largest_collapsed_count(numel: int, reset_ratio: float) -> int:
-    """The largest kept count with `count / numel <= reset_ratio`.
+    """Return the largest number of kept weights with `count / numel <= reset_ratio`.
 
     An integer, so that the guard is one exact comparison on the device whatever the size.
     """
@@ -45,10 +45,10 @@ def largest_collapsed_count(numel: int, reset_ratio: float) -> int:
 
 
 def effective_threshold(weight: Tensor, threshold: Tensor, reset_ratio: float | None) -> Tensor:
-    """`threshold`, or zeros where at most `reset_ratio` of the weights would remain.
+    """Return `threshold`, or zeros if at most the share `reset_ratio` of the weights would remain.
 
-    Decided on the device. Always a new tensor, so that nothing which is done to `threshold`
-    later (a committed reset, an optimizer step) reaches what was computed from it.
+    The device decides, without a synchronisation. The result is always a new tensor, so that a
+    later write to `threshold` (a committed reset, an optimizer step) does not change it.
     """
     if reset_ratio is None or weight.numel() == 0:
         return threshold.clone()
@@ -62,9 +62,9 @@ def effective_threshold(weight: Tensor, threshold: Tensor, reset_ratio: float | 
 def masked_weight(
     weight: Tensor, threshold: Tensor, reset_ratio: float | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(W * M in `dtype` and the weight's memory format, effective threshold).
+    """Return (W * M in `dtype`, with the weight's memory format; effective threshold).
 
-    A NaN in W or t comes out as NaN.
+    A NaN in W or t gives NaN.
     """
     effective = effective_threshold(weight, threshold, reset_ratio)
     return _times_mask(weight, effective, dtype), effective
@@ -83,14 +83,14 @@ def _times_mask(weight: Tensor, threshold: Tensor, dtype: torch.dtype) -> Tensor
 def masked_weight_backward(
     grad: Tensor, weight: Tensor, threshold: Tensor, surrogate: str, structure_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """(dW, dt) from G = `grad`; computed in at least fp32, returned in the parameters' dtypes."""
+    """Return (dW, dt) from G = `grad`, computed in at least fp32, in the parameters' dtypes."""
     return weight_gradients_(grad.clone(), weight, threshold, surrogate, structure_gradient)
 
 
 def weight_gradients_(
     dense: Tensor, weight: Tensor, threshold: Tensor, surrogate: str, structure_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """As `masked_weight_backward`, but G = `dense` is overwritten."""
+    """Return what `masked_weight_backward` does, but overwrite G = `dense`."""
     dtype = torch.promote_types(torch.promote_types(weight.dtype, threshold.dtype), torch.float32)
     dense = dense.to(dtype)
     w = weight.to(dtype)
@@ -112,7 +112,7 @@ def weight_gradients_(
 
 
 def _like(tensor: Tensor, other: Tensor) -> Tensor:
-    """`tensor` with the dtype and strides of `other`."""
+    """Return `tensor` with the dtype and strides of `other`."""
     if tensor.dtype == other.dtype and tensor.stride() == other.stride():
         return tensor
     return torch.empty_like(other).copy_(tensor)
