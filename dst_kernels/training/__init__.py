@@ -1,4 +1,4 @@
-"""Training from the command line (`dst-kernels train`) and what it is made of.
+"""Train classifiers from the command line (`dst-kernels train`).
 
-Needs the `train` extra: pip install 'dst_kernels[train]'.
+This folder needs the `train` extra: pip install 'dst_kernels[train]'.
 """

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and the checkpoint a run continues from."""
+"""Write files completely or not at all, and read and write a run's checkpoint."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ _CONTENTS = {"format", "config", "history", "seconds", "model", "optimizer", "rn
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call `write` on a temporary file beside `path`, then rename it over `path`.
+    """Call `write` on a temporary file beside `path`, then rename it to `path`.
 
-    Whatever happens, `path` holds its old contents or its new ones in full.
+    At any time `path` holds either its old or its new contents, completely. Raises UsageError if
+    the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -40,7 +41,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
-    """Write a checkpoint; `contents` are plain values and state dicts."""
+    """Write a checkpoint; `contents` are plain values and state dicts.
+
+    Raises ValueError for missing or unknown entries, UsageError if the file cannot be written.
+    """
     whole = {"format": _FORMAT, **contents}
     if set(whole) != _CONTENTS:
         raise ValueError(f"a checkpoint holds {sorted(_CONTENTS)}, but got {sorted(whole)}")
@@ -48,16 +52,17 @@ def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; UsageError where it is damaged or somebody else's.
+    """Read a checkpoint onto the CPU.
 
-    Only tensors and plain values are unpickled, so a foreign file cannot run code.
+    Only tensors and plain values are unpickled, so an untrusted file cannot run code. Raises
+    UsageError if the file is damaged or was not written by `dst-kernels train`.
     """
     accepted = "Accepted: a folder written by dst-kernels train."
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about what makes it fail anyway
+            warnings.simplefilter("ignore")  # the error below says the same
             contents = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the damage leads to
+    except Exception as error:  # a damaged file makes torch.load raise many types
         raise UsageError(
             f"--resume: {path} is damaged or not a checkpoint ({type(error).__name__}). {accepted}"
         ) from error

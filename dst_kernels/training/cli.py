@@ -1,4 +1,4 @@
-"""The entry point of the `dst-kernels` command."""
+"""Start the `dst-kernels` command."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _EXTRA = ("matplotlib", "rich", "safetensors", "sklearn", "torchvision", "typer"
 
 
 def main() -> None:
-    """Run the command line; says what to install where the training extra is missing."""
+    """Run the command line; without the training extra, say what to install and exit with 2."""
     missing = [name for name in _EXTRA if find_spec(name) is None]
     if missing:
         print(

@@ -1,4 +1,4 @@
-"""The commands of `dst-kernels` and their options."""
+"""Define the commands of `dst-kernels` and their options."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ app = typer.Typer(
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(RunConfig)}
 _ON_RESUME = ("epochs", "device")
-_WIDTH_OF_A_PIPE = 120  # rich takes 80, too narrow for the tables
+_WIDTH_OF_A_PIPE = 120  # columns; rich's default of 80 is too narrow for the tables
 
 
 def _opt(name: str, panel: str, help: str, default: str | None = None) -> Any:
-    """An option; unset it is None (or False), so that the preset can tell what was given."""
+    """Return a typer option, which is None (or False) if not given: then the preset decides."""
     if default is None and _DEFAULTS.get(name) not in (None, False, ()):
         default = str(_DEFAULTS[name])
-    # Numbers come as text: a message of ours also says what was given and what is accepted.
+    # Numbers are read as text, so that our own error says what was given and what is accepted.
     metavar = RULES[name].metavar if name in RULES and RULES[name] is not FLAG else None
     return typer.Option(
         option(name),
@@ -73,7 +73,7 @@ def train(
         _opt(
             "dataset",
             _WHAT,
-            f"{', '.join(DATASET_PRESETS)}. Without --preset, the nearest preset comes with it.",
+            f"{', '.join(DATASET_PRESETS)}. Without --preset, it also chooses the preset.",
         ),
     ] = None,
     data_dir: Annotated[
@@ -81,25 +81,26 @@ def train(
         _opt(
             "data_dir",
             _WHAT,
-            "Where torchvision's data sets are, or the image folder: "
+            "Folder with torchvision's data sets, or the image folder: "
             "train/<class>/ and test/<class>/ (or val/<class>/). Not used by digits.",
         ),
     ] = None,
     download: Annotated[
-        bool, _opt("download", _WHAT, "Fetch the data set into --data-dir if it is not there.")
+        bool, _opt("download", _WHAT, "Download the data set into --data-dir if it is missing.")
     ] = False,
     image_size: Annotated[
-        str | None, _opt("image_size", _WHAT, "Side to which an image folder is resized.")
+        str | None,
+        _opt("image_size", _WHAT, "Height and width (pixels) to which a folder's images are cut."),
     ] = None,
     dense: Annotated[
-        bool, _opt("dense", _WHAT, "Train the dense twin: same weights and data, no masks.")
+        bool, _opt("dense", _WHAT, "Train the dense twin: same initial weights and data, no masks.")
     ] = False,
     compare: Annotated[
-        bool, _opt("compare", _WHAT, "Train the dense twin and the sparse model, side by side.")
+        bool, _opt("compare", _WHAT, "Train the dense twin, then the sparse model; compare both.")
     ] = False,
     alpha: Annotated[
         str | None,
-        _opt("alpha", _SPARSITY, "Weight of the regulariser sum(exp(-t)): larger is sparser."),
+        _opt("alpha", _SPARSITY, "Factor of the regulariser sum(exp(-t)): larger is sparser."),
     ] = None,
     granularity: Annotated[
         str | None, _opt("granularity", _SPARSITY, "One threshold per row, layer or element.")
@@ -109,7 +110,7 @@ def train(
         _opt(
             "surrogate",
             _SPARSITY,
-            "Derivative used for the step: "
+            "Surrogate derivative of the mask's step function: "
             "long_tailed, rectangular, triangular or straight_through.",
         ),
     ] = None,
@@ -118,7 +119,8 @@ def train(
         _opt(
             "reset_ratio",
             _SPARSITY,
-            "A layer with no larger share left starts anew from threshold 0; none: never.",
+            "A layer that keeps at most this share of its weights restarts from thresholds of 0; "
+            "none: never.",
         ),
     ] = None,
     threshold_lr: Annotated[
@@ -130,8 +132,8 @@ def train(
         _opt(
             "threshold_weight_decay",
             _SPARSITY,
-            "Weight decay of the thresholds, which bounds them. "
-            "The method's authors decayed them in their CIFAR runs (1e-4).",
+            "Weight decay of the thresholds, which limits their size. "
+            "The method's authors used 1e-4 in their CIFAR runs.",
         ),
     ] = None,
     skip_first: Annotated[
@@ -139,18 +141,21 @@ def train(
     ] = False,
     skip_last: Annotated[bool, _opt("skip_last", _SPARSITY, "Leave the last layer dense.")] = False,
     epochs: Annotated[str | None, _opt("epochs", _RECIPE, "Passes over the training set.")] = None,
-    batch_size: Annotated[str | None, _opt("batch_size", _RECIPE, "Images in a step.")] = None,
+    batch_size: Annotated[str | None, _opt("batch_size", _RECIPE, "Images per step.")] = None,
     optimizer: Annotated[str | None, _opt("optimizer", _RECIPE, "sgd or adam.")] = None,
     lr: Annotated[str | None, _opt("lr", _RECIPE, "Learning rate.")] = None,
     momentum: Annotated[str | None, _opt("momentum", _RECIPE, "Momentum of sgd.")] = None,
     weight_decay: Annotated[
-        str | None, _opt("weight_decay", _RECIPE, "Weight decay of all but the thresholds.")
+        str | None,
+        _opt("weight_decay", _RECIPE, "Weight decay of all parameters but the thresholds."),
     ] = None,
     milestones: Annotated[
         str | None,
         _opt("milestones", _RECIPE, "Epochs after which both learning rates drop: 80,120."),
     ] = None,
-    gamma: Annotated[str | None, _opt("gamma", _RECIPE, "Factor by which they drop.")] = None,
+    gamma: Annotated[
+        str | None, _opt("gamma", _RECIPE, "Factor for the learning rates at each milestone.")
+    ] = None,
     out: Annotated[
         Path | None,
         _opt("out", _RUN, "Folder to write, new or empty.", "runs/<preset>-<time>"),
@@ -160,32 +165,34 @@ def train(
         _opt(
             "resume",
             _RUN,
-            "Go on with the run in this folder as if it had never stopped. All other options "
-            "are the run's own; only --epochs and --device may be given.",
+            "Continue the run in this folder as if it had never stopped. All other options "
+            "keep the run's values; only --epochs and --device may be given.",
         ),
     ] = None,
     seed: Annotated[
         str | None,
-        _opt("seed", _RUN, "Fixes weights and order; on a CPU it repeats a run exactly."),
+        _opt("seed", _RUN, "Seed of weights and data order; on a CPU equal seeds give equal runs."),
     ] = None,
     device: Annotated[str | None, _opt("device", _RUN, "auto, cpu, cuda or cuda:N.")] = None,
-    amp: Annotated[str | None, _opt("amp", _RUN, "none, or bf16 for mixed precision.")] = None,
+    amp: Annotated[
+        str | None, _opt("amp", _RUN, "Mixed precision: none, or bf16 for bfloat16 products.")
+    ] = None,
     workers: Annotated[
-        str | None, _opt("workers", _RUN, "Processes that read an image folder.")
+        str | None, _opt("workers", _RUN, "Number of processes that read an image folder.")
     ] = None,
     threads: Annotated[
         str | None,
         _opt(
             "threads",
             _RUN,
-            "CPU threads; 0: torch's choice. Their number decides how sums are rounded, so one "
-            "thread repeats a run on any number of cores; the small models gain nothing by more.",
+            "CPU threads; 0: torch's choice. Their number changes how sums are rounded, so one "
+            "thread gives equal runs on any number of cores; more do not speed up small models.",
         ),
     ] = None,
 ) -> None:
     """Train a classifier that learns its own sparsity.
 
-    Without options: LeNet-300-100 on scikit-learn's digits, in well under a minute on a CPU.
+    Without options it trains LeNet-300-100 on scikit-learn's digits, on a CPU in under a minute.
     """
     given = {
         name: value for name, value in locals().items() if value is not None and value is not False
@@ -198,6 +205,7 @@ def train(
 
 
 def _start(given: dict[str, Any]) -> None:
+    """Train a new run from the options `given`."""
     compare, download = given.pop("compare", False), given.pop("download", False)
     out = given.pop("out", None)
     if compare and given.get("dense"):
@@ -218,6 +226,7 @@ def _start(given: dict[str, Any]) -> None:
 
 
 def _resume(given: dict[str, Any]) -> None:
+    """Continue the run in the folder `given["resume"]`."""
     directory = given.pop("resume")
     fixed = [option(name) for name in given if name not in _ON_RESUME]
     if fixed:
@@ -235,11 +244,11 @@ def _resume(given: dict[str, Any]) -> None:
 @app.command()
 def report(
     directories: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="Folders which train has written.")
+        list[Path], typer.Argument(metavar="DIR...", help="Folders that train has written.")
     ],
-    plot: Annotated[Path, typer.Option(help="The picture to write.")] = Path("report.png"),
+    plot: Annotated[Path, typer.Option(help="Picture file to write.")] = Path("report.png"),
 ) -> None:
-    """Compare runs in one table and one plot; runs that differ in the seed are also averaged."""
+    """Compare runs in one table and one plot; average those that differ only in the seed."""
     with _messages():
         from .report import report as compare_runs
 
@@ -255,7 +264,7 @@ def _console() -> Console:
 
 @contextmanager
 def _messages() -> Iterator[None]:
-    """Turn what a user can put right into a message and an exit code."""
+    """Turn errors that a user can correct, and Ctrl-C, into a message and an exit code."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a run is: every choice that shapes its result, the rules they obey, and the presets."""
+"""Define a run's configuration: all options that shape its result, their rules, the presets."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from .errors import UsageError, require_one_of
 from .rules import FLAG, MILESTONES, TEXT, integer, number, or_none
 
-# Each data set with the preset that comes with it where none is named: an alpha that suits 23
-# steps an epoch would strip a model that takes 938.
+# The preset of each data set, if none is given. An alpha that suits 23 steps per epoch would prune
+# nearly everything in a run of 938 steps per epoch.
 DATASET_PRESETS = {
     "digits": "digits",
     "mnist": "mnist",
@@ -24,7 +24,10 @@ DATASET_PRESETS = {
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One training run. The defaults are the `digits` preset; invalid values raise UsageError."""
+    """Describe one training run; invalid values raise UsageError.
+
+    The defaults are the `digits` preset. `dst-kernels train --help` explains each field.
+    """
 
     preset: str = "digits"
     model: str = "lenet-300-100"
@@ -71,7 +74,7 @@ class RunConfig:
 
     @staticmethod
     def parse(field: str, text: str) -> Any:
-        """The value of a field as the command line spells it."""
+        """Return a field's value from its text on the command line; raises UsageError."""
         if field not in RULES:
             return text
         try:
@@ -83,17 +86,17 @@ class RunConfig:
 
     @classmethod
     def from_preset(cls, preset: str, **given: Any) -> RunConfig:
-        """The preset's configuration with the given fields replaced."""
+        """Return the preset's configuration with the given fields replaced; raises UsageError."""
         require_one_of("--preset", preset, PRESETS)
         return cls(**{"preset": preset, **PRESETS[preset].values, **given})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, ready for JSON."""
+        """Return plain values for JSON."""
         return {**dataclasses.asdict(self), "milestones": list(self.milestones)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
-        """The inverse of `to_dict`; raises UsageError for anything else."""
+        """Return the configuration that `to_dict` described; raise UsageError for anything else."""
         expected = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(values, Mapping) or set(values) != expected:
             odd = sorted(expected.symmetric_difference(values), key=str)
@@ -108,7 +111,7 @@ class RunConfig:
 
 
 def option(field: str) -> str:
-    """The command line's name of a field."""
+    """Return the name of a field on the command line."""
     return "--" + field.replace("_", "-")
 
 
@@ -141,7 +144,7 @@ RULES = {
 
 
 class Preset(NamedTuple):
-    """A named recipe: what it is, and the fields in which it differs from the defaults."""
+    """Hold a recipe's description, and the fields in which it differs from the defaults."""
 
     description: str
     values: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""Data sets: what is small is held whole and batched by index, image folders are streamed."""
+"""Load data sets: small ones are kept in memory and batched by index, image folders streamed."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ _TEST_BATCH = 1000
 
 
 class Batches(Protocol):
-    """One split of a data set."""
+    """Describe one split of a data set."""
 
     def __len__(self) -> int:
-        """Batches in an epoch of training."""
+        """Return the number of batches in an epoch of training."""
 
     def epoch(self, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels on the device: shuffled by the generator, in order without one."""
+        """Yield images [N, C, H, W] and labels [N] (int64) on the device, in batches.
+
+        The generator shuffles them; without one they come in order.
+        """
 
 
 @dataclass(frozen=True)
 class Data:
-    """Both splits, and what a model must fit."""
+    """Hold both splits, the shape [C, H, W] of an image and the number of classes."""
 
     train: Batches
     test: Batches
@@ -40,9 +43,10 @@ class Data:
 
 
 class TensorBatches:
-    """A split held on the device, as bytes where it came as bytes.
+    """Keep a split on the device, as bytes if it was stored as bytes.
 
-    `padding` > 0 augments: zero-pad, crop at random to the old size, flip half of the images.
+    `statistics`: mean and standard deviation by channel, to normalise with. `padding` (pixels) > 0
+    augments: zero-pad, crop at random to the old size, flip half of the images.
     """
 
     def __init__(
@@ -65,7 +69,7 @@ class TensorBatches:
         return _batch_count(len(self.labels), self.batch_size)
 
     def epoch(self, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Tensor]]:
-        # All of an epoch's choices are drawn at once: one transfer to the device, not one a step.
+        # Draw all random numbers of an epoch at once: one transfer to the device, not one per step.
         count, device = len(self.labels), self.images.device
         if generator is None:
             order = torch.arange(count)
@@ -89,7 +93,7 @@ class TensorBatches:
 
 
 def _batch_count(samples: int, batch_size: int) -> int:
-    # In training a last batch of one image is left out: batch normalisation cannot use it.
+    # Training skips a last batch of one image, which batch normalisation cannot use.
     return -(-samples // batch_size) - (samples > 1 and samples % batch_size == 1)
 
 
@@ -108,7 +112,7 @@ def _crop_and_flip(images: Tensor, padding: int, corners: Tensor, flips: Tensor)
 
 
 class FolderBatches:
-    """A split streamed from image files through a DataLoader."""
+    """Stream a split from image files through a DataLoader."""
 
     def __init__(self, images: Any, batch_size: int, workers: int, device: torch.device) -> None:
         self.images, self.batch_size, self.workers = images, batch_size, workers
@@ -118,7 +122,7 @@ class FolderBatches:
         return _batch_count(len(self.images), self.batch_size)
 
     def epoch(self, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Tensor]]:
-        # A loader an epoch: workers draw their seeds from the generator when they start.
+        # One loader per epoch: workers draw their seeds from the generator when they start.
         loader = torch.utils.data.DataLoader(
             self.images,
             batch_size=self.batch_size,
@@ -138,7 +142,10 @@ class FolderBatches:
 def load_data(
     config: RunConfig, device: torch.device, channels: int | None = None, download: bool = False
 ) -> Data:
-    """Read the configured data set; gray images are repeated to `channels` where it is given."""
+    """Read the configured data set; repeat gray images to `channels`, if given.
+
+    Raises UsageError if the data set is missing or unreadable.
+    """
     if config.dataset == "image-folder":
         return _image_folder(config, device)
     if config.dataset == "digits":
@@ -155,7 +162,8 @@ def load_data(
         images.to(device), labels.to(device), config.batch_size, statistics, padding
     )
     test = TensorBatches(test_images.to(device), test_labels.to(device), _TEST_BATCH, statistics)
-    return Data(train, test, tuple(images.shape[1:]), 100 if config.dataset == "cifar100" else 10)
+    shape = images.shape[1], images.shape[2], images.shape[3]
+    return Data(train, test, shape, 100 if config.dataset == "cifar100" else 10)
 
 
 _Splits = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -169,7 +177,7 @@ def _digits() -> _Splits:
     small = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
     images = F.interpolate(small, size=(28, 28), mode="bilinear")
     labels = torch.from_numpy(digits.target).long()
-    # The split is part of the data set: it does not follow --seed.
+    # The split is part of the data set, so it does not depend on --seed.
     train, test = train_test_split(
         torch.arange(len(labels)).numpy(), test_size=0.2, stratify=digits.target, random_state=0
     )
@@ -196,7 +204,7 @@ def _torchvision(config: RunConfig, download: bool) -> _Splits:
     for train in (True, False):
         try:
             split = kind(root, train=train, download=download)
-        except Exception as error:  # a missing, truncated or foreign file raises all sorts
+        except Exception as error:  # a missing, truncated or wrong file raises many types
             reason = str(error).split(". You can use")[0].strip().rstrip(".")
             raise UsageError(
                 f"--data-dir {config.data_dir!r} does not yield {config.dataset}: {reason}. "

@@ -1,4 +1,4 @@
-"""Where a run computes."""
+"""Choose and name the device of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .errors import UsageError
 
 
 def select_device(name: str) -> torch.device:
-    """The device of a --device option; UsageError for one that is unknown or not there."""
+    """Return the device of a --device option; raise UsageError if it is unknown or missing."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     accepted = "Accepted: auto, cpu, cuda or cuda:N."
@@ -24,5 +24,5 @@ def select_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What to call it in a summary."""
+    """Return the device's name for a summary: the GPU's model, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

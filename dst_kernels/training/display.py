@@ -1,4 +1,4 @@
-"""What a person sees: a live view on a terminal, plain lines elsewhere, tables at the end."""
+"""Show progress and results: a live view or plain lines while training, tables at the end."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ _REFRESHES_PER_SECOND = 8
 
 
 def percent(share: float, digits: int = 2) -> str:
+    """Return a share from 0 to 1 as a percentage."""
     return f"{100 * share:.{digits}f} %"
 
 
 def show_header(
     console: Console, config: RunConfig, weights: int, directory: Path, device: str
 ) -> None:
-    """One line on what is trained, one on where it is written."""
+    """Print one line on what is trained, and one on where the results go."""
     kind = "dense twin" if config.dense else f"alpha {config.alpha:g}"
     facts = [
         f"[bold]{config.model}[/] on [bold]{config.dataset}[/]",
@@ -59,7 +60,7 @@ def watch(
     steps: int,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Iterator[Observer]:
-    """Show training while it goes on: `steps` an epoch, `shapes` by layer name."""
+    """Show the progress of training, with `steps` per epoch and the weights' `shapes` by name."""
     if not console.is_terminal:
         yield _Lines(console, config)
         return
@@ -74,7 +75,7 @@ def watch(
 
 
 class _Lines(Observer):
-    """A line for every epoch, for logs and pipes."""
+    """Print a line for every epoch, for logs and pipes."""
 
     def __init__(self, console: Console, config: RunConfig) -> None:
         self.console, self.epochs = console, config.epochs
@@ -94,7 +95,7 @@ class _Lines(Observer):
 
 
 class _View(Observer):
-    """The live view; rich renders it again and again from its own thread."""
+    """Show a live view, which rich renders repeatedly from its own thread."""
 
     def __init__(
         self,
@@ -163,7 +164,7 @@ def _metrics_line(record: Record) -> Text:
 def show_result(
     console: Console, summary: Mapping[str, Any], report: SparsityReport | None, directory: Path
 ) -> None:
-    """The closing table of one run."""
+    """Print the final tables of one run."""
     if report is not None:
         console.print(_layer_table(report))
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -212,7 +213,7 @@ def _times_fewer(ratio: float) -> str:
 def show_comparison(
     console: Console, dense: Mapping[str, Any], sparse: Mapping[str, Any], directory: Path
 ) -> None:
-    """The twins side by side."""
+    """Print the results of the dense and the sparse twin, and their differences."""
     table = Table(box=SIMPLE_HEAD, header_style="dim")
     table.add_column("final epoch")
     for name in ("dense", "sparse", "difference"):

@@ -1,4 +1,4 @@
-"""The exceptions which the command line shows as a message instead of a traceback."""
+"""Define the errors that the command line shows as a message instead of a traceback."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Collection
 
 
 class UsageError(ValueError):
-    """Input the training command cannot work with; the message is written for its user.
+    """Report input that the training command cannot use.
 
-    It names the argument, what was given and what is accepted.
+    The message names the argument, what was given and what is accepted.
     """
 
     exit_code = 2
 
 
 class DivergedError(UsageError):
-    """The loss is no longer a number."""
+    """Report a loss that is infinite or NaN."""
 
     exit_code = 1
 

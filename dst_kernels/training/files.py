@@ -1,4 +1,4 @@
-"""What a run directory holds, by name, and how each file is written and read."""
+"""Name the files of a run directory, and read and write them."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ _LAYER = "remaining_ratio/"
 
 
 def holds_run(directory: Path) -> bool:
-    """Whether a run (or a comparison) has written into the directory before."""
+    """Return whether a run (or a comparison) has written into the directory before."""
     names = (CONFIG, METRICS, SUMMARY, MODEL, CHECKPOINT, COMPARISON, *TWINS)
     return any((directory / name).exists() for name in names)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write values as indented JSON."""
     text = json.dumps(values, indent=2) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def write_metrics(directory: Path, history: Sequence[Record]) -> None:
-    """Rewrite metrics.csv from the whole history; floats round-trip."""
+    """Write metrics.csv from the whole history; floats keep their exact values."""
     text = io.StringIO()
     layers = list(history[0]["layers"]) if history else []
     writer = csv.writer(text, lineterminator="\n")
@@ -51,7 +52,7 @@ def write_metrics(directory: Path, history: Sequence[Record]) -> None:
 
 
 def read_metrics(directory: Path) -> list[Record]:
-    """The history behind a metrics.csv."""
+    """Return the history that `write_metrics` wrote; raise UsageError if it is unreadable."""
     path = directory / METRICS
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -68,6 +69,7 @@ def read_metrics(directory: Path) -> list[Record]:
 
 
 def read_config(directory: Path) -> RunConfig:
+    """Return the configuration in config.json; raise UsageError if it is unreadable."""
     values = _read_json(directory / CONFIG)
     try:
         return RunConfig.from_dict(values)
@@ -76,6 +78,7 @@ def read_config(directory: Path) -> RunConfig:
 
 
 def read_summary(directory: Path) -> dict[str, Any]:
+    """Return the contents of summary.json; raise UsageError if it is unreadable."""
     return _read_json(directory / SUMMARY)
 
 

@@ -1,4 +1,4 @@
-"""The training loop, from the model's first weights to its last epoch."""
+"""Train a model, from its first weights to its last epoch."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from .models import build_model
 
 
 class Observer:
-    """Told what happens in training; does nothing by itself."""
+    """Receive the events of training; this base class ignores them."""
 
     def step(self) -> None:
-        """After every optimizer step."""
+        """Act after an optimizer step."""
 
     def epoch(self, record: Record) -> None:
-        """After every epoch, once it is saved."""
+        """Act after an epoch, once it is saved."""
 
 
 @dataclass
 class State:
-    """All that a run needs to go on as if it had never stopped.
+    """Hold all that a run needs to continue as if it had never stopped.
 
-    `rng` holds the states of torch's global generators, the one source of anything random.
+    `rng`: the states of torch's global generators, the only source of random numbers. `seconds`:
+    time spent training so far.
     """
 
     model: nn.Module
@@ -45,9 +46,9 @@ class State:
 
 
 def new_state(config: RunConfig, data: Data, device: torch.device) -> State:
-    """Make fresh weights and a fresh optimizer.
+    """Return newly initialised weights and a new optimizer.
 
-    Raises UsageError where torch has no kernels for the model in the dtype of --amp.
+    Raises UsageError if torch cannot run the model in the dtype of --amp.
     """
     torch.manual_seed(config.seed)
     model = build_model(config, data.shape, data.classes).to(device)
@@ -62,6 +63,7 @@ def new_state(config: RunConfig, data: Data, device: torch.device) -> State:
             threshold_lr=config.threshold_lr,
             threshold_weight_decay=config.threshold_weight_decay,
         )
+    optimizer: torch.optim.Optimizer
     if config.optimizer == "adam":
         optimizer = torch.optim.Adam(groups, lr=config.lr)
     else:
@@ -71,7 +73,7 @@ def new_state(config: RunConfig, data: Data, device: torch.device) -> State:
 
 @torch.no_grad()
 def _check_amp(model: nn.Module, config: RunConfig, data: Data, device: torch.device) -> None:
-    """Try a forward: on a CPU without AVX-512, for one, torch has no LSTM in bfloat16."""
+    """Try a forward: on a CPU without AVX-512, for example, torch has no LSTM in bfloat16."""
     if config.amp == "none":
         return
     training = model.training
@@ -94,11 +96,14 @@ def train(
     observer: Observer,
     save: Callable[[State], None],
 ) -> None:
-    """Train `state` to the last epoch, saving after each."""
+    """Train `state` to the last epoch, and save it after each.
+
+    Raises DivergedError if a loss becomes infinite or NaN.
+    """
     device = next(state.model.parameters()).device
     while len(state.history) < config.epochs:
         started = time.perf_counter()
-        _set_rng_states(state.rng)  # whatever was drawn since, by an observer or a twin
+        _set_rng_states(state.rng)  # an observer or the twin's training may have drawn numbers
         epoch = len(state.history)
         lr = _set_learning_rates(state.optimizer, config, epoch)
         train_loss = _train_epoch(state, config, data, observer)
@@ -129,9 +134,10 @@ def train(
 
 
 def _train_epoch(state: State, config: RunConfig, data: Data, observer: Observer) -> float:
-    """One pass over the training set; the mean cross-entropy (without the regulariser)."""
+    """Train for one epoch; return the mean cross-entropy (without the regulariser)."""
     state.model.train()
-    total, samples = 0.0, 0
+    total: Tensor | float = 0.0
+    samples = 0
     for images, labels in data.train.epoch(torch.default_generator):
         state.optimizer.zero_grad(set_to_none=True)
         with _precision(config, images.device):
@@ -149,7 +155,7 @@ def _train_epoch(state: State, config: RunConfig, data: Data, observer: Observer
 
 @torch.no_grad()
 def _evaluate(model: nn.Module, config: RunConfig, data: Data) -> tuple[float, float]:
-    """Mean loss and accuracy on the test set."""
+    """Return the mean loss and the accuracy (0 to 1) on the test set."""
     model.eval()
     loss: Tensor | float = 0.0
     correct: Tensor | int = 0
@@ -168,6 +174,7 @@ def _precision(config: RunConfig, device: torch.device) -> torch.autocast:
 
 
 def _set_learning_rates(optimizer: torch.optim.Optimizer, config: RunConfig, epoch: int) -> float:
+    """Set each group's learning rate for the epoch; return that of the weights."""
     decay = config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * decay

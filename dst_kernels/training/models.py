@@ -1,8 +1,12 @@
-"""Classifiers by name: the paper's networks, and every classifier of torchvision."""
+"""Build classifiers by name: the paper's networks, and every classifier of torchvision.
+
+The networks of this file take images [N, *shape] and return logits [N, classes].
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,7 +18,7 @@ from .errors import UsageError, require_one_of
 
 
 class LeNet300(nn.Module):
-    """LeNet-300-100: two hidden layers of 300 and 100 units."""
+    """Build LeNet-300-100: two hidden layers of 300 and 100 units."""
 
     def __init__(self, shape: tuple[int, int, int], classes: int) -> None:
         super().__init__()
@@ -29,7 +33,7 @@ class LeNet300(nn.Module):
 
 
 class LeNet5(nn.Module):
-    """LeNet-5 in Caffe's form: 20 and 50 filters of 5x5, then 500 units."""
+    """Build LeNet-5 as in Caffe: 20 and 50 filters of 5x5, then 500 units."""
 
     def __init__(self, shape: tuple[int, int, int], classes: int) -> None:
         super().__init__()
@@ -49,7 +53,7 @@ class LeNet5(nn.Module):
 
 
 class RowLSTM(nn.Module):
-    """Two LSTM layers that read an image row by row, and a linear layer on what is left at the end.
+    """Build two LSTM layers that read an image row by row, and a linear layer on the last output.
 
     The paper's LSTM-a has 128 units, LSTM-b 256.
     """
@@ -69,9 +73,10 @@ _VGG_16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512,
 
 
 class VGG(nn.Sequential):
-    """VGG for small images with batch norm; 0 among the layers' filters halves the image.
+    """Build a VGG with batch norm for small images.
 
-    By default the 13 convolutions of VGG-16 and two linear layers, for 32x32 images.
+    `layers` has the filters of each convolution, and 0 for a pooling that halves the image. The
+    default is VGG-16 for 32x32 images: 13 convolutions and two linear layers.
     """
 
     def __init__(
@@ -99,7 +104,10 @@ class VGG(nn.Sequential):
 
 
 class _WideBlock(nn.Module):
-    """Puts batch norm and ReLU before each of two 3x3 convolutions; 1x1 where the width changes."""
+    """Apply batch norm, ReLU and a 3x3 convolution twice, and add the input.
+
+    A 1x1 convolution adapts the input if the number of channels changes.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -118,7 +126,7 @@ class _WideBlock(nn.Module):
 
 
 class WideResNet(nn.Sequential):
-    """The wide ResNet for small images that is called WRN-`depth`-`width`."""
+    """Build the wide ResNet for small images that is known as WRN-`depth`-`width`."""
 
     def __init__(
         self, shape: tuple[int, int, int], classes: int, depth: int = 28, width: int = 8
@@ -135,7 +143,7 @@ class WideResNet(nn.Sequential):
         super().__init__(stem, *blocks, *norm, *head)
 
 
-_PAPERS = {
+_PAPERS: dict[str, Callable[..., nn.Module]] = {
     "lenet-300-100": LeNet300,
     "lenet-5": LeNet5,
     "lstm-a": functools.partial(RowLSTM, units=128),
@@ -148,7 +156,7 @@ _PAPERS = {
 
 
 def input_channels(name: str) -> int | None:
-    """The channels a model insists on, None where it takes any; UsageError for an unknown name."""
+    """Return the number of channels a model needs, None if any; raise UsageError for its name."""
     if name in _PAPERS:
         return None
     import torchvision.models as zoo
@@ -164,16 +172,17 @@ def input_channels(name: str) -> int | None:
 
 
 def build_model(config: RunConfig, shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """The configured model, on the CPU, with fresh weights from torch's global generator.
+    """Return the configured model on the CPU, with new weights from torch's global generator.
 
-    The dense twin gets the very weights which the sparse model starts from.
+    The dense twin gets the same weights as the sparse model. Raises UsageError if the model does
+    not exist or does not take images of this shape.
     """
     import dst_kernels
 
     input_channels(config.model)
     try:
         model = _dense_model(config.model, shape, classes)
-        with torch.no_grad():  # in eval mode, which leaves running statistics alone
+        with torch.no_grad():  # in eval mode, which does not change running statistics
             logits = model.eval()(torch.zeros(2, *shape))
         if logits.shape != (2, classes):
             raise ValueError(f"its output has shape {list(logits.shape)}")
@@ -204,14 +213,14 @@ def _dense_model(name: str, shape: tuple[int, int, int], classes: int) -> nn.Mod
 
     options: dict[str, object] = {}
     if name in ("googlenet", "inception_v3"):
-        options = {"aux_logits": False, "init_weights": True}  # one output, like all the others
+        options = {"aux_logits": False, "init_weights": True}  # a single output, as the others
     elif name.startswith("vit_"):
         options = {"image_size": shape[1]}
     return zoo.get_model(name, weights=None, num_classes=classes, **options)
 
 
 def load_model(directory: str | Path) -> nn.Module:
-    """The trained model of a finished run directory, on the CPU in eval mode."""
+    """Return the trained model of a finished run directory, on the CPU in eval mode."""
     from safetensors.torch import load_file
 
     from .files import MODEL, read_config, read_summary

@@ -1,11 +1,11 @@
-"""Pictures of runs. Figures are made without pyplot, so no display and no global state."""
+"""Draw pictures of runs, without pyplot: that needs neither a display nor global state."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
@@ -22,15 +22,15 @@ from matplotlib.ticker import (
 from .checkpoint import write_atomically
 from .files import Record
 
-_FEW = 8  # so many lines can be told apart by hue
-_MOST_NAMED = 27
+_FEW = 8  # at most so many lines get a hue each
+_MOST_NAMED = 27  # at most so many lines are in the legend
 _DARK, _GRAY = "#222222", "#767676"
 _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#999933", "#882255")
-_LEAST_SHOWN = 1e-4  # a layer with nothing left has no place on a log scale: it is drawn here
+_LEAST_SHOWN = 1e-4  # stands for 0, which a log scale cannot show
 
 
 class Curve(NamedTuple):
-    """One run in a plot of several."""
+    """Hold one run in a plot of several."""
 
     label: str
     history: Sequence[Record]
@@ -38,11 +38,11 @@ class Curve(NamedTuple):
 
 
 def plot_layer_ratios(path: Path, history: Sequence[Record], title: str) -> None:
-    """Every layer's remaining ratio against the epoch, and the model's."""
+    """Draw the remaining ratio of every layer, and of the model, over the epochs."""
     figure, axes = _figure(title, 1)
     names = list(history[0]["layers"])
     epochs = [record["epoch"] for record in history]
-    stride = -(-len(names) // _MOST_NAMED)  # of very many layers only some are named
+    stride = -(-len(names) // _MOST_NAMED)
     for index, (name, color) in enumerate(zip(names, _colors(len(names)), strict=True)):
         ratios = [record["layers"][name] for record in history]
         label = f"{name}  {_percent(ratios[-1])}" if index % stride == 0 else None
@@ -66,7 +66,7 @@ def plot_layer_ratios(path: Path, history: Sequence[Record], title: str) -> None
 
 
 def plot_accuracy_and_ratio(path: Path, history: Sequence[Record], title: str) -> None:
-    """Test accuracy above, remaining ratio below, on one epoch axis."""
+    """Draw the test accuracy, and below it the remaining ratio, over the epochs."""
     figure, axes = _figure(title, 2)
     epochs = [record["epoch"] for record in history]
     for axis, name, color in zip(
@@ -93,7 +93,7 @@ def plot_accuracy_and_ratio(path: Path, history: Sequence[Record], title: str) -
 
 
 def plot_thresholds(path: Path, thresholds: Mapping[str, np.ndarray], title: str) -> None:
-    """The distribution of each layer's thresholds, one row a layer, first layer on top."""
+    """Draw a histogram of each layer's thresholds, one row per layer, the first layer on top."""
     figure, (axis,) = _figure(title, 1, height=max(2.2 + 0.55 * len(thresholds), 3.6))
     finite = [values[np.isfinite(values)] for values in thresholds.values()]
     largest = max((values.max() for values in finite if len(values)), default=0.0)
@@ -123,7 +123,7 @@ def plot_thresholds(path: Path, thresholds: Mapping[str, np.ndarray], title: str
 
 
 def plot_runs(path: Path, curves: Sequence[Curve], title: str) -> None:
-    """Several runs: accuracy and ratio against the epoch, and one against the other at the end."""
+    """Draw accuracy and ratio of several runs over the epochs, and final accuracy over ratio."""
     figure = Figure(figsize=(12.5, 4.6), layout="constrained", dpi=140)
     figure.suptitle(title, x=0.01, ha="left", weight="bold")
     accuracy, ratio, end = figure.subplots(1, 3)
@@ -180,13 +180,14 @@ def _tidy(axis: Axes) -> None:
 
 
 def _colors(count: int) -> list[object]:
-    """Distinct hues for a few lines, an ordered scale for many."""
+    """Return distinct hues for a few lines, or an ordered scale for many."""
     if count <= _FEW:
         return list(_PALETTE[:count])
     return list(colormaps["viridis"](np.linspace(0, 0.92, count)))
 
 
-def _marker(epochs: Sequence[int]) -> dict[str, object]:
+def _marker(epochs: Sequence[int]) -> dict[str, Any]:
+    """Return the style of points, which only curves of at most three epochs have."""
     return {"marker": "o", "markersize": 4} if len(epochs) <= 3 else {}
 
 
@@ -223,7 +224,7 @@ def _log_percent(axis: XAxis | YAxis) -> None:
 
 
 def _accuracy_axis(axis: Axes, histories: Sequence[Sequence[Record]]) -> None:
-    """Leave the first climb out of the picture: what matters is the part after it."""
+    """Scale the axis to the accuracies after the first tenth of the epochs."""
     settled = [
         record["test_accuracy"] for history in histories for record in history[len(history) // 10 :]
     ]
@@ -236,7 +237,7 @@ def _accuracy_axis(axis: Axes, histories: Sequence[Sequence[Record]]) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    # The date that matplotlib would add is left out: equal runs draw equal files.
+    # Without matplotlib's own metadata equal runs give equal files.
     picture = io.BytesIO()
     figure.savefig(picture, format="png", metadata={"Software": None})
     write_atomically(path, lambda file: file.write(picture.getvalue()))

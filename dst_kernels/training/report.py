@@ -1,4 +1,4 @@
-"""Several runs in one table and one plot."""
+"""Compare several runs in one table and one plot."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .files import CONFIG, METRICS, SUMMARY, TWINS, Record, read_config, read_me
 
 
 class Run(NamedTuple):
-    """A run directory, finished or not, as far as it got."""
+    """Hold the contents of a run directory; `seconds` is None if the run is not finished."""
 
     directory: Path
     config: RunConfig
@@ -29,12 +29,15 @@ class Run(NamedTuple):
 
     @property
     def recipe(self) -> RunConfig:
-        """The configuration without the seed: runs of one recipe can be averaged."""
+        """Return the configuration with seed 0: runs with equal recipes can be averaged."""
         return dataclasses.replace(self.config, seed=0)
 
 
 def read_runs(directories: Iterable[Path]) -> list[Run]:
-    """Read run directories; a comparison counts as its two runs."""
+    """Read run directories; a comparison counts as its two runs.
+
+    Raises UsageError for a directory without a finished epoch.
+    """
     runs = []
     for directory in directories:
         twins = [directory / name for name in TWINS if (directory / name / CONFIG).is_file()]
@@ -57,7 +60,7 @@ def read_runs(directories: Iterable[Path]) -> list[Run]:
 
 
 def report(directories: Sequence[Path], plot: Path, console: Console) -> list[Run]:
-    """Print the table and draw the plot."""
+    """Print the table, draw the plot and return the runs; raises what `read_runs` does."""
     from . import plots
 
     runs = read_runs(directories)
@@ -74,7 +77,7 @@ def report(directories: Sequence[Path], plot: Path, console: Console) -> list[Ru
 
 
 def _table(runs: Sequence[Run]) -> Table:
-    # What all runs share is said once, above the table: lines are short on a terminal.
+    # A model and data set that all runs share go above the table: terminals are narrow.
     subjects = {f"{run.config.model} on {run.config.dataset}" for run in runs}
     shared = len(subjects) == 1
     table = Table(
@@ -122,7 +125,7 @@ def _table(runs: Sequence[Run]) -> Table:
 
 
 def _over_seeds(runs: Sequence[Run]) -> dict[RunConfig, list[Record]]:
-    """The last epochs of finished runs which differ in the seed alone."""
+    """Return, by recipe, the last epochs of finished runs that differ only in the seed."""
     groups: dict[RunConfig, dict[int, Record]] = {}
     for run in runs:
         if len(run.history) == run.config.epochs:

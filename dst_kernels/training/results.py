@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: model, plots and summary."""
+"""Write the results of a finished run: model, plots and summary."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ from .loop import State
 def write_results(
     config: RunConfig, directory: Path, data: Data, state: State
 ) -> tuple[dict[str, Any], dst_kernels.SparsityReport | None]:
-    """Write the model, the plots and, last of all, the summary: it marks a finished run."""
+    """Write the model, the plots and, last, the summary, which marks the run as finished.
+
+    Return the summary and, for a sparse model, the report.
+    """
     from safetensors.torch import save
 
     tensors = {name: value.cpu().contiguous() for name, value in state.model.state_dict().items()}
@@ -85,7 +88,7 @@ def write_results(
 
 
 def write_comparison(directory: Path) -> dict[str, Any]:
-    """Write what the two finished twins in `directory` amount to, as numbers and as a plot."""
+    """Write and return the comparison of the two finished twins in `directory`, and plot it."""
     dense, sparse = (read_summary(directory / name) for name in TWINS)
     comparison = {
         "accuracy_difference": sparse["test_accuracy"] - dense["test_accuracy"],
@@ -100,17 +103,18 @@ def write_comparison(directory: Path) -> dict[str, Any]:
 
 
 def weights_by_layer(model: nn.Module) -> dict[str, MaskedWeight]:
-    """The masked weights of a model under the names that the report has; {} if dense."""
+    """Return a model's masked weights by the names in the report; {} for a dense model."""
     dense = not any(isinstance(module, MaskedModule) for module in model.modules())
     return {} if dense else dict(named_masked_weights(model))
 
 
 def thresholds_by_layer(model: nn.Module) -> dict[str, Tensor]:
-    """Their threshold parameters."""
+    """Return a model's threshold parameters by the names in the report."""
     return {name: part.threshold for name, part in weights_by_layer(model).items()}
 
 
 def count_parameters(model: nn.Module) -> int:
+    """Return the number of elements in all parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 

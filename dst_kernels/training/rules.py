@@ -1,4 +1,4 @@
-"""What a value may be: in words, as a test, and as it is read from the command line."""
+"""Define which values an option accepts: in words, as a test, and how to read them from text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 
 
 class Rule(NamedTuple):
-    """`parse` may raise ValueError; what it returns must still hold."""
+    """Hold the words, the test and the parser of a rule.
+
+    `parse` may raise ValueError; what it returns must still pass `holds`.
+    """
 
     accepted: str
     holds: Callable[[Any], bool]
@@ -17,7 +20,7 @@ class Rule(NamedTuple):
 
 
 def integer(least: int, most: int | None = None) -> Rule:
-    """Integers from `least` on."""
+    """Accept integers from `least` to `most` (None: no limit)."""
 
     def holds(value: Any) -> bool:
         is_integer = isinstance(value, int) and not isinstance(value, bool)
@@ -28,7 +31,7 @@ def integer(least: int, most: int | None = None) -> Rule:
 
 
 def number(accepted: str, inside: Callable[[float], bool]) -> Rule:
-    """Finite numbers for which `inside` is true."""
+    """Accept finite numbers for which `inside` is true."""
 
     def holds(value: Any) -> bool:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -38,7 +41,7 @@ def number(accepted: str, inside: Callable[[float], bool]) -> Rule:
 
 
 def or_none(rule: Rule) -> Rule:
-    """None, written "none", as well."""
+    """Accept None, written "none", and what `rule` accepts."""
     return Rule(
         f"{rule.accepted}, or none",
         lambda value: value is None or rule.holds(value),

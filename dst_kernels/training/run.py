@@ -1,4 +1,4 @@
-"""A run from its configuration to its finished directory: start, resume, compare."""
+"""Start, resume and compare runs: from a configuration to a finished directory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _FOLDER = "Accepted: a new or empty folder where you may write."
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C in a run which can go on: says what is kept and how to resume."""
+    """Report Ctrl-C in a run that can be resumed: what is kept, and how to continue."""
 
     def __init__(self, directory: Path, finished: int, epochs: int) -> None:
         kept = f"{finished} of {epochs} epochs are kept" if finished else "no epoch was finished"
@@ -47,11 +47,11 @@ class Interrupted(KeyboardInterrupt):
 def start(
     config: RunConfig, out: Path | None, console: Console, *, download: bool = False
 ) -> dict[str, Any]:
-    """Train one model into a new directory; returns its summary."""
+    """Train one model into a new directory and return its summary; raises UsageError."""
     _refuse_old_run(out)
     data = _load(config, download)
     state = new_state(config, data, select_device(config.device))
-    # Only now, when nothing in the input can be wrong any more, is anything written.
+    # All input is checked by now, so that wrong input leaves no directory behind.
     directory = _new_directory(config.preset, out)
     return _run(config, directory, data, state, console, directory)
 
@@ -59,14 +59,14 @@ def start(
 def compare(
     config: RunConfig, out: Path | None, console: Console, *, download: bool = False
 ) -> dict[str, Any]:
-    """Train the dense twin and the sparse model into a new directory; returns the comparison."""
+    """Train the dense twin and the sparse model into a new directory; return the comparison."""
     _refuse_old_run(out)
     data = _load(config, download)
     configs = {name: dataclasses.replace(config, dense=name == "dense") for name in TWINS}
     device = select_device(config.device)
     states = {name: new_state(twin, data, device) for name, twin in configs.items()}
     directory = _new_directory(config.preset, out)
-    for name, twin in configs.items():  # both at once: a comparison is resumed from these
+    for name, twin in configs.items():  # both before training: resuming needs both
         (directory / name).mkdir()
         write_json(directory / name / CONFIG, twin.to_dict())
     for name, twin in configs.items():
@@ -77,7 +77,7 @@ def compare(
 def resume(
     directory: Path, console: Console, *, epochs: int | None = None, device: str | None = None
 ) -> dict[str, Any]:
-    """Go on with an interrupted run or comparison, or lengthen a finished one."""
+    """Continue an interrupted run or comparison, or train a finished one for more epochs."""
     if all((directory / name / CONFIG).is_file() for name in TWINS):
         for name in TWINS:
             _resume_one(directory / name, console, epochs, device, directory)
@@ -99,7 +99,7 @@ def _resume_one(
         checkpoint = load_checkpoint(directory / CHECKPOINT)
         finished = len(checkpoint["history"])
         _refuse_edited(directory, config, RunConfig.from_dict(checkpoint["config"]))
-    given = {"epochs": epochs, "device": device}
+    given: dict[str, Any] = {"epochs": epochs, "device": device}
     config = dataclasses.replace(
         config, **{name: value for name, value in given.items() if value is not None}
     )
@@ -122,7 +122,7 @@ def _resume_one(
     state = new_state(config, data, select_device(config.device))
     if checkpoint is not None:
         try:
-            # Masked layers also take a dense model's weights; here a missing threshold is damage.
+            # Masked layers also load dense checkpoints, but here a missing threshold is damage.
             if set(checkpoint["model"]) != set(state.model.state_dict()):
                 raise ValueError("it holds other parameters.")
             state.model.load_state_dict(checkpoint["model"])
@@ -141,7 +141,7 @@ def _resume_one(
 def _run(
     config: RunConfig, directory: Path, data: Data, state: State, console: Console, root: Path
 ) -> dict[str, Any]:
-    """Train, then write the results; `root` is what --resume takes after an interrupt."""
+    """Train, write the results and return the summary; `root` is the folder for --resume."""
 
     def save(state: State) -> None:
         contents = {
@@ -185,7 +185,7 @@ def _show_comparison(directory: Path, console: Console) -> dict[str, Any]:
 
 
 def _load(config: RunConfig, download: bool = False) -> Data:
-    # The model's name first: it is checked in no time, the data may have to be fetched.
+    # Check the model's name first: that takes no time, but the data may need a download.
     channels = input_channels(config.model)
     return load_data(config, select_device(config.device), channels, download)
 
@@ -199,7 +199,7 @@ def _refuse_old_run(out: Path | None) -> None:
 
 
 def _refuse_edited(directory: Path, config: RunConfig, trained: RunConfig) -> None:
-    """What was trained so far must fit what is asked for now."""
+    """Raise UsageError if config.json differs from the configuration that was trained."""
     was, now = trained.to_dict(), config.to_dict()
     for name in sorted(set(was) - {"epochs", "device"}):
         if now[name] != was[name]:
@@ -210,7 +210,7 @@ def _refuse_edited(directory: Path, config: RunConfig, trained: RunConfig) -> No
 
 
 def _new_directory(preset: str, out: Path | None) -> Path:
-    """Make the run's directory; a default name that is taken gets a number."""
+    """Make and return the run's directory; a default name that exists gets a number."""
     try:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
