@@ -133,7 +133,7 @@ _SIZES = {1: "L", 2: "H, W", 3: "D, H, W"}
 
 
 def _conv(spatial: int) -> Callable[..., Tensor]:
-    """Make `masked_conv{spatial}d`."""
+    """Return the function `masked_conv{spatial}d`."""
 
     def masked_conv(
         input: Tensor,
@@ -178,7 +178,7 @@ masked_conv3d = _conv(3)
 
 
 def _conv_transpose(spatial: int) -> Callable[..., Tensor]:
-    """Make `masked_conv_transpose{spatial}d`."""
+    """Return the function `masked_conv_transpose{spatial}d`."""
 
     def masked_conv_transpose(
         input: Tensor,

@@ -42,15 +42,14 @@ def deferrable_pairs(model: nn.Module, optimized: Container[int]) -> list[Pair]:
         if not isinstance(layer, MaskedLayer) or not layer._parameters.keys() >= _NAMES:
             continue
         weight, threshold = layer._parameters["weight"], layer._parameters["threshold"]
-        layers = users[id(weight)]
+        layers = [each for each in users[id(weight)] if isinstance(each, MaskedLayer)]
         if id(weight) in pairs or id(weight) not in optimized or not weight.requires_grad:
             continue
         if (
             layer.masking.granularity == "row"
             and layer.rows_first
             and _rows_are_whole(weight)
-            and all(isinstance(each, MaskedLayer) for each in layers)
-            and users[id(threshold)] == layers
+            and users[id(weight)] == users[id(threshold)] == layers
             and alike(layers)
         ):
             pairs[id(weight)] = Pair(weight, threshold, tuple(layers))

@@ -45,6 +45,7 @@ class DSTAdamW(DeferredOptimizer):
         super().__init__(model, params, defaults, bucket_mb, backend)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return a state dict that `torch.optim.AdamW` can load, too."""
         state_dict = super().state_dict()
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             # With it, torch.optim also keeps the step counts on the GPU after loading.
@@ -52,6 +53,7 @@ class DSTAdamW(DeferredOptimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class or of `torch.optim.AdamW`."""
         super().load_state_dict(state_dict)
         for parameter, state in self.state.items():
             if "step" in state:

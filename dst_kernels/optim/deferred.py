@@ -1,4 +1,4 @@
-"""Share between DSTSGD and DSTAdamW: the choice of layers, the step, its state and clipping."""
+"""Implement what DSTSGD and DSTAdamW share: the choice of layers, the step, its state, clipping."""
 
 from __future__ import annotations
 
@@ -188,6 +188,7 @@ class DeferredOptimizer(Optimizer):
         self._forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, and take over the layers whose weights are in it."""
         if isinstance(param_group, dict):  # otherwise torch raises its own error
             self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
@@ -210,7 +211,7 @@ class DeferredOptimizer(Optimizer):
         self._batches: list[Batch] = []
 
     def _hypers(self) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
-        """Return hypers, rates and alphas: two rows a group, for weights and for thresholds."""
+        """Return hypers, rates and alphas: two rows per group, for weights and for thresholds."""
         rows: list[list[float]] = []
         rates: list[Tensor | None] = []
         alphas: list[Tensor | None] = []

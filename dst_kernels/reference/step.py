@@ -117,6 +117,7 @@ class _Run:
         self._grad_scale, self._found_inf, self._clip = (*given, None)[:3]
 
     def settings(self, i: int) -> Sequence[int]:
+        """Return the SETTINGS integers of segment `i`."""
         return self._settings[i * SETTINGS : (i + 1) * SETTINGS]
 
     def _hyper(self, row: int) -> _Hyper | None:
@@ -154,7 +155,7 @@ class _Run:
         return grad if self._grad_scale is None else grad / self._grad_scale
 
     def _final(self, grad: Tensor | None, parameter: Tensor, hyper: _Hyper | None) -> Tensor | None:
-        """Return the gradient with the regulariser's added, and clipped."""
+        """Return the gradient plus that of the regulariser, clipped."""
         if hyper is not None and hyper.alpha is not None:
             slope = sparse_regularization_and_slope(parameter)[1]
             grad = _plus(grad, hyper.alpha * slope)
@@ -164,6 +165,7 @@ class _Run:
         self, i: int, weight: Tensor, grad: Tensor, threshold: Tensor, threshold_grad: Tensor,
         masked: Tensor, kept: Tensor, update_weight: Callable, update_threshold: Callable,
     ) -> None:  # fmt: skip
+        """Update threshold and weight of segment `i`, then its W * M; the rule is the caller's."""
         weight_row, threshold_row, _, _, collapsed, *_ = self.settings(i)
         of_weight, of_threshold = self.gradients(i, weight, grad, threshold, threshold_grad)
         if of_threshold is not None:
@@ -176,7 +178,7 @@ class _Run:
     def _mask(
         self, weight: Tensor, threshold: Tensor, masked: Tensor, kept: Tensor, collapsed: int
     ) -> None:
-        """Write W * M under the new threshold, after the guard has had its chance to reset it."""
+        """Write W * M under the new threshold, which is 0 where the layer has collapsed."""
         count = _kept(weight, threshold)
         effective = torch.where(count <= collapsed, torch.zeros_like(threshold), threshold)
         self._write(masked, masked_weight(weight, effective, None, masked.dtype)[0])
@@ -191,6 +193,7 @@ class _Run:
         target.copy_(value)
 
     def sgd(self, parameter: Tensor, grad: Tensor, buffer: Tensor, first: int, h: _Hyper) -> None:
+        """Apply SGD with momentum, as in torch: a first step has no dampening."""
         momentum, dampening, nesterov = h.rest
         grad = -grad if h.maximize else grad
         old = parameter.to(grad.dtype)
@@ -204,6 +207,7 @@ class _Run:
     def adamw(
         self, parameter: Tensor, grad: Tensor, state: tuple[Tensor, Tensor, Tensor], h: _Hyper
     ) -> None:
+        """Apply AdamW (Loshchilov & Hutter, ICLR 2019); `state`: both averages and the count."""
         average, square, step = state
         beta1, beta2, eps = h.rest
         grad = -grad if h.maximize else grad
