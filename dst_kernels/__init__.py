@@ -21,7 +21,7 @@ from .model import (
     sparsify_,
     sparsity_report,
 )
-from .nn import group_, ungroup_, weights_unchanged
+from .nn import group_, mask_parameter_, ungroup_, weights_unchanged
 
 __version__ = _version("dst_kernels")
 
@@ -34,6 +34,7 @@ __all__ = [
     "finalize_",
     "functional",
     "group_",
+    "mask_parameter_",
     "nn",
     "optim",
     "parameter_groups",

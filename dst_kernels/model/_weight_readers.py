@@ -28,18 +28,54 @@ _EXEMPT = (nn.TransformerEncoderLayer,)
 
 
 def bypassed_layers(model: nn.Module) -> dict[nn.Module, str]:
-    """Each such layer with the reason to skip it."""
+    """Return each layer that must stay dense as its parent reads and writes weights, and why."""
     reasons = {}
     for parent in model.modules():
-        if isinstance(parent, _EXEMPT):
+        write = None if isinstance(parent, _EXEMPT) else what_writes_its_weight(type(parent))
+        if write is None:
             continue
         for path in _weights_read(type(parent)):
             child: object = parent
             for name in path:
                 child = getattr(child, name, None)
-            if isinstance(child, nn.Module):
-                reasons[child] = f"{type(parent).__name__} reads its weight without calling it"
+            if path and isinstance(child, nn.Module):
+                kind = type(parent).__name__
+                reasons[child] = f"{kind} reads its weight without calling it, and has {write}"
     return reasons
+
+
+def is_reader(module: nn.Module) -> bool:
+    """Whether the forward of a module may compute with the weights of modules below it."""
+    cls = type(module)
+    if isinstance(module, _EXEMPT) or not any(True for _ in module.children()):
+        return False
+    return _mentions_weights(cls) and what_writes_its_weight(cls) is None
+
+
+@functools.cache
+def _mentions_weights(cls: type[nn.Module]) -> bool:
+    """Whether a forward asks for weights by name, and not only for their shape or dtype."""
+    for code in _reached(cls):
+        for name, following in itertools.pairwise([*_attributes(code), ""]):
+            if _is_weight(name) and following not in _HARMLESS:
+                return True
+    return False
+
+
+@functools.cache
+def calls_linear(cls: type[nn.Module]) -> bool:
+    """Whether a forward that is not torch's hands `self.weight` to `linear`."""
+    names = {name for code in _reached(cls) for name in code.co_names}
+    return {"linear", "weight"} <= names
+
+
+def _attributes(code: CodeType) -> list[str]:
+    """Return the attributes that are loaded or stored, in their order."""
+    return [
+        instruction.argval
+        for instruction in dis.get_instructions(code)
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR")
+    ]
 
 
 @functools.cache
@@ -52,12 +88,7 @@ def reads_a_weight(cls: type[nn.Module], method: str) -> bool:
 def what_writes_its_weight(cls: type[nn.Module]) -> str | None:
     """Return `self.weight.data` or `self.weight.clamp_` if a forward that is not torch's has it."""
     for code in _reached(cls):
-        names = [
-            instruction.argval
-            for instruction in dis.get_instructions(code)
-            if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR")
-        ]
-        for name, following in itertools.pairwise([*names, ""]):
+        for name, following in itertools.pairwise([*_attributes(code), ""]):
             in_place = following.endswith("_") and not following.startswith("_")
             if name == "weight" and (following == "data" or in_place):
                 return f"self.weight.{following}"

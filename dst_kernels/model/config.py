@@ -1,4 +1,4 @@
-"""How `sparsify_` converts a model."""
+"""Choose how `sparsify_` converts a model."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from ..nn import MaskOptions
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparsifyConfig:
-    """Options of the masked layers, and which layers stay dense.
+    """Hold the options of the masked layers, and say which layers stay dense.
 
     granularity, reset_ratio, surrogate, structure_gradient, backend, path: see `nn.MaskedLinear`.
     skip_first, skip_last: leave the first, the last convertible layer dense, in the order of
         `model.named_modules()`.
     skip_depthwise: leave convolutions dense in which every input channel is its own group.
     min_numel: leave layers with fewer weights dense.
+    parameters: also mask parameters of modules that have no masked twin, by themselves: attention's
+        projections, experts, routers, cells, bilinear and parametrized layers.
+    embeddings: with `parameters`, also mask embeddings, one threshold for each entry.
 
-    The defaults are the paper's: every linear and convolutional layer is masked.
+    The defaults are the paper's: every linear and convolutional layer is masked. Raises ValueError
+    or TypeError for a value that an option cannot have.
     """
 
     granularity: str = "row"
@@ -32,6 +36,8 @@ class SparsifyConfig:
     skip_last: bool = False
     skip_depthwise: bool = False
     min_numel: int = 0
+    parameters: bool = True
+    embeddings: bool = False
 
     def __post_init__(self) -> None:
         check_options(self.mask_options())
@@ -40,21 +46,21 @@ class SparsifyConfig:
 
     @classmethod
     def paper(cls, **changes: Any) -> SparsifyConfig:
-        """Everything masked, thresholds per neuron or filter: the defaults, by name."""
+        """Return the paper's choice, which is the default: all masked, a threshold per row."""
         return cls(**changes)
 
     @classmethod
     def careful(cls, **changes: Any) -> SparsifyConfig:
-        """Dense where sparsity saves little and costs accuracy first.
+        """Return a choice that leaves layers dense where sparsity saves little but costs accuracy.
 
-        That is the first and the last layer, depthwise convolutions and layers of under 1024
-        weights.
+        These are the first and the last layer, depthwise convolutions and layers with fewer than
+        1024 weights.
         """
         careful = {"skip_first": True, "skip_last": True, "skip_depthwise": True, "min_numel": 1024}
         return cls(**{**careful, **changes})
 
     def mask_options(self) -> MaskOptions:
-        """Return the options of the masked layers, as their `masking` has them."""
+        """Return the options of the masked layers, as in their attribute `masking`."""
         return MaskOptions(**{name: getattr(self, name) for name in MaskOptions._fields})
 
     def layer_options(self) -> dict[str, Any]:
@@ -62,12 +68,12 @@ class SparsifyConfig:
         return self.mask_options()._asdict()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SparsifyConfig:
-        """The inverse of `to_dict`; ValueError names keys it does not know."""
+        """Return the configuration that `to_dict` described; raise ValueError for unknown keys."""
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"values has unknown keys: {', '.join(unknown)}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from ..nn import (
     MaskedConv1d,
@@ -26,10 +26,18 @@ from ..nn import (
     MaskedRNN,
     MaskOptions,
 )
-from ..nn.in_place import mask_module_, masked_class, unmask_module_
+from ..nn.in_place import let_read_, mask_module_, masked_class, unmask_module_
+from ..nn.parameters import MaskedParameters, mask_parameters_, threshold_name
+from ..nn.reading import Readable
 from ..ops.dtensor import is_dtensor
+from ._masked_by_parameter import layouts_of
 from ._transformer_encoder import avoid_fast_path
-from ._weight_readers import bypassed_layers, reads_a_weight, what_writes_its_weight
+from ._weight_readers import (
+    bypassed_layers,
+    is_reader,
+    reads_a_weight,
+    what_writes_its_weight,
+)
 from .config import SparsifyConfig
 
 logger = logging.getLogger(__name__)
@@ -129,7 +137,11 @@ def sparsify_(
     done: list[MaskedModule] = []
     try:
         for module in chosen:
-            done.append(mask_module_(module, _masked_type(module), config.mask_options()))
+            layouts = layouts_of(module, config)
+            if layouts:
+                done.append(mask_parameters_(module, layouts, config.mask_options()))
+            else:
+                done.append(mask_module_(module, _masked_type(module), config.mask_options()))
     except Exception:  # all or nothing
         for module in done:
             unmask_module_(module)
@@ -138,6 +150,7 @@ def sparsify_(
         for part in module.masked_weights():
             shared = thresholds.setdefault(id(part.weight), part.threshold)
             setattr(module, part.threshold_name, shared)
+    _let_forwards_read_(model)
     avoid_fast_path(model)
     for layer in plan.layers:
         if layer.action == "convert" and layer.reason:
@@ -158,7 +171,7 @@ def _plan(
     bypassed = bypassed_layers(model)
     reasons: dict[nn.Module, str] = {}
     for _, module in named:
-        reason = bypassed.get(module) or _cannot_convert(module, config.path)
+        reason = bypassed.get(module) or _cannot_convert(module, config)
         if reason:
             reasons[module] = reason
     able = [module for _, module in named if module not in reasons]
@@ -169,13 +182,13 @@ def _plan(
                 reasons[module] = reason
     owners = _owners_of_parameters(model)  # including those that were never candidates
     if config.granularity == "row":
-        reasons.update(_with_rows_elsewhere(named, reasons))
+        reasons.update(_with_rows_elsewhere(named, reasons, config))
     for _, module in named:
         if module not in reasons:
             dense = [
                 owner_name
-                for weight in _weights(module)
-                for owner_name, owner in owners[id(weight)]
+                for weight in _weights(module, config)
+                for owner_name, owner in owners.get(id(weight), ())
                 if owner in reasons and not isinstance(owner, MaskedModule)
             ]
             if dense:
@@ -190,7 +203,7 @@ def _plan(
                 type=type(module).__name__,
                 shape=_shape(module),
                 action=action,
-                reason="" if masked else reasons.get(module) or _warning(module),
+                reason="" if masked else reasons.get(module) or _warning(module, config),
             )
         )
     chosen = [module for _, module in named if module not in reasons]
@@ -198,7 +211,7 @@ def _plan(
 
 
 def _with_rows_elsewhere(
-    named: list[tuple[str, nn.Module]], reasons: dict[nn.Module, str]
+    named: list[tuple[str, nn.Module]], reasons: dict[nn.Module, str], config: SparsifyConfig
 ) -> dict[nn.Module, str]:
     """Layers that share a weight, rows of which for one are not rows for another: why they stay.
 
@@ -207,11 +220,13 @@ def _with_rows_elsewhere(
     owners: dict[int, list[tuple[str, nn.Module, object]]] = {}
     for name, module in named:
         if module not in reasons or isinstance(module, MaskedModule):
-            masked = type(module) if isinstance(module, MaskedModule) else _masked_type(module)
+            masked = type(module)
+            if not isinstance(module, MaskedModule):
+                masked = MaskedParameters if layouts_of(module, config) else _masked_type(module)
             rows = "first"
             if not masked.rows_first:
                 rows = masked._rows, getattr(module, "groups", 1)
-            for weight in _weights(module):
+            for weight in _weights(module, config):
                 owners.setdefault(id(weight), []).append((name, module, rows))
     return {
         module: f"shares its weight with {other}, for which its rows lie elsewhere"
@@ -226,6 +241,8 @@ def _has_weights(module: nn.Module) -> bool:
     """Whether the module itself, not a child, owns something a mask could be put on."""
     if isinstance(module, LazyModuleMixin) or is_parametrized(module):
         return True
+    if isinstance(module, ParametrizationList):  # belongs to the module that it computes for
+        return False
     return any(p is not None and p.dim() >= 2 for p in module._parameters.values())
 
 
@@ -248,14 +265,19 @@ def _base(module: nn.Module) -> type[nn.Module] | None:
     return None
 
 
-def _weight_names(module: nn.Module) -> list[str]:
+def _weight_names(module: nn.Module, config: SparsifyConfig) -> list[str]:
     """Of what is masked in a module or would be in its twin."""
+    if isinstance(module, MaskedModule):
+        return [part.name for part in module.masked_weights()]
+    layouts = layouts_of(module, config)
+    if layouts:
+        return list(layouts)
     flat = module._flat_weights_names if isinstance(module, nn.RNNBase) else ["weight"]
     return [name for name in flat if name.startswith("weight")]
 
 
-def _weights(module: nn.Module) -> list[Tensor]:
-    return [getattr(module, name) for name in _weight_names(module)]
+def _weights(module: nn.Module, config: SparsifyConfig) -> list[Tensor]:
+    return [getattr(module, name) for name in _weight_names(module, config)]
 
 
 def _masked_type(module: nn.Module) -> type[MaskedModule]:
@@ -267,18 +289,19 @@ def _masked_type(module: nn.Module) -> type[MaskedModule]:
     return MaskedTransformersConv1D
 
 
-def _cannot_convert(module: nn.Module, path: str) -> str | None:
+def _cannot_convert(module: nn.Module, config: SparsifyConfig) -> str | None:
     """Why there is no masked layer that would compute the same, or None."""
     if isinstance(module, MaskedModule):
         return "masked already"
     if isinstance(module, LazyModuleMixin):
         return "has no weights yet: run a forward before converting"
-    if is_parametrized(module):
+    kind, base, layouts = type(module), _base(module), layouts_of(module, config)
+    if is_parametrized(module) and not layouts:
         return "is parametrized: its weight is computed, not stored"
-    base = _base(module)
-    if base is None and _qualified(type(module)) != _TRANSFORMERS_CONV1D:
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and not layouts:
+        return "is an embedding: masked with SparsifyConfig(embeddings=True), unless it is sparse"
+    if not layouts and base is None and _qualified(type(module)) != _TRANSFORMERS_CONV1D:
         return f"there is no masked {type(module).__name__}"
-    kind = type(module)
     if isinstance(module, nn.RNNBase) and reads_a_weight(kind, "forward"):
         return f"is a {base.__name__} with a forward of its own that reads weights"
     if kind.__call__ is not nn.Module.__call__ and reads_a_weight(kind, "__call__"):
@@ -288,22 +311,23 @@ def _cannot_convert(module: nn.Module, path: str) -> str | None:
         return f"has {write} in a forward of its own, where only the masked weight could be reached"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
-    for name in _weight_names(module):
-        weight = module._parameters.get(name)
+    for name in _weight_names(module, config):
+        weight = getattr(module, name) if layouts else module._parameters.get(name)
         if weight is None:
             return f"its {name} is not a parameter"
         if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             return f"its {name} is {weight.dtype}"
         if is_dtensor(weight):
             return "is sharded already: convert before fully_shard"
-    masked = _masked_type(module)
+    masked, names = (MaskedParameters if layouts else _masked_type(module)), tuple(layouts)
+    path = config.path
     if path not in masked.accepted_paths:
         return f"has no path {path!r}, only {' and '.join(masked.accepted_paths)}"
     try:
-        masked_class(kind, masked)
+        masked_class(kind, masked, names=names)
     except Exception as error:  # whatever a metaclass or __init_subclass__ of the user's raises
         return f"is of a class from which none can be derived ({error})"
-    in_the_way = [name for name in _names_needed(module, masked) if hasattr(module, name)]
+    in_the_way = [n for n in _names_needed(module, masked, config) if hasattr(module, n)]
     if in_the_way:
         return f"has an attribute {in_the_way[0]!r} of its own, a name that masked layers need"
     return None
@@ -311,22 +335,28 @@ def _cannot_convert(module: nn.Module, path: str) -> str | None:
 
 # What a masked module has for its user, but does not need: a user's own go before these.
 _CONVENIENT = {
-    "mask", "remaining_ratio", "gathered", "reset_threshold", "from_dense", "to_dense",
+    "mask", "remaining_ratio", "gathered", "reset_threshold", "reset_parameters", "from_dense",
+    "to_dense",
     *MaskOptions._fields,
 }  # fmt: skip
 
 
-def _names_needed(module: nn.Module, masked: type[MaskedModule]) -> list[str]:
+def _names_needed(
+    module: nn.Module, masked: type[MaskedModule], config: SparsifyConfig
+) -> list[str]:
     """Attributes by which a masked module works, its Parameters first."""
-    thresholds = [name.replace("weight", "threshold") for name in _weight_names(module)]
+    thresholds = [
+        threshold_name(name) if masked is MaskedParameters else name.replace("weight", "threshold")
+        for name in _weight_names(module, config)
+    ]
     own = {n for c in masked.__mro__ if issubclass(c, MaskedModule) for n in vars(c)}
-    others = own - _CONVENIENT - set(dir(masked.dense_type))
+    others = own - _CONVENIENT - {"weight"} - set(dir(masked.dense_type))
     return [*thresholds, "masking", *sorted(n for n in others if not n.startswith("__"))]
 
 
-def _warning(module: nn.Module) -> str:
+def _warning(module: nn.Module, config: SparsifyConfig) -> str:
     """What goes wrong in training a layer that can be converted, or nothing."""
-    for weight in _weights(module):
+    for weight in _weights(module, config):
         unknown = weight.is_meta or isinstance(weight, FakeTensor) or weight.numel() == 0
         if not unknown and not weight.any():
             return (
@@ -351,12 +381,27 @@ def _unwanted(
     groups = getattr(module, "groups", 1)
     if config.skip_depthwise and groups > 1 and groups == module.in_channels:
         return "skip_depthwise"
-    size = sum(weight.numel() for weight in _weights(module))
+    size = sum(weight.numel() for weight in _weights(module, config))
     if size < config.min_numel:
         return f"min_numel: {size} < {config.min_numel} weights"
     if filter_fn is not None and not filter_fn(module, name):
         return "filter_fn"
     return None
+
+
+def _let_forwards_read_(model: nn.Module) -> None:
+    """Let every forward that may read the weights of modules below it find the masked ones."""
+    for module in list(model.modules()):
+        if is_reader(module):
+            reads = [
+                (below, part.name)
+                for below in module.modules()
+                if below is not module and isinstance(below, MaskedModule)
+                for part in below.masked_weights()
+                if isinstance(getattr(type(below), part.name, None), Readable)
+            ]
+            if reads:
+                let_read_(module, reads)
 
 
 def _owners_of_parameters(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:

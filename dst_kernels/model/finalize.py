@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn import MaskedModule, ungroup_
-from ..nn.in_place import unmask_module_, why_not_unmasked
+from ..nn.in_place import stop_reading_, unmask_module_, why_not_unmasked
 from ._transformer_encoder import restore_fast_path
 
 FORMATS = ("dense",)
@@ -19,8 +19,10 @@ def finalize_(model: nn.Module, format: str = "dense") -> nn.Module:
     on. Outputs stay the same (bit for bit in float32 on the reference path). Weights that layers
     share stay shared. A model without masked layers comes back as it is.
 
-    Raises ValueError for a format other than "dense", RuntimeError for sharded, parametrized and
-    computed weights, and then changes nothing.
+    A parametrization that was there before `sparsify_` ends here: its result is baked in.
+
+    Raises ValueError for a format other than "dense", RuntimeError for sharded weights and for
+    those that a parametrization or a hook computes since conversion, and then changes nothing.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, but is {format!r}")
@@ -42,14 +44,26 @@ def _without_masks(model: nn.Module, bake: bool) -> nn.Module:
         reason = why_not_unmasked(module)
         if reason is not None:
             raise RuntimeError(f"{name or 'the model'} ({type(module).__name__}): {reason}")
+    computed: list[tuple[nn.Module, str, Tensor]] = []  # by parametrizations, which end here
     if bake:
         weights = {id(part.weight): part for m in masked.values() for part in m.masked_weights()}
         with torch.no_grad():
             for part in weights.values():
-                part.weight.copy_(part.baked())
+                baked = part.baked()
+                if part.name in part.module._parameters:
+                    part.weight.copy_(baked)
+                else:
+                    computed.append((part.module, part.name, baked))
     for module in list(model.modules()):
         ungroup_(module)
     for module in masked.values():
         unmask_module_(module)
+    for module in list(model.modules()):
+        stop_reading_(module)
+    for module, name, baked in computed:
+        # Not `remove_parametrizations`: it takes the property from the class, which copies share.
+        module.__class__ = type(module).__bases__[0]
+        del module._modules["parametrizations"]
+        module.register_parameter(name, nn.Parameter(baked))
     restore_fast_path(model)
     return model

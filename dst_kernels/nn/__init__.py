@@ -10,6 +10,7 @@ from .conv_transpose import (
 from .layer import MaskedLayer
 from .linear import MaskedLinear
 from .module import MaskedModule
+from .parameters import mask_parameter_
 from .recurrent import MaskedGRU, MaskedLSTM, MaskedRNN
 from .switches import group_, ungroup_, weights_unchanged
 
@@ -29,6 +30,7 @@ __all__ = [
     "MaskedModule",
     "MaskedRNN",
     "group_",
+    "mask_parameter_",
     "ungroup_",
     "weights_unchanged",
 ]

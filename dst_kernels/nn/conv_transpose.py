@@ -51,7 +51,7 @@ class _MaskedConvTranspose(MaskedLayer):
             )
         )
 
-    def _weight_to_compute_with(self, weight: Tensor) -> Tensor:
+    def _weight_to_compute_with(self, name: str, weight: Tensor) -> Tensor:
         dtype = weight.dtype
         return self._masked(
             lambda weight, threshold, *how: autograd.masked_conv_transpose_weight(

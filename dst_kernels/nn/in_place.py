@@ -10,44 +10,66 @@ from __future__ import annotations
 
 import types
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..ops.dtensor import is_dtensor
-from .own_forward import members_for_own_forward
+from .reading import members_for_reading
 
 if TYPE_CHECKING:
     from ..autograd import MaskOptions
     from .module import MaskedModule
 
 
+_COMPUTING = ("forward", "_conv_forward", "_output_padding")
+
+
 def masked_class(
-    dense: type[nn.Module], masked: type[MaskedModule], own: frozenset[str] = frozenset()
+    dense: type[nn.Module],
+    masked: type[MaskedModule],
+    own: frozenset[str] = frozenset(),
+    names: tuple[str, ...] = (),
 ) -> type[MaskedModule]:
     """Return the class of a masked `dense`, a subclass of what `masked` replaces.
 
-    `own` names the module's Parameters, buffers and children that hide a convenience of ours.
+    `own` names the module's Parameters, buffers and children that hide a convenience of ours,
+    `names` the Parameters that are masked where the module's own forward reads them.
     """
-    if dense is masked.dense_type and not own:
+    if dense is masked.dense_type and not own and not names:
         return masked
-    for known in dense.__subclasses__():
-        members = known.__dict__
-        if members.get("dense_class") is dense and members.get("_own") == own:
-            return known
+    if any(getattr(dense, m, None) is not getattr(masked.dense_type, m, None) for m in _COMPUTING):
+        names = names or masked.own_reads
+    members = {name: property(partial(_own_attribute, name)) for name in own}
     bases = (masked,) if dense is masked.dense_type else (dense, masked)
+    return _derived(dense, bases, (masked, own, names), members)
+
+
+def reading_class(dense: type[nn.Module]) -> type[nn.Module]:
+    """Return a class like `dense` whose forward reads the masked weights of its children."""
+    return _derived(dense, (dense,), (None, frozenset(), ()), {})
+
+
+def _derived(dense: type, bases: tuple, made_for: tuple, members: dict[str, Any]) -> type:
+    for known in dense.__subclasses__():
+        if known.__dict__.get("dense_class") is dense and known.__dict__.get("_for") == made_for:
+            return known
+    masked, _, names = made_for
+    prefix = "" if masked is None else "Masked"
+    if masked is None or names:
+        members = {**members_for_reading(dense, names), **members}
     members = {
-        "_own": own,
+        "_for": made_for,
         "__module__": dense.__module__,
-        "__qualname__": f"Masked{dense.__qualname__}",
+        "__qualname__": prefix + dense.__qualname__,
         "__doc__": dense.__doc__,
         "__reduce_ex__": _reduce,
-        **members_for_own_forward(dense, masked),
-        **{name: property(partial(_own_attribute, name)) for name in own},
+        **members,
     }
-    name = f"Masked{dense.__name__}"
-    made = types.new_class(name, bases, exec_body=lambda body: body.update(members))
+    made = types.new_class(
+        prefix + dense.__name__, bases, exec_body=lambda body: body.update(members)
+    )
     made.dense_class = dense  # last: one that `__init_subclass__` has refused is never found
     return made
 
@@ -58,25 +80,30 @@ def _own_attribute(name: str, module: nn.Module) -> object:
 
 def _reduce(self, protocol):
     """Copy and pickle without the class, which no module has by name."""
-    twin = next(c for c in type(self).__mro__ if "dense_type" in c.__dict__)
-    return _rebuilt, (self.dense_class, twin, self._own), self.__getstate__()
+    state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+    made_from = next(c for c in type(self).__mro__ if "_for" in c.__dict__)
+    return _rebuilt, (self.dense_class, *made_from._for), state
 
 
-def _rebuilt(*arguments) -> nn.Module:
-    return object.__new__(masked_class(*arguments))
+def _rebuilt(dense: type, masked: type | None, *rest) -> nn.Module:
+    made = reading_class(dense) if masked is None else masked_class(dense, masked, *rest)
+    return object.__new__(made)
 
 
 def mask_module_(
-    module: nn.Module, masked: type[MaskedModule], options: MaskOptions
+    module: nn.Module,
+    masked: type[MaskedModule],
+    options: MaskOptions,
+    names: tuple[str, ...] = (),
 ) -> MaskedModule:
     """Make a dense module a masked one, in place, with thresholds of 0; returns it.
 
     Raises what the constructor of `masked` does, and then leaves the module as it was.
     """
     dense = type(module)
-    owned = {*module._parameters, *module._buffers, *module._modules}
+    owned = {*module._parameters, *module._buffers, *module._modules} - {"weight", *names}
     own = frozenset(name for name in owned if hasattr(masked, name) and not hasattr(dense, name))
-    module.__class__ = masked_class(dense, masked, own)
+    module.__class__ = masked_class(dense, masked, own, names)
     try:
         module._init_masking(options)
     except Exception:
@@ -98,7 +125,7 @@ def unmask_module_(module: MaskedModule) -> nn.Module:
         deferral.release([module])
     for part in module.masked_weights():
         del module._parameters[part.threshold_name]
-    for name in ("masking", "_deferral", "_sharded_thresholds"):
+    for name in ("masking", "_deferral", "_sharded_thresholds", "_is_read", "_reads", "_layouts"):
         module.__dict__.pop(name, None)
     module.__class__ = module.dense_class
     if isinstance(module, nn.RNNBase):
@@ -113,17 +140,39 @@ def why_not_unmasked(module: MaskedModule) -> str | None:
             "a sharded layer cannot be made dense: gather the state dict and load it into an "
             "unsharded model first"
         )
-    if is_parametrized(module):
+    if is_parametrized(module) and not _was_parametrized(module):
         return (
             "a parametrized layer cannot be made dense: call "
             "torch.nn.utils.parametrize.remove_parametrizations on it first"
         )
-    if any(part.name not in module._parameters for part in module.masked_weights()):
+    stored = module._parameters
+    if not _was_parametrized(module) and any(p.name not in stored for p in module.masked_weights()):
         return (
             "a layer whose weight is computed cannot be made dense: call "
             "torch.nn.utils.prune.remove (or what else undoes it) on it first"
         )
     return None
+
+
+def _was_parametrized(module: MaskedModule) -> bool:
+    """Whether a module was masked when a parametrization computed its weight already."""
+    names = [part.name for part in module.masked_weights()]
+    return any(isinstance(getattr(module.dense_class, name, None), property) for name in names)
+
+
+def let_read_(module: nn.Module, reads: list[tuple[nn.Module, str]]) -> None:
+    """Let the forward of a module find masked weights where it reads these attributes."""
+    if not hasattr(type(module), "_own_reads"):
+        module.__class__ = reading_class(type(module))
+    module.__dict__["_reads"] = reads
+    for read, _ in reads:
+        read.__dict__["_is_read"] = True
+
+
+def stop_reading_(module: nn.Module) -> None:
+    """Give a module that only reads masked weights its former class back."""
+    if module.__dict__.pop("_reads", None) is not None:
+        module.__class__ = module.dense_class
 
 
 def shallow_copy(module: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import autograd
 from .. import functional as F
 from .module import MaskedModule
+from .reading import Readable
 from .sources import Deferral, attached_weight, copies_of, source_of
 from .sources.stamp import stamp
 from .weight import MaskedWeight
@@ -24,6 +25,8 @@ class MaskedLayer(MaskedModule):
         masking: the options, which can also be read and set by their own names.
     """
 
+    own_reads = ("weight",)
+    weight = Readable("weight")
     _deferral: Deferral | None = None
     _is_replica = False  # DataParallel sets it
 
@@ -70,7 +73,7 @@ class MaskedLayer(MaskedModule):
             self._deferral.forward_commits_nothing(self)
         return result
 
-    def _weight_to_compute_with(self, weight: Tensor) -> Tensor:
+    def _weight_to_compute_with(self, name: str, weight: Tensor) -> Tensor:
         """Return W * M in the weight's own dtype, for a forward of the user's own."""
         attached = attached_weight(self, weight)
         if attached is not None and attached.dtype == weight.dtype:

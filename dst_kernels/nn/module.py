@@ -35,6 +35,7 @@ class MaskedModule:
         dense_class: what the module becomes without masks: `dense_type`, or a subclass of it.
         accepted_paths: that its products can take.
         rows_first: whether weights are stored with one output after the other.
+        own_reads: the weights that a forward of a user's subclass may read.
     """
 
     masking: MaskOptions
@@ -42,6 +43,8 @@ class MaskedModule:
     dense_class: ClassVar[type[nn.Module]]
     accepted_paths: ClassVar[tuple[str, ...]] = PATHS
     rows_first: ClassVar[bool] = True
+    own_reads: ClassVar[tuple[str, ...]] = ()
+    _own_reads: ClassVar[frozenset[str]] = frozenset()
 
     # By name, those that FSDP2 keeps sharded.
     _sharded_thresholds: Mapping[str, Tensor] = MappingProxyType({})
@@ -96,21 +99,24 @@ class MaskedModule:
 
     def _new_threshold(self, part: MaskedWeight, options: MaskOptions) -> nn.Parameter:
         weight = part.weight
-        rows = self._rows(weight)
+        rows = part.rows(weight)
         shape = {
-            "row": [rows.shape[0]],
+            "row": weight.shape[:1] + rows.view(part.matrices, -1, *rows.shape[1:]).shape[1:2]
+            if part.experts
+            else rows.shape[:1],
             "layer": [part.matrices],  # never 0-dim: FSDP2 shards no scalars
             "element": weight.shape,
         }[options.granularity]
         dtype = torch.promote_types(weight.dtype, torch.float32)
         threshold = nn.Parameter(torch.zeros(shape, dtype=dtype, device=weight.device))
-        one = rows.chunk(part.matrices)[0], self._rows(threshold).chunk(part.matrices)[0]
+        one = rows.chunk(part.matrices)[0], part.rows(threshold).chunk(part.matrices)[0]
         check_effective_threshold(*one, options.reset_ratio)
         return threshold
 
     def reset_parameters(self) -> None:
         """Weights and biases as the parent does, thresholds to 0."""
-        super().reset_parameters()
+        if hasattr(super(), "reset_parameters"):
+            super().reset_parameters()
         if "masking" in self.__dict__:  # the parent's __init__ calls this before there are any
             MaskedModule.reset_threshold(self)
 

@@ -10,9 +10,13 @@ from torch import Tensor
 
 from .. import functional as F
 from ..ops.dtensor import full_tensor
+from .reading import stored_weight
 
 if TYPE_CHECKING:
     from .module import MaskedModule
+
+
+OUT_IN, TRANSPOSED = "out, in", "in, out"
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,19 +27,20 @@ class MaskedWeight:
         name, threshold_name: of the module's Parameters.
         matrices: how many lie in the weight, one after the other along its rows; the collapse
             guard sees each of them by itself.
+        experts: "" for a weight with one output after the other along dimension 0; OUT_IN or
+            TRANSPOSED for matrices [experts, out, in] or [experts, in, out].
     """
 
     module: MaskedModule
     name: str = "weight"
     threshold_name: str = "threshold"
     matrices: int = 1
+    experts: str = ""
 
     @property
     def weight(self) -> Tensor:
         """The weight as it is stored, or as a parametrization computes it."""
-        module = self.module
-        stored = module._parameters.get(self.name, module.__dict__.get(self.name))
-        return getattr(self.module, self.name) if stored is None else stored
+        return stored_weight(self.module, self.name)
 
     @property
     def threshold(self) -> Tensor:
@@ -43,8 +48,24 @@ class MaskedWeight:
 
     def gathered(self) -> tuple[Tensor, Tensor]:
         """(weight, threshold), output rows first, whole where FSDP2 keeps them sharded."""
-        rows = self.module._rows
-        return rows(full_tensor(self.weight)), rows(full_tensor(self.threshold))
+        return self.rows(full_tensor(self.weight)), self.rows(full_tensor(self.threshold))
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Return a weight or threshold with one output after the other along dimension 0."""
+        if not self.experts:
+            return self.module._rows(tensor)
+        if tensor.dim() == 3 and self.experts == TRANSPOSED:
+            tensor = tensor.transpose(1, 2)
+        return tensor.flatten(0, 1) if tensor.dim() > 1 else tensor
+
+    def back(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Return what `rows` made of a tensor shaped as `like` in that shape again."""
+        if not self.experts:
+            return self.module._rows(rows)
+        if like.dim() == 3 and self.experts == TRANSPOSED:
+            experts, columns, outputs = like.shape
+            return rows.view(experts, outputs, columns).transpose(1, 2)
+        return rows.view(like.shape)
 
     def effective(self) -> tuple[Tensor, Tensor]:
         """As `gathered`, with the effective threshold."""
@@ -60,14 +81,14 @@ class MaskedWeight:
         """A threshold for each row where there is one for each matrix, else as it is."""
         if self.matrices == 1 or threshold.numel() != self.matrices:
             return threshold
-        return threshold.repeat_interleave(self.weight.shape[0] // self.matrices)
+        return threshold.repeat_interleave(len(self.rows(self.weight)) // self.matrices)
 
     @torch.no_grad()
     def mask(self) -> Tensor:
         """Boolean tensor of the weight's shape, True where a weight is kept; no synchronisation."""
         weight, threshold = self.effective()
         mask = F.threshold_mask(weight, self.each_row(threshold), reset_ratio=None)
-        return self.module._rows(mask)
+        return self.back(mask, self.weight)
 
     @torch.no_grad()
     def baked(self) -> Tensor:
@@ -75,4 +96,4 @@ class MaskedWeight:
         weight, threshold = self.effective()
         masked = F.masked_weight(weight, self.each_row(threshold), reset_ratio=None)
         # `_rows` may have lost the layout.
-        return torch.empty_like(self.weight).copy_(self.module._rows(masked))
+        return torch.empty_like(self.weight).copy_(self.back(masked, self.weight))

@@ -53,7 +53,7 @@ def test_the_plan_is_what_happens(config):
         layer.name: layer.shape for layer in again.layers
     }
     skipped = {layer.name: layer.reason for layer in plan.layers if layer.action == "skip"}
-    assert "2.1" in skipped and "2.2.out_proj" in skipped
+    assert "2.1" in skipped
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_the_plan_prints_a_table():
     assert len(lines) == len(plan_sparsify(build()).layers) + 1
     assert lines[0].split() == ["skip", "0", "Conv2d", "8x3x3x3", "skip_first"]
     assert "3" in lines[-2] and "2x8" in lines[-2]
-    assert lines[-1] == "2 layers to convert, 0 masked already, 4 skipped"
-    assert plan_sparsify(build()).summary() == "3 layers to convert, 0 masked already, 3 skipped"
+    assert lines[-1] == "4 layers to convert, 0 masked already, 2 skipped"
+    assert plan_sparsify(build()).summary() == "5 layers to convert, 0 masked already, 1 skipped"
     assert str(plan_sparsify(nn.ReLU())) == "0 layers to convert, 0 masked already, 0 skipped"
     assert "(root)" in str(plan_sparsify(nn.Linear(2, 2)))
 

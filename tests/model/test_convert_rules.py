@@ -21,6 +21,7 @@ from dst_kernels.nn import (
     MaskedLinear,
     MaskedModule,
 )
+from dst_kernels.nn.find import named_masked_weights
 
 
 def reasons(model, *args, **kwargs):
@@ -67,8 +68,8 @@ def test_a_root_that_is_itself_a_layer():
     assert [layer.name for layer in dst_kernels.plan_sparsify(linear).layers] == [""]
 
 
-def test_weights_of_other_modules():
-    model = nn.ModuleDict(
+def others():
+    return nn.ModuleDict(
         {
             "embedding": nn.Embedding(4, 2),
             "bag": nn.EmbeddingBag(4, 2),
@@ -77,10 +78,19 @@ def test_weights_of_other_modules():
             "norm": nn.BatchNorm2d(2),
         }
     )
-    found = reasons(model)
+
+
+def test_weights_of_other_modules():
+    found = reasons(others())
+    assert set(found) == {"embedding", "bag"} and "embeddings=True" in found["bag"]
+    model = others()
+    dst_kernels.sparsify_(model, dst_kernels.SparsifyConfig(embeddings=True))
+    names = {name for name, _ in named_masked_weights(model)}
+    assert names == {f"{n}.weight" for n in ("embedding", "bag", "bilinear")} | {
+        "cell.weight_ih", "cell.weight_hh"
+    }  # fmt: skip
+    found = reasons(others(), dst_kernels.SparsifyConfig(parameters=False))
     assert set(found) == {"embedding", "bag", "bilinear", "cell"}
-    for name, reason in found.items():
-        assert type(model[name]).__name__ in reason
 
 
 class OwnForward(nn.Linear):
@@ -129,9 +139,9 @@ def weight_is_a_plain_tensor():
 @pytest.mark.parametrize(
     "build, reason",
     [
-        (lambda: parametrizations.weight_norm(nn.Linear(3, 3)), "parametrized"),
-        (lambda: parametrizations.orthogonal(nn.Linear(3, 3)), "parametrized"),
-        (lambda: torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 3, 1)), "parametrized"),
+        (lambda: parametrizations.weight_norm(nn.LSTM(3, 3), "weight_hh_l0"), "parametrized"),
+        (lambda: parametrizations.weight_norm(nn.ConvTranspose1d(3, 3, 1)), "parametrized"),
+        (lambda: nn.Embedding(3, 3), "embedding"),
         (weight_computed_by_a_hook, "not a parameter"),
         (lambda: prune.random_unstructured(nn.Linear(3, 3), "weight", 0.5), "not a parameter"),
         (weight_is_a_plain_tensor, "not a parameter"),
@@ -191,50 +201,20 @@ def test_a_subclass_without_a_forward_of_its_own_converts():
     assert model[0].weight is weight
 
 
-def test_multihead_attention_stays_dense():
-    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "after": nn.Linear(4, 4)})
-    found = reasons(model)
-    assert set(found) == {"attention", "attention.out_proj"}
-    assert "without calling it" in found["attention.out_proj"]
-    assert isinstance(model["after"], MaskedLinear)
-
-
-def test_a_subclass_of_multihead_attention_stays_dense_too():
+def test_attention_is_masked_by_parameter():
     class Mine(nn.MultiheadAttention):
-        pass
+        def forward(self, *args):
+            return super().forward(*args, need_weights=False)[0]
 
-    assert "out_proj" in reasons(Mine(4, 2))
-
-
-def test_swin_attention_stays_dense():
-    swin = pytest.importorskip("torchvision.models.swin_transformer")
-    for block in (swin.SwinTransformerBlock, swin.SwinTransformerBlockV2):
-        model = block(8, 2, window_size=[2, 2], shift_size=[0, 0]).eval()
-        found = reasons(model)
-        for name in ("attn.qkv", "attn.proj"):
-            assert "without calling it" in found[name]
-        assert isinstance(model.mlp[0], MaskedLinear)
-        if block is swin.SwinTransformerBlockV2:
-            assert isinstance(model.attn.cpb_mlp[0], MaskedLinear), "this one is called"
-        model(torch.randn(1, 4, 4, 8))
-
-
-@pytest.mark.parametrize(
-    "name, options",
-    [
-        ("timm.models.beit.Attention", {}),
-        ("timm.models.eva.EvaAttention", {"qk_norm": True, "norm_layer": nn.LayerNorm}),
-        ("timm.models.swin_transformer_v2.WindowAttention", {}),
-    ],
-)
-def test_timm_attention_that_reads_weights(name, options):
-    pytest.importorskip("timm")
-    module_name, _, class_name = name.rpartition(".")
-    cls = getattr(__import__(module_name, fromlist=[class_name]), class_name)
-    model = cls(*((8, (2, 2), 2) if class_name == "WindowAttention" else (8, 2)), **options)
-    found = reasons(model)
-    assert "without calling it" in found["qkv"]
-    assert isinstance(model.proj, MaskedLinear)
+    model = nn.ModuleDict({"attention": Mine(4, 2), "after": nn.Linear(4, 4)})
+    assert not reasons(model)
+    found = {name for name, _ in named_masked_weights(model)}
+    assert found == {"attention.in_proj_weight", "attention.out_proj", "after"}
+    assert isinstance(model["attention"], Mine)
+    plan = dst_kernels.plan_sparsify(
+        nn.MultiheadAttention(4, 2), dst_kernels.SparsifyConfig(parameters=False)
+    )
+    assert plan.named("convert") == ["out_proj"] and "no masked" in plan.layers[0].reason
 
 
 def test_filter_fn_sees_each_candidate_with_its_full_name():

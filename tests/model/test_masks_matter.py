@@ -11,7 +11,7 @@ import functools
 import pytest
 import torch
 from torch import nn
-from zoo import EXAMPLES, masked_layers, settle
+from zoo import EXAMPLES, masked_weights, settle
 
 import dst_kernels
 
@@ -139,21 +139,21 @@ def test_every_mask_matters(build):
     settle(model, input, 1)
 
     def output(training):
-        torch.manual_seed(2)  # dropout and stochastic depth
+        torch.manual_seed(3)  # dropout and stochastic depth
         return model.train(training)(input)
 
     # Training changes the statistics that evaluation uses, so it comes first here, last below.
     dense = {training: output(training) for training in (True, False)}
     dst_kernels.sparsify_(model, CONFIG)
-    layers = masked_layers(model)
-    assert layers
+    weights = masked_weights(model)
+    assert weights
     for training in (False, True):
         unpruned = output(training)
         torch.testing.assert_close(unpruned, dense[training], rtol=1e-4, atol=1e-5)
         ignored = []
-        for name, layer in layers.items():
-            layer.reset_threshold(1e9)
+        for name, part in weights.items():
+            part.threshold.fill_(1e9)
             if torch.equal(output(training), unpruned):
                 ignored.append(name)
-            layer.reset_threshold()
+            part.threshold.zero_()
         assert not ignored, training

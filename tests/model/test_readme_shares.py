@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from dst_kernels import plan_sparsify
+from dst_kernels import sparsify_
+from dst_kernels.nn.find import named_masked_weights
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -46,14 +47,9 @@ def rows() -> list[tuple[str, str, float]]:
 
 
 def masked_share(model: nn.Module) -> float:
-    modules = dict(model.named_modules())
-    masked = {
-        id(parameter): parameter.numel()
-        for layer in plan_sparsify(model).named("convert")
-        for name, parameter in modules[layer].named_parameters(recurse=False)
-        if name.startswith("weight")
-    }
-    return sum(masked.values()) / sum(parameter.numel() for parameter in model.parameters())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    parts = named_masked_weights(sparsify_(model))
+    return sum({id(part.weight): part.weight.numel() for _, part in parts}.values()) / total
 
 
 def test_the_table_is_found():

@@ -1,13 +1,16 @@
-"""Layers whose parent computes with their weight stay dense; other uses do not matter."""
+"""What a parent reads of its layers is masked while its forward runs."""
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from zoo import prune_half
 
 import dst_kernels
 from dst_kernels.nn import MaskedLinear
@@ -103,6 +106,20 @@ class Property(Parent):
         return self.b(F.linear(x, self.matrix))
 
 
+class Loop(nn.Module):
+    """Reads through a container, which no look at the code could follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+        self.a = self.layers[0]
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = F.linear(x, layer.weight, layer.bias).tanh()
+        return x
+
+
 class Alias(Parent):
     def forward(self, x):
         first = self.a
@@ -123,6 +140,7 @@ READS = [
     Grandchild,
     Property,
     Alias,
+    Loop,
 ]
 
 
@@ -156,16 +174,41 @@ class ReadsOnlyBias(Parent):
 
 
 @pytest.mark.parametrize("cls", READS, ids=lambda cls: cls.__name__)
-def test_stays_dense(cls):
-    model = cls()
-    prefix = "inner." if cls is Grandchild else ""
-    plan = dst_kernels.plan_sparsify(model)
-    assert plan.named("convert") == [f"{prefix}b"]
-    (skipped,) = [layer for layer in plan.layers if layer.action == "skip"]
-    assert cls.__name__ in skipped.reason and "without calling it" in skipped.reason
+def test_what_a_parent_reads_is_masked(cls):
+    torch.manual_seed(0)
+    model, x = cls(), torch.randn(2, 3)
+    dense = model(x)
+    kind = type(model)
+    assert not dst_kernels.plan_sparsify(model).named("skip")
     dst_kernels.sparsify_(model)
-    assert type(model.get_submodule(f"{prefix}a")) is nn.Linear
-    model(torch.randn(2, 3))
+    assert isinstance(model, kind) and torch.equal(model(x), dense)
+    prune_half(model)
+    layer = (model.inner if cls is Grandchild else model).a
+    assert layer.weight is layer._parameters["weight"], "outside of a forward: the Parameter"
+    output = model(x)
+    output.square().sum().backward()
+    assert layer.threshold.grad.any() and layer.weight.grad.any()
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert torch.equal(twin(x), output)
+    final = dst_kernels.finalize_(copy.deepcopy(model))
+    assert type(final) is kind and torch.equal(final(x), output) and not torch.equal(output, dense)
+    assert type(dst_kernels.densify_(model)) is kind and torch.equal(model(x), dense)
+
+
+class Writes(Parent):
+    """Limits a weight that it also reads."""
+
+    def forward(self, x):
+        self.a.weight.data.clamp_(-0.1, 0.1)
+        return self.b(F.linear(x, self.a.weight))
+
+
+def test_what_a_parent_reads_and_writes_stays_dense():
+    model = Writes()
+    (skipped,) = [p for p in dst_kernels.plan_sparsify(model).layers if p.action == "skip"]
+    assert skipped.name == "a" and "self.weight.data" in skipped.reason
+    dst_kernels.sparsify_(model)(torch.ones(2, 3))
+    assert model.a.weight.abs().max() <= 0.1
 
 
 @pytest.mark.parametrize(
@@ -175,12 +218,3 @@ def test_is_masked(cls):
     model = dst_kernels.sparsify_(cls())
     assert isinstance(model.a, MaskedLinear) and isinstance(model.b, MaskedLinear)
     model(torch.randn(2, 3))
-
-
-def test_attention_with_a_forward_on_top():
-    class Mine(nn.MultiheadAttention):
-        def forward(self, query, key, value):
-            return super().forward(query, key, value, need_weights=False)[0]
-
-    model = dst_kernels.sparsify_(Mine(4, 2, batch_first=True))
-    assert not isinstance(model.out_proj, MaskedLinear)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dst_kernels.nn import MaskedLayer
+from dst_kernels.nn.find import named_masked_weights
+from dst_kernels.nn.weight import MaskedWeight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +137,7 @@ def tokens() -> Tensor:
 
 EXAMPLES = {
     "resnet18": Example("resnet18", resnet18, image(32), 21),
-    "torchvision_vit": Example("torchvision_vit", torchvision_vit, image(16), 6),
+    "torchvision_vit": Example("torchvision_vit", torchvision_vit, image(16), 10),
     "mobilenet_v3_small": Example("mobilenet_v3_small", mobilenet_v3_small, image(32), 54),
     "timm_convnext": Example("timm_convnext", timm_convnext, image(32), 20),
     "gpt2": Example("gpt2", Gpt2, tokens, 8, exact=False),
@@ -146,13 +148,18 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, MaskedLayer)}
 
 
+def masked_weights(model: nn.Module) -> dict[str, MaskedWeight]:
+    return dict(named_masked_weights(model))
+
+
 @torch.no_grad()
 def prune_half(model: nn.Module) -> None:
     """Every row's threshold to the median of its weights' magnitudes."""
-    for layer in masked_layers(model).values():
-        rows, _ = layer.gathered()
-        median = rows.abs().flatten(1).median(1).values
-        layer.threshold.copy_(median if layer.threshold.shape == median.shape else median.mean())
+    for part in masked_weights(model).values():
+        rows, _ = part.gathered()
+        median, threshold = rows.abs().flatten(1).median(1).values, part.threshold
+        fits = threshold.numel() == median.numel()
+        threshold.copy_(median.view(threshold.shape) if fits else median.mean())
 
 
 @torch.no_grad()

@@ -86,6 +86,7 @@ def test_public_names():
         "finalize_",
         "functional",
         "group_",
+        "mask_parameter_",
         "nn",
         "optim",
         "parameter_groups",
@@ -127,6 +128,7 @@ def test_public_names():
         "MaskedModule",
         "MaskedRNN",
         "group_",
+        "mask_parameter_",
         "ungroup_",
         "weights_unchanged",
     ]

@@ -1,0 +1,61 @@
+"""Which modules have parameters to mask that no layer of ours takes: by their type, no guesses."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from ..nn.parameters import Layout
+from ..nn.weight import OUT_IN, TRANSPOSED
+from ._weight_readers import calls_linear
+from .config import SparsifyConfig
+
+_ROWS = Layout()
+_NAMES: dict[type[nn.Module], dict[str, Layout]] = {
+    nn.MultiheadAttention: {
+        "in_proj_weight": Layout(3),  # q, k and v
+        **dict.fromkeys(("q_proj_weight", "k_proj_weight", "v_proj_weight"), _ROWS),
+    },
+    nn.Bilinear: {"weight": _ROWS},
+    nn.LSTMCell: {"weight_ih": Layout(4), "weight_hh": Layout(4)},
+    nn.GRUCell: {"weight_ih": Layout(3), "weight_hh": Layout(3)},
+    nn.RNNCell: {"weight_ih": _ROWS, "weight_hh": _ROWS},
+}
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase)
+_PARAMETRIZED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def layouts_of(module: nn.Module, config: SparsifyConfig) -> dict[str, Layout]:
+    """Return the parameters of a module that are masked by themselves, and how they lie."""
+    if not config.parameters:
+        return {}
+    if is_parametrized(module):
+        weight = list(module.parametrizations) == ["weight"] and isinstance(module, _PARAMETRIZED)
+        return {"weight": _ROWS} if weight else {}
+    for kind, names in _NAMES.items():
+        if isinstance(module, kind):
+            return _present(module, names)
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return {"weight": _ROWS} if config.embeddings and not module.sparse else {}
+    if type(module).__module__.startswith("torch."):
+        return {}
+    transposed = getattr(module, "is_transposed", None)
+    if isinstance(transposed, bool):  # how transformers marks a module of experts
+        order = TRANSPOSED if transposed else OUT_IN
+        return {
+            name: Layout(len(parameter), order)
+            for name, parameter in module._parameters.items()
+            if parameter is not None and parameter.dim() == 3 and name.endswith("_proj")
+        }
+    weight = module._parameters.get("weight")
+    if isinstance(module, _LAYERS):  # which become masked layers
+        return {}
+    if weight is not None and weight.dim() == 2 and calls_linear(type(module)):
+        return {"weight": _ROWS}  # a router, say: `F.linear(x, self.weight)`
+    return {}
+
+
+def _present(module: nn.Module, names: dict[str, Layout]) -> dict[str, Layout]:
+    return {
+        name: layout for name, layout in names.items() if module._parameters.get(name) is not None
+    }
