@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from . import autograd, ops, reference
-from .autograd import MaskOptions
+from .autograd import MaskOptions, check_options
+from .ops.checks import check_effective_threshold
 from .ops.dtensor import is_dtensor, sum_over_shards
 
 __all__ = [
@@ -41,6 +42,15 @@ __all__ = [
 ]
 
 
+def _checked(*options) -> MaskOptions:
+    """The autograd functions leave that to who makes options."""
+    options = MaskOptions(*options)
+    # The compiler may take the ratio for a variable; there the ops check it.
+    compiling = torch.compiler.is_compiling()
+    check_options(options._replace(reset_ratio=None) if compiling else options)
+    return options
+
+
 def effective_threshold(
     weight: Tensor,
     threshold: Tensor,
@@ -54,6 +64,8 @@ def effective_threshold(
     has no gradient, and needs no synchronisation with the device.
     """
     weight, threshold = weight.detach(), threshold.detach()
+    if not torch.compiler.is_compiling():  # there the op's own check serves
+        check_effective_threshold(weight, threshold, reset_ratio)
     return ops.call(ops.effective_threshold, weight, threshold, reset_ratio, backend)
 
 
@@ -95,7 +107,7 @@ def masked_weight(
     `surrogate`: "long_tailed" (the paper's: 2 - 4|Q| up to 0.4, 0.4 up to 1, then 0),
     "rectangular" (1 up to 1/2), "triangular" (1 - |Q| up to 1) or "straight_through" (1).
     """
-    options = MaskOptions("row", reset_ratio, surrogate, structure_gradient, backend)
+    options = _checked("row", reset_ratio, surrogate, structure_gradient, backend)
     return autograd.masked_weight(weight, threshold, options, dtype).masked
 
 
@@ -125,7 +137,7 @@ def masked_linear(
     "mixed" (packed, but with the weight's gradients fused), or "auto" (the fastest as measured or
     estimated). All compute the same.
     """
-    options = MaskOptions("row", reset_ratio, surrogate, structure_gradient, backend, path)
+    options = _checked("row", reset_ratio, surrogate, structure_gradient, backend, path)
     return autograd.masked_linear(input, weight, threshold, bias, options)[0]
 
 
@@ -156,7 +168,7 @@ def _conv(spatial: int) -> Callable[..., Tensor]:
                 f"weight must be [out, in/groups, *kernel] with {spatial} kernel dimension(s), "
                 f"but its shape is {list(weight.shape)}"
             )
-        options = MaskOptions("row", reset_ratio, surrogate, structure_gradient, backend, path)
+        options = _checked("row", reset_ratio, surrogate, structure_gradient, backend, path)
         operands = input, weight, threshold, bias
         return autograd.masked_conv(*operands, stride, padding, dilation, groups, options)[0]
 
@@ -201,7 +213,7 @@ def _conv_transpose(spatial: int) -> Callable[..., Tensor]:
                 f"weight must be [in, out/groups, *kernel] with {spatial} kernel dimension(s), "
                 f"but its shape is {list(weight.shape)}"
             )
-        options = MaskOptions("row", reset_ratio, surrogate, structure_gradient, backend)
+        options = _checked("row", reset_ratio, surrogate, structure_gradient, backend)
         operands = input, weight, threshold, bias
         return autograd.masked_conv_transpose(
             *operands, stride, padding, output_padding, groups, dilation, options

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..ops.autocast import autocast_enabled
+from ..ops.autocast import autocast_enabled, device_type_of
 from ..ops.checks import check_same_dtype
 
 
@@ -89,11 +89,12 @@ _CAST_BY_AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)  # float64 it
 
 def product_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
     """What the product runs in: under autocast its dtype, else the input's."""
-    device_type = weight.device.type
-    if autocast_enabled(device_type) and input.dtype in _CAST_BY_AUTOCAST:
+    device_type, dtype = device_type_of(weight), input.dtype
+    if autocast_enabled(device_type) and dtype in _CAST_BY_AUTOCAST:
         return torch.get_autocast_dtype(device_type)
-    check_same_dtype(input, weight)
-    return input.dtype
+    if dtype is not weight.dtype:
+        check_same_dtype(input, weight)
+    return dtype
 
 
 def cast_for_autocast(input: Tensor, weight: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..ops.conv_checks import check_conv_transpose
 from ..ops.geometry import per_dimension
-from ..plan import CONV_TRANSPOSE_PATHS, check_path
 from ..reference.conv_transpose import (
     TransposedGeometry,
     by_group,
@@ -39,7 +38,6 @@ def masked_conv_transpose(
     The result is that of `masked_product`; the threshold of an output channel gets the sum of what
     its weights' copies of it get, from autograd's way back through the view.
     """
-    check_path(options.path, CONV_TRANSPOSE_PATHS)
     spatial = weight.dim() - 2
     stride = per_dimension("stride", stride, spatial)
     padding = per_dimension("padding", padding, spatial)

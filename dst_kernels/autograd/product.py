@@ -12,11 +12,10 @@ from torch._ops import OpOverload
 
 from .. import ops
 from ..backends import serving
-from ..ops.checks import check_surrogate
-from ..plan import FUSED, PACKED, PLANS, Plan, check_path
+from ..plan import FUSED, PACKED, PLANS, Plan
 from ._function import MaskedFunction, cast_for_autocast, wanted
 from .options import MaskOptions
-from .weight import FRESH, Packed, WeightSource, masked_weight, pack
+from .weight import FRESH, Packed, WeightSource, make_masked_weight, pack
 
 # A path of the weight's gradient: return G unchanged; the optimizer derives dW and dt.
 _RAW = "raw"
@@ -129,16 +128,14 @@ def masked_product(
 ) -> Packed:
     """Return (output, effective threshold), with gradients to all four tensors.
 
-    The caller has checked the tensors; `geometry` has a `Geometry`, or nothing for a linear layer.
-    Packed, this is a masked weight and torch's own operation; every other plan, and a weight that
-    may not be kept, is one node.
+    The caller has checked tensors and options; `geometry` has a `Geometry`, or nothing for a linear
+    layer. Packed, this is a masked weight and torch's own operation; every other plan, and a weight
+    that may not be kept, is one node.
     """
-    check_surrogate(options.surrogate)
-    check_path(options.path)
     input = cast_for_autocast(input, weight)
     plan = _plan(product, input, weight, geometry, options, source)
     if plan == PLANS["packed"] and source.keep:
-        masked, effective = masked_weight(weight, threshold, options, input.dtype, source)
+        masked, effective = make_masked_weight(weight, threshold, options, input.dtype, source)
         if bias is not None and bias.dtype != input.dtype:
             bias = bias.to(input.dtype)
         return product.multiply(input, masked, bias, *geometry), effective

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.checks import check_surrogate
-from ._function import MaskedFunction, wanted
+from ..ops.checks import check_masked_weight
+from ._function import MaskedFunction
 from .options import MaskOptions
 
 
@@ -41,9 +41,12 @@ FRESH = WeightSource()
 
 
 def pack(weight: Tensor, threshold: Tensor, options: MaskOptions, dtype: torch.dtype) -> Packed:
-    """Mask and cast in one pass, outside autograd."""
+    """Mask and cast in one pass, outside autograd; the arguments have been checked."""
     arguments = weight.detach(), threshold.detach(), options.reset_ratio, dtype, options.backend
     return Packed(*ops.call(ops.masked_weight, *arguments))
+
+
+_NONE = (None,) * 8
 
 
 class _MaskedWeight(MaskedFunction):
@@ -56,7 +59,8 @@ class _MaskedWeight(MaskedFunction):
     ):  # fmt: skip
         if masked is not None:
             return (masked.detach(),)  # a tensor of this call: autograd marks what is returned
-        return ops.call(ops.masked_weight, weight, threshold, reset_ratio, dtype, backend)
+        arguments = weight, threshold, reset_ratio, dtype, backend
+        return ops.call(ops.masked_weight, *arguments)
 
     @staticmethod
     def save(ctx, inputs, output):
@@ -73,8 +77,10 @@ class _MaskedWeight(MaskedFunction):
             grads = grad, None
         else:
             weight, effective = ctx.saved_tensors
-            grads = ops.call(ops.masked_weight_backward, grad, weight, effective, *ctx.options)
-        return *wanted(ctx, 0, grads), *[None] * 8
+            arguments = grad, weight, effective, *ctx.options
+            grads = ops.call(ops.masked_weight_backward, *arguments)
+        of_weight, of_threshold, *_ = ctx.needs_input_grad
+        return grads[0] if of_weight else None, grads[1] if of_threshold else None, *_NONE
 
 
 def masked_weight(
@@ -85,8 +91,20 @@ def masked_weight(
     source: WeightSource = FRESH,
 ) -> Packed:
     """W * M in `dtype` (None: the weight's), with gradients to `weight` and `threshold`."""
-    check_surrogate(options.surrogate)
     dtype = weight.dtype if dtype is None else dtype
+    if not torch.compiler.is_compiling():  # there the op's own check serves
+        check_masked_weight(weight, threshold, options.reset_ratio, dtype)
+    return make_masked_weight(weight, threshold, options, dtype, source)
+
+
+def make_masked_weight(
+    weight: Tensor,
+    threshold: Tensor,
+    options: MaskOptions,
+    dtype: torch.dtype,
+    source: WeightSource,
+) -> Packed:
+    """As `masked_weight`, of arguments that have been checked."""
     masked = effective = None
     if source.recall is not None:
         masked, effective = source.recall(weight, threshold, options, dtype)

@@ -69,9 +69,8 @@ class _MaskWeights(torch.autograd.Function):
         options, matrices, in_backward = ctx.rest
         if in_backward is not None:
             in_backward()
-        n = len(options)
-        weights, effective = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
-        needed = ctx.needs_input_grad[4:]
+        n, saved, needed = len(options), ctx.saved_tensors, ctx.needs_input_grad[4:]
+        weights, effective = saved[:n], saved[n:]
         wanted = [i for i in range(n) if grads[i] is not None and (needed[i] or needed[n + i])]
         results: list[Tensor | None] = [None] * (2 * n)
         if wanted:
@@ -98,10 +97,11 @@ class _MaskWeights(torch.autograd.Function):
                     _repeat([options[i].structure_gradient for i in wanted], stacks),
                     out,
                 )
-            for i, *of in zip(wanted, *(found if made is None else made), strict=True):
-                results[i], results[n + i] = (
-                    grad if needed[j] else None for grad, j in zip(of, (i, n + i), strict=True)
-                )
+            for i, of_weight, of_threshold in zip(wanted, *(made or found), strict=True):
+                if needed[i]:
+                    results[i] = of_weight
+                if needed[n + i]:
+                    results[n + i] = of_threshold
         return None, None, None, None, *results, *grads[n:]  # autograd casts those of copies
 
 

@@ -21,6 +21,7 @@ from .device import capability
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "DST_KERNELS_BACKEND"
+_ENCODED = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
 # Best first; the reference has every op and comes last. Only Triton has fused products.
 _PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
@@ -41,8 +42,7 @@ def unavailable(
     if name == "triton":
         if not _triton_is_installed():
             return "Triton is not installed"
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # slow, for tests
-        if device is not None and device.type == "cpu" and interpreted:
+        if device is not None and device.type == "cpu" and _is_interpreted():
             return None
         return _gpu_refuses(device)
     reason = library.unavailable(name)
@@ -94,7 +94,13 @@ def serving(backend: str, device: torch.device | None, *, double: bool = False) 
     them where no other serves. Raises ValueError for an unknown name. Without a device, whatever
     could serve some device passes. `double` says that float64 is among the dtypes.
     """
-    argument, backend = _asked_for(backend)
+    return _serving(*_asked_for(backend), device, double)
+
+
+@functools.cache
+def _serving(
+    argument: str, backend: str, interpreted: bool, device: torch.device | None, double: bool
+) -> tuple[str, ...]:
     check_backend(backend, argument)
     if backend == "auto":
         preferred = () if device is None else _PREFERRED.get(device.type, ())
@@ -108,11 +114,23 @@ def serving(backend: str, device: torch.device | None, *, double: bool = False) 
     return (backend,)
 
 
-def _asked_for(backend: str) -> tuple[str, str]:
-    """(who says so, what "auto" means by the environment or the name itself)."""
-    if backend != "auto":
-        return "backend", backend
-    return ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or backend
+def _asked_for(backend: str) -> tuple[str, str, bool]:
+    """(who says so, what "auto" means by the environment or the name itself, interpreted).
+
+    What is remembered goes by these: the environment may change at any time.
+    """
+    argument = "backend"
+    if backend == "auto":
+        argument = ENVIRONMENT_VARIABLE
+        # What `os.environ` looks into, for it says by a slow exception that there is nothing.
+        if _ENCODED in getattr(os.environ, "_data", (_ENCODED,)):
+            backend = os.environ.get(argument) or backend
+    return argument, backend, backend == "triton" and _is_interpreted()
+
+
+def _is_interpreted() -> bool:
+    """Whether Triton serves tensors on a CPU: slow, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def resolve(backend: str, device: torch.device | None = None) -> str:
@@ -127,18 +145,31 @@ def implementation(
 
     Errors as in `serving`; RuntimeError also where a backend asked for by name has no such op.
     """
-    names = serving(backend, device, double=double)
+    return _implementation(op, *_asked_for(backend), device, double)
+
+
+@functools.cache
+def _implementation(
+    op: str, argument: str, backend: str, interpreted: bool, device: torch.device, double: bool
+) -> Callable:
+    names = _serving(argument, backend, interpreted, device, double)
     for name in names:
         function = getattr(_module(name), op, None)
         if function is not None:
             return function
-    if _asked_for(backend)[1] == "auto":
+    if backend == "auto":
         return getattr(reference, op)
     if op.startswith(_PRODUCTS):
         what = f"fused {op}: use path='packed' or path='auto'"
     else:
         what = f"{op.rstrip('_')}: use another backend"
     raise RuntimeError(f"the {names[0]} backend has no {what}")
+
+
+def forget() -> None:
+    """Find out anew which backend serves what, for tests that change it."""
+    _serving.cache_clear()
+    _implementation.cache_clear()
 
 
 @functools.cache

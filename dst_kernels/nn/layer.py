@@ -52,7 +52,10 @@ class MaskedLayer(MaskedModule):
 
     def _operands(self) -> tuple[Tensor, Tensor]:
         """Return (weight, threshold) as the layer's operation takes them."""
-        return self._rows(MaskedWeight(self).weight), self._rows(self.threshold)
+        weight, threshold = self._parameters.get("weight"), self._parameters.get("threshold")
+        if weight is None or threshold is None or not self.rows_first:
+            return self._rows(MaskedWeight(self).weight), self._rows(self.threshold)
+        return weight, threshold
 
     def _masked(self, operation: Callable) -> Tensor:
         """Return what `operation(weight, threshold, options, source)` makes of the layer's own.
@@ -66,7 +69,10 @@ class MaskedLayer(MaskedModule):
         result, effective = operation(weight, threshold, self.masking, source)
         if self._commits():
             before = None if source.recall is None else stamp(self)
-            self._commit(threshold, effective)
+            if self._sharded_thresholds or torch.compiler.is_compiling():
+                self._commit(threshold, effective)
+            else:  # as that does, without the cost of a context
+                threshold.detach().copy_(effective)
             if source.recall is not None:
                 copies_of(self).threshold_was_committed(before)
         elif source.dense_gradient and not torch.compiler.is_compiling():

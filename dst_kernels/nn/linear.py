@@ -34,11 +34,14 @@ class MaskedLinear(MaskedLayer, nn.Linear):
     dense_type = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
+        bias = self._parameters.get("bias")
+        if bias is None:  # or computed: the slow way
+            bias = self.bias
         attached = attached_weight(self, input)
         if attached is not None:
-            return F.linear(input, attached, self.bias)
+            return F.linear(input, attached, bias)
         return self._masked(
             lambda weight, threshold, *how: autograd.masked_linear(
-                input, weight, threshold, self.bias, *how
+                input, weight, threshold, bias, *how
             )
         )

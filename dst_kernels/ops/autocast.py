@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+
+def device_type_of(tensor: Tensor) -> str:
+    """`tensor.device.type`, which takes a while to make."""
+    return "cpu" if tensor.is_cpu else tensor.device.type
 
 
 def autocast_enabled(device_type: str) -> bool:

@@ -133,12 +133,14 @@ def check_same_dtype(input: Tensor, weight: Tensor) -> None:
 
 def check_bias(bias: Tensor | None, weight: Tensor, rows: int | None = None) -> None:
     """`rows` as above."""
-    if bias is None:
+    rows = weight.shape[0] if rows is None else rows
+    if bias is None or (
+        bias.dtype in _REAL_DTYPES and bias.shape == (rows,) and bias.device == weight.device
+    ):
         return
     check_type(
         bias.dtype in _REAL_DTYPES, lambda: f"bias must be {_REAL}, but its dtype is {bias.dtype}"
     )
-    rows = weight.shape[0] if rows is None else rows
     check_value(
         bias.dim() == 1 and bias.shape[0] == rows,
         lambda: f"bias must have shape [{rows}], but its shape is {list(bias.shape)}",

@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from ..backends import implementation
 from ..reference.conv import Geometry, conv_memory_format
 from . import checks, conv_checks
-from .autocast import autocast_enabled
+from .autocast import autocast_enabled, device_type_of
 
 NAMESPACE = "dst_kernels"
 _run: dict[torch._ops.OpOverload, Callable] = {}
@@ -37,22 +37,26 @@ def _define(schema: str, check: Callable) -> Callable[[Callable], torch._ops.OpO
     schema = f"{name}({arguments.replace(') ->', ', str backend) ->', 1)}"
 
     def bind(fake: Callable) -> torch._ops.OpOverload:
-        def checked(args):
+        def prepared(args, unchecked):
             *args, backend = args
             if rest:
                 args[start : start + 4] = [Geometry(*args[start : start + 4])]
-            check(*args)
+            if unchecked:
+                check(*args)
             device = args[0].device
-            kernel = implementation(backend, device, name, double=_any_double(device, args))
-            return kernel, device.type, args
+            double = not args[0].is_cpu and _any_double(args)
+            kernel = implementation(backend, device, name, double=double)
+            return kernel, device_type_of(args[0]), args
 
-        def run(*args):
-            kernel, device_type, args = checked(args)
+        def run(*args, unchecked=True):
+            kernel, device_type, args = prepared(args, unchecked)
+            if not (torch.is_grad_enabled() or autocast_enabled(device_type)):
+                return kernel(*args)
             with without_autograd_and_autocast(device_type):
                 return kernel(*args)
 
         def run_fake(*args):
-            return fake(*checked(args)[-1])
+            return fake(*prepared(args, unchecked=True)[-1])
 
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, run, "CompositeExplicitAutograd")
@@ -64,10 +68,8 @@ def _define(schema: str, check: Callable) -> Callable[[Callable], torch._ops.OpO
     return bind
 
 
-def _any_double(device: torch.device, args: tuple) -> bool:
-    """Whether float64 is among the dtypes, where it matters: on a GPU."""
-    if device.type == "cpu":
-        return False
+def _any_double(args: list) -> bool:
+    """Whether float64 is among the dtypes. It matters on a GPU."""
     return any(getattr(argument, "dtype", argument) is torch.float64 for argument in args)
 
 
@@ -98,13 +100,13 @@ class without_autograd_and_autocast:
 
 
 def call(op: torch._ops.OpOverload, *args):
-    """`op(*args)`, without the dispatcher where nothing listens on it.
+    """`op(*args)` for arguments that were checked, without the dispatcher where nobody listens.
 
     On a CPU the way through the dispatcher and back costs as much as a small layer.
     """
     if is_watched() or type(args[0]) not in (Tensor, Parameter):
         return op(*args)
-    return _run[op](*args)
+    return _run[op](*args, unchecked=False)
 
 
 def is_watched() -> bool:

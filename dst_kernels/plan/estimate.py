@@ -24,8 +24,7 @@ from .table import measured_conv_costs, measured_costs
 FUSED, PACKED = "fused", "packed"
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """How each product runs: "fused" or "packed"."""
 
     forward: str

@@ -32,10 +32,12 @@ def afresh(monkeypatch, tmp_path):
                 library.path(name).write_bytes(files[name])
             monkeypatch.setitem(library.BUILT, name, name in files)
         library.unavailable.cache_clear()
+        choice.forget()
 
     there()
     yield there
     library.unavailable.cache_clear()
+    choice.forget()
 
 
 def python(code: str) -> str:

@@ -30,6 +30,7 @@ def libraries(monkeypatch):
         for name in names:
             reasons[name] = None
         monkeypatch.setattr(library, "unavailable", reasons.get)
+        choice.forget()
 
     there("cpu", "cuda")
     return there
@@ -39,6 +40,9 @@ def libraries(monkeypatch):
 def no_environment(monkeypatch):
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # it lets Triton serve CPU tensors
+    choice.forget()
+    yield
+    choice.forget()
 
 
 def runs(**backend):

@@ -137,7 +137,9 @@ def test_the_backend_for_gpus_on_a_cpu():
 def test_no_compiled_library(monkeypatch):
     """The reason is in the message; "auto" does without."""
     monkeypatch.setattr(choice.library, "unavailable", lambda name: "it was not built")
+    choice.forget()
     layer = MaskedLinear(4, 3)
     DSTSGD(layer, lr=0.1).release()
     with pytest.raises(RuntimeError, match="backend='cpu' cannot serve: it was not built"):
         DSTSGD(layer, lr=0.1, backend="cpu")
+    choice.forget()

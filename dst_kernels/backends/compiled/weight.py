@@ -7,6 +7,7 @@ layout and dtype that the caller's tensors have.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -32,7 +33,12 @@ def masked_weight(
     weight: Tensor, threshold: Tensor, reset_ratio: float | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """As the reference's."""
-    (masked,), (effective,) = masked_weights([weight], [threshold], [reset_ratio], [False], dtype)
+    if not _are_usual(weight, threshold):
+        many = masked_weights([weight], [threshold], [reset_ratio], [False], dtype)
+        return many[0][0], many[1][0]
+    masked, effective = torch.empty_like(weight, dtype=dtype), torch.empty_like(threshold)
+    settings, kept = (_collapsed(weight.numel(), reset_ratio), 0), _counts(weight, 1)
+    _pack((weight,), (threshold,), settings, (masked,), (effective,), kept)
     return masked, effective
 
 
@@ -50,12 +56,11 @@ def masked_weights(
     effective = [torch.empty_like(threshold) for threshold in taken_thresholds]
     settings = []
     for weight, reset_ratio, committed in zip(weights, reset_ratios, commit, strict=True):
-        size = weight.numel()
-        guarded = reset_ratio is not None and size
-        settings.append(largest_collapsed_count(size, reset_ratio) if guarded else _NO_GUARD)
-        settings.append(int(committed))
-    kept = weights[0].new_empty(len(masked), dtype=torch.int64)
+        settings += _collapsed(weight.numel(), reset_ratio), int(committed)
+    kept = _counts(weights[0], len(masked))
     _pack(taken_weights, taken_thresholds, settings, masked, effective, kept)
+    if taken_weights is weights:
+        return masked, effective
     for i, weight in enumerate(weights):
         if taken_weights[i] is not weight:
             masked[i] = _handed_back(masked[i], weight, out and out[i], dtype)
@@ -67,13 +72,29 @@ def masked_weights(
     return masked, effective
 
 
+@functools.lru_cache(maxsize=4096)
+def _collapsed(size: int, reset_ratio: float | None) -> int:
+    """The largest kept count at which the guard resets, as the library takes it."""
+    guarded = reset_ratio is not None and size
+    return largest_collapsed_count(size, reset_ratio) if guarded else _NO_GUARD
+
+
+def _counts(like: Tensor, number: int) -> Tensor:
+    """What the library counts kept weights in."""
+    return like.new_empty(number, dtype=torch.int64)
+
+
 def masked_weight_backward(
     grad: Tensor, weight: Tensor, threshold: Tensor, surrogate: str, structure_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """As the reference's."""
-    (of_weight,), (of_threshold,) = masked_weights_backward(
-        [grad], [weight], [threshold], [surrogate], [structure_gradient]
-    )
+    if not (_are_usual(weight, threshold) and grad.is_contiguous()):
+        each = [grad], [weight], [threshold], [surrogate], [structure_gradient]
+        many = masked_weights_backward(*each)
+        return many[0][0], many[1][0]
+    of_weight, of_threshold = torch.empty_like(weight), torch.empty_like(threshold)
+    settings = _CODES[surrogate], int(structure_gradient)
+    _post((grad,), (weight,), (threshold,), settings, (of_weight,), (of_threshold,))
     return of_weight, of_threshold
 
 
@@ -87,7 +108,9 @@ def masked_weights_backward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As the reference's."""
     taken_weights, taken_thresholds = _operands(weights, thresholds)
-    taken_grads = [_laid_out_as(*pair) for pair in zip(taken_weights, grads, strict=True)]
+    taken_grads = grads
+    if not (taken_weights is weights and all([grad.is_contiguous() for grad in grads])):
+        taken_grads = [_laid_out_as(*pair) for pair in zip(taken_weights, grads, strict=True)]
     for_weights, for_thresholds = (None, None) if out is None else out
     of_weights = _results(taken_weights, weights, for_weights)
     of_thresholds = _results(taken_thresholds, thresholds, for_thresholds)
@@ -95,6 +118,8 @@ def masked_weights_backward(
     for surrogate, structure in zip(surrogates, structure_gradients, strict=True):
         settings += _CODES[surrogate], int(structure)
     _post(taken_grads, taken_weights, taken_thresholds, settings, of_weights, of_thresholds)
+    if taken_weights is weights:
+        return of_weights, of_thresholds
     for i, weight in enumerate(weights):
         if taken_weights[i] is not weight:
             of_weights[i] = _handed_back(of_weights[i], weight, for_weights and for_weights[i])
@@ -129,14 +154,23 @@ def _handed_back(
 
 def _operands(
     weights: Sequence[Tensor], thresholds: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Both as the libraries take them: themselves where they are so."""
-    taken_weights, taken_thresholds = list(weights), list(thresholds)
-    for i, (weight, threshold) in enumerate(zip(weights, thresholds, strict=True)):
-        usual = weight.dtype is torch.float32 is threshold.dtype
-        if not (usual and weight.is_contiguous() and threshold.is_contiguous()):
-            taken_weights[i], taken_thresholds[i] = _converted(weight, threshold)
-    return taken_weights, taken_thresholds
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Both as the libraries take them: the sequences themselves where all are so."""
+    if all(map(_are_usual, weights, thresholds)):
+        return weights, thresholds
+    taken = [
+        pair if _are_usual(*pair) else _converted(*pair)
+        for pair in zip(weights, thresholds, strict=True)
+    ]
+    return [weight for weight, _ in taken], [threshold for _, threshold in taken]
+
+
+def _are_usual(weight: Tensor, threshold: Tensor) -> bool:
+    return (
+        (weight.dtype is torch.float32 is threshold.dtype)
+        and weight.is_contiguous()
+        and threshold.is_contiguous()
+    )
 
 
 def _converted(weight: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:

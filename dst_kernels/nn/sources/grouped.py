@@ -17,7 +17,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from ...autograd import mask_weights, pack_weights, product_dtype
+from ...autograd import MaskOptions, mask_weights, pack_weights, product_dtype
 from ...ops import is_watched
 from ...ops.autocast import autocast_enabled
 from .deferred import Deferral, deferral_of
@@ -52,10 +52,10 @@ def attached_weight(layer: MaskedLayer, input: Tensor) -> Tensor | None:
     """Return W * M as the model's group made it for this call; None where there is nothing."""
     if torch.compiler.is_compiling():
         return None
-    forward = _running.forward
-    while forward is not None and layer not in forward.made:
+    forward, made = _running.forward, None
+    while forward is not None and (made := forward.made.get(layer)) is None:
         forward = forward.outer
-    if forward is not None:
+    if made is not None:
         if torch.is_grad_enabled() != forward.with_grad:
             forward.called_in_other_mode.add(layer)
             return None
@@ -68,7 +68,8 @@ def attached_weight(layer: MaskedLayer, input: Tensor) -> Tensor | None:
         forward = next((f for g in _groups for f in g.kept() if layer in f.made), None)
         if forward is None or layer in forward.called_in_other_mode:
             return None
-    masked, made_from = forward.made[layer]
+        made = forward.made[layer]
+    masked, made_from = made
     weight = layer._parameters.get("weight")
     # The weight's stamp is enough within a forward, which has its effective threshold by now.
     if (
@@ -87,6 +88,9 @@ class _Bucket:
     backend: str
     deferral: Deferral | None
     layers: list[MaskedLayer] = field(default_factory=list)
+    weights: list[nn.Parameter] = field(default_factory=list)
+    thresholds: list[nn.Parameter] = field(default_factory=list)
+    options: list[MaskOptions] = field(default_factory=list)
     bytes: int = 0
 
 
@@ -122,8 +126,8 @@ class Group:
             return
         for bucket in self._current_buckets():
             masked = self._mask(bucket, forward, _is_parallel(module))
-            for layer, each in zip(bucket.layers, masked, strict=True):
-                forward.made[layer] = each, tensor_stamp(layer._parameters["weight"])
+            made = zip(masked, map(tensor_stamp, bucket.weights), strict=True)
+            forward.made.update(zip(bucket.layers, made, strict=True))
 
     def after(self, module: nn.Module, args: tuple, output: object) -> None:
         """Detach what was made; the model's forward hook."""
@@ -150,16 +154,12 @@ class Group:
     # -- masked weights ------------------------------------------------------------------------
 
     def _mask(self, bucket: _Bucket, forward: _Forward, parallel: bool) -> list[Tensor]:
-        layers = bucket.layers
-        weights = [layer._parameters["weight"] for layer in layers]
-        thresholds = [layer._parameters["threshold"] for layer in layers]
-        options = [layer.masking for layer in layers]
-        commits = [layer._commits() for layer in layers]
-        arguments = weights, thresholds, options, commits, bucket.dtype
+        if forward.with_grad and bucket.deferral is not None:
+            return bucket.deferral.masked_weights(bucket.layers, bucket.dtype, parallel)
+        commits = [layer._commits() for layer in bucket.layers]
+        arguments = bucket.weights, bucket.thresholds, bucket.options, commits, bucket.dtype
         if not forward.with_grad:
             return pack_weights(*arguments)[0]
-        if bucket.deferral is not None:
-            return bucket.deferral.masked_weights(layers, bucket.dtype, parallel)
 
         def in_backward() -> None:
             # Once backward is through, no checkpoint will ask for the masked weights again.
@@ -178,7 +178,8 @@ class Group:
         """Made anew where anything has changed that they depend on."""
         signature = [_autocast("cpu"), _autocast("cuda")]
         for layer in self._layers:
-            weight, threshold = map(layer._parameters.get, ("weight", "threshold"))
+            own = layer._parameters
+            weight, threshold = own.get("weight"), own.get("threshold")
             if weight is None or threshold is None:  # a parametrization computes it
                 signature.append(None)
                 continue
@@ -213,6 +214,9 @@ class Group:
                 bucket = filling[key] = _Bucket(*kind)
                 done.append(bucket)
             bucket.layers.append(layer)
+            bucket.weights.append(weight)
+            bucket.thresholds.append(threshold)
+            bucket.options.append(layer.masking)
             bucket.bytes += size
         return done
 

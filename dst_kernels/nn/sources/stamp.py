@@ -30,11 +30,17 @@ def stamp(layer: MaskedLayer) -> tuple | None:
     Who keeps it beyond a forward keeps the memory, too (`memory_of`), so that no other tensor comes
     to lie there.
     """
-    weight, threshold = layer._parameters.get("weight"), layer._parameters.get("threshold")
+    own = layer._parameters
+    weight, threshold = own.get("weight"), own.get("threshold")
     if weight is None or threshold is None:
         return None
-    own = tensor_stamp(weight), tensor_stamp(threshold)
-    return *own, weight.stride(), layer.masking.reset_ratio
+    try:
+        return (
+            id(weight), weight._version, weight.data_ptr(), weight.stride(),
+            id(threshold), threshold._version, threshold.data_ptr(), layer.masking.reset_ratio,
+        )  # fmt: skip
+    except RuntimeError:  # as above
+        return (object(),)
 
 
 def memory_of(layer: MaskedLayer) -> tuple[Tensor, Tensor]:
