@@ -1,4 +1,4 @@
-"""Recurrent modules under DDP and FSDP2 over two gloo processes, beside one process."""
+"""Recurrent modules and attention under DDP and FSDP2 over two gloo processes, beside one process."""
 
 from __future__ import annotations
 
@@ -23,11 +23,14 @@ class Reader(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.lstm = nn.LSTM(3, 5, bidirectional=True, proj_size=3)
+        self.attention = nn.MultiheadAttention(6, 2)
         self.gru = nn.GRU(6, 3)
         self.head = nn.Linear(3, 2)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.head(self.gru(self.lstm(input)[0])[0][-1])
+        hidden = self.lstm(input)[0]
+        hidden = hidden + self.attention(hidden, hidden, hidden)[0]
+        return self.head(self.gru(hidden)[0][-1])
 
 
 def build(granularity: str) -> nn.Module:
@@ -40,8 +43,9 @@ def build(granularity: str) -> nn.Module:
 def collapse(model: nn.Module) -> None:
     """All gates but the last of one weight of each module; sharded or not."""
     for module in model.modules():
-        if isinstance(module, (MaskedLSTM, MaskedGRU)):
-            threshold = module.threshold_hh_l0
+        if isinstance(module, (MaskedLSTM, MaskedGRU, nn.MultiheadAttention)):
+            attention = isinstance(module, nn.MultiheadAttention)
+            threshold = module.threshold_in_proj_weight if attention else module.threshold_hh_l0
             raised = torch.full(threshold.shape, 5.0, dtype=torch.float64)
             raised.chunk(4 if isinstance(module, MaskedLSTM) else 3)[-1].fill_(0.01)
             if isinstance(threshold, torch.distributed.tensor.DTensor):
