@@ -259,12 +259,13 @@ def sparse_regularization(thresholds: Tensor | Iterable[Tensor]) -> Tensor:
         else:
             key = threshold.device
         groups.setdefault(key, []).append(threshold)
-    sums = [
-        sum_over_shards(group, autograd.sparse_regularization)
-        if is_dtensor(group[0])
-        else autograd.sparse_regularization(group)
-        for group in groups.values()
-    ]
+    sums = []
+    for group in groups.values():
+        shards = [each for each in group if is_dtensor(each)]
+        if shards:
+            sums.append(sum_over_shards(shards, autograd.sparse_regularization))
+        else:
+            sums.append(autograd.sparse_regularization(group))
     if len(sums) == 1:
         return sums[0]
     return torch.stack([value.to(sums[0].device) for value in sums]).sum()
