@@ -30,8 +30,9 @@ def layouts_of(module: nn.Module, config: SparsifyConfig) -> dict[str, Layout]:
     if not config.parameters:
         return {}
     if is_parametrized(module):
-        weight = list(module.parametrizations) == ["weight"] and isinstance(module, _PARAMETRIZED)
-        return {"weight": _ROWS} if weight else {}
+        computed = [*module._modules["parametrizations"]._modules]  # type: ignore[union-attr]
+        alone = computed == ["weight"] and isinstance(module, _PARAMETRIZED)
+        return {"weight": _ROWS} if alone else {}
     for kind, names in _NAMES.items():
         if isinstance(module, kind):
             return _present(module, names)
@@ -50,7 +51,8 @@ def layouts_of(module: nn.Module, config: SparsifyConfig) -> dict[str, Layout]:
     weight = module._parameters.get("weight")
     if isinstance(module, _LAYERS):  # which become masked layers
         return {}
-    if weight is not None and weight.dim() == 2 and calls_linear(type(module)):
+    kind: type = type(module)
+    if weight is not None and weight.dim() == 2 and calls_linear(kind):
         return {"weight": _ROWS}  # a router, say: `F.linear(x, self.weight)`
     return {}
 

@@ -31,29 +31,31 @@ def bypassed_layers(model: nn.Module) -> dict[nn.Module, str]:
     """Return each layer that must stay dense as its parent reads and writes weights, and why."""
     reasons = {}
     for parent in model.modules():
-        write = None if isinstance(parent, _EXEMPT) else what_writes_its_weight(type(parent))
+        cls: type = type(parent)
+        write = None if isinstance(parent, _EXEMPT) else what_writes_its_weight(cls)
         if write is None:
             continue
-        for path in _weights_read(type(parent)):
+        for path in _weights_read(cls):
             child: object = parent
             for name in path:
                 child = getattr(child, name, None)
             if path and isinstance(child, nn.Module):
-                kind = type(parent).__name__
-                reasons[child] = f"{kind} reads its weight without calling it, and has {write}"
+                reasons[child] = (
+                    f"{cls.__name__} reads its weight without calling it, and has {write}"
+                )
     return reasons
 
 
 def is_reader(module: nn.Module) -> bool:
     """Whether the forward of a module may compute with the weights of modules below it."""
-    cls = type(module)
+    cls: type = type(module)
     if isinstance(module, _EXEMPT) or not any(True for _ in module.children()):
         return False
     return _mentions_weights(cls) and what_writes_its_weight(cls) is None
 
 
 @functools.cache
-def _mentions_weights(cls: type[nn.Module]) -> bool:
+def _mentions_weights(cls: type) -> bool:
     """Whether a forward asks for weights by name, and not only for their shape or dtype."""
     for code in _reached(cls):
         for name, following in itertools.pairwise([*_attributes(code), ""]):
@@ -63,7 +65,7 @@ def _mentions_weights(cls: type[nn.Module]) -> bool:
 
 
 @functools.cache
-def calls_linear(cls: type[nn.Module]) -> bool:
+def calls_linear(cls: type) -> bool:
     """Whether a forward that is not torch's hands `self.weight` to `linear`."""
     names = {name for code in _reached(cls) for name in code.co_names}
     return {"linear", "weight"} <= names
@@ -79,13 +81,13 @@ def _attributes(code: CodeType) -> list[str]:
 
 
 @functools.cache
-def reads_a_weight(cls: type[nn.Module], method: str) -> bool:
+def reads_a_weight(cls: type, method: str) -> bool:
     """Whether a class asks for weights by name in a method that is not torch's."""
     return any(_is_weight(name) for code in _reached(cls, method) for name in code.co_names)
 
 
 @functools.cache
-def what_writes_its_weight(cls: type[nn.Module]) -> str | None:
+def what_writes_its_weight(cls: type) -> str | None:
     """Return `self.weight.data` or `self.weight.clamp_` if a forward that is not torch's has it."""
     for code in _reached(cls):
         for name, following in itertools.pairwise([*_attributes(code), ""]):
@@ -96,12 +98,12 @@ def what_writes_its_weight(cls: type[nn.Module]) -> str | None:
 
 
 @functools.cache
-def _weights_read(cls: type[nn.Module]) -> frozenset[tuple[str, ...]]:
+def _weights_read(cls: type) -> frozenset[tuple[str, ...]]:
     """Every path with `self.path.weight` in forward or in what is reached from it."""
     return frozenset(path for code in _reached(cls) for path in _paths_in(code))
 
 
-def _reached(cls: type[nn.Module], start: str = "forward") -> Iterator[CodeType]:
+def _reached(cls: type, start: str = "forward") -> Iterator[CodeType]:
     """The code of a method and of every method it names, in turn; but for torch's own."""
     seen: set[str] = set()
     waiting = [start]

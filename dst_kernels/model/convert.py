@@ -220,12 +220,12 @@ def _with_rows_elsewhere(
     owners: dict[int, list[tuple[str, nn.Module, object]]] = {}
     for name, module in named:
         if module not in reasons or isinstance(module, MaskedModule):
-            masked = type(module)
-            if not isinstance(module, MaskedModule):
+            if isinstance(module, MaskedModule):
+                masked: type[MaskedModule] = type(module)
+            else:
                 masked = MaskedParameters if layouts_of(module, config) else _masked_type(module)
-            rows = "first"
-            if not masked.rows_first:
-                rows = masked._rows, getattr(module, "groups", 1)
+            first = masked.rows_first
+            rows = "first" if first else (masked._rows, getattr(module, "groups", 1))
             for weight in _weights(module, config):
                 owners.setdefault(id(weight), []).append((name, module, rows))
     return {
@@ -295,7 +295,8 @@ def _cannot_convert(module: nn.Module, config: SparsifyConfig) -> str | None:
         return "masked already"
     if isinstance(module, LazyModuleMixin):
         return "has no weights yet: run a forward before converting"
-    kind, base, layouts = type(module), _base(module), layouts_of(module, config)
+    kind: type = type(module)
+    base, layouts = _base(module), layouts_of(module, config)
     if is_parametrized(module) and not layouts:
         return "is parametrized: its weight is computed, not stored"
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and not layouts:
@@ -303,9 +304,9 @@ def _cannot_convert(module: nn.Module, config: SparsifyConfig) -> str | None:
     if not layouts and base is None and _qualified(type(module)) != _TRANSFORMERS_CONV1D:
         return f"there is no masked {type(module).__name__}"
     if isinstance(module, nn.RNNBase) and reads_a_weight(kind, "forward"):
-        return f"is a {base.__name__} with a forward of its own that reads weights"
+        return f"is a recurrent {kind.__name__} with a forward of its own that reads weights"
     if kind.__call__ is not nn.Module.__call__ and reads_a_weight(kind, "__call__"):
-        return f"is a {base.__name__} with a __call__ of its own that reads its weight"
+        return f"is a {kind.__name__} with a __call__ of its own that reads its weight"
     write = what_writes_its_weight(kind)
     if write is not None:
         return f"has {write} in a forward of its own, where only the masked weight could be reached"

@@ -54,16 +54,16 @@ def _without_masks(model: nn.Module, bake: bool) -> nn.Module:
                     part.weight.copy_(baked)
                 else:
                     computed.append((part.module, part.name, baked))
-    for module in list(model.modules()):
-        ungroup_(module)
+    for each in list(model.modules()):
+        ungroup_(each)
     for module in masked.values():
         unmask_module_(module)
-    for module in list(model.modules()):
-        stop_reading_(module)
-    for module, name, baked in computed:
+    for each in list(model.modules()):
+        stop_reading_(each)
+    for each, name, baked in computed:
         # Not `remove_parametrizations`: it takes the property from the class, which copies share.
-        module.__class__ = type(module).__bases__[0]
-        del module._modules["parametrizations"]
-        module.register_parameter(name, nn.Parameter(baked))
+        each.__class__ = type(each).__bases__[0]
+        del each._modules["parametrizations"]
+        each.register_parameter(name, nn.Parameter(baked))
     restore_fast_path(model)
     return model

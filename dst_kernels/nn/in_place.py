@@ -9,8 +9,9 @@ are, and `super().forward` in one of them leads to the twin.
 from __future__ import annotations
 
 import types
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -51,7 +52,8 @@ def reading_class(dense: type[nn.Module]) -> type[nn.Module]:
     return _derived(dense, (dense,), (None, frozenset(), ()), {})
 
 
-def _derived(dense: type, bases: tuple, made_for: tuple, members: dict[str, Any]) -> type:
+def _derived(dense: type, bases: tuple, made_for: tuple, members: dict[str, Any]) -> Any:
+    known: type
     for known in dense.__subclasses__():
         if known.__dict__.get("dense_class") is dense and known.__dict__.get("_for") == made_for:
             return known
@@ -67,7 +69,7 @@ def _derived(dense: type, bases: tuple, made_for: tuple, members: dict[str, Any]
         "__reduce_ex__": _reduce,
         **members,
     }
-    made = types.new_class(
+    made: Any = types.new_class(
         prefix + dense.__name__, bases, exec_body=lambda body: body.update(members)
     )
     made.dense_class = dense  # last: one that `__init_subclass__` has refused is never found
@@ -81,8 +83,8 @@ def _own_attribute(name: str, module: nn.Module) -> object:
 def _reduce(self, protocol):
     """Copy and pickle without the class, which no module has by name."""
     state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-    made_from = next(c for c in type(self).__mro__ if "_for" in c.__dict__)
-    return _rebuilt, (self.dense_class, *made_from._for), state
+    made_for = next(c.__dict__["_for"] for c in type(self).__mro__ if "_for" in c.__dict__)
+    return _rebuilt, (self.dense_class, *made_for), state
 
 
 def _rebuilt(dense: type, masked: type | None, *rest) -> nn.Module:
@@ -104,12 +106,13 @@ def mask_module_(
     owned = {*module._parameters, *module._buffers, *module._modules} - {"weight", *names}
     own = frozenset(name for name in owned if hasattr(masked, name) and not hasattr(dense, name))
     module.__class__ = masked_class(dense, masked, own, names)
+    changed = cast("MaskedModule", module)
     try:
-        module._init_masking(options)
+        changed._init_masking(options)
     except Exception:
         module.__class__ = dense
         raise
-    return module
+    return changed
 
 
 def unmask_module_(module: MaskedModule) -> nn.Module:
@@ -127,10 +130,11 @@ def unmask_module_(module: MaskedModule) -> nn.Module:
         del module._parameters[part.threshold_name]
     for name in ("masking", "_deferral", "_sharded_thresholds", "_is_read", "_reads", "_layouts"):
         module.__dict__.pop(name, None)
-    module.__class__ = module.dense_class
-    if isinstance(module, nn.RNNBase):
-        module._init_flat_weights()  # which nobody kept up to date meanwhile
-    return module
+    dense = cast(nn.Module, module)
+    dense.__class__ = module.dense_class
+    if isinstance(dense, nn.RNNBase):
+        dense._init_flat_weights()  # which nobody kept up to date meanwhile
+    return dense
 
 
 def why_not_unmasked(module: MaskedModule) -> str | None:
@@ -160,7 +164,7 @@ def _was_parametrized(module: MaskedModule) -> bool:
     return any(isinstance(getattr(module.dense_class, name, None), property) for name in names)
 
 
-def let_read_(module: nn.Module, reads: list[tuple[nn.Module, str]]) -> None:
+def let_read_(module: nn.Module, reads: Sequence[tuple[nn.Module, str]]) -> None:
     """Let the forward of a module find masked weights where it reads these attributes."""
     if not hasattr(type(module), "_own_reads"):
         module.__class__ = reading_class(type(module))
@@ -172,7 +176,7 @@ def let_read_(module: nn.Module, reads: list[tuple[nn.Module, str]]) -> None:
 def stop_reading_(module: nn.Module) -> None:
     """Give a module that only reads masked weights its former class back."""
     if module.__dict__.pop("_reads", None) is not None:
-        module.__class__ = module.dense_class
+        module.__class__ = type(module).__dict__["dense_class"]
 
 
 def shallow_copy(module: nn.Module) -> nn.Module:

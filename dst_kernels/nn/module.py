@@ -10,7 +10,7 @@ import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from .weight import MaskedWeight
 logger = logging.getLogger(__name__)
 
 
-class MaskedModule:
+class MaskedModule(nn.Module):
     """Mixin that goes before a `torch.nn` module.
 
     Attributes:
@@ -81,8 +81,8 @@ class MaskedModule:
             *(p for p in options if p.kind is p.KEYWORD_ONLY),
             *(p for p in parents if p.kind is p.VAR_KEYWORD),
         ]
-        __init__.__signature__ = inspect.Signature(both)
-        cls.__init__ = __init__
+        vars(__init__)["__signature__"] = inspect.Signature(both)
+        setattr(cls, "__init__", __init__)  # noqa: B010 - a type checker refuses the assignment
 
     def masked_weights(self) -> Sequence[MaskedWeight]:
         """Return every weight that is masked."""
@@ -115,8 +115,9 @@ class MaskedModule:
 
     def reset_parameters(self) -> None:
         """Weights and biases as the parent does, thresholds to 0."""
-        if hasattr(super(), "reset_parameters"):
-            super().reset_parameters()
+        of_parent = getattr(super(), "reset_parameters", None)
+        if of_parent is not None:
+            of_parent()
         if "masking" in self.__dict__:  # the parent's __init__ calls this before there are any
             MaskedModule.reset_threshold(self)
 
@@ -154,7 +155,7 @@ class MaskedModule:
 
     # -- torch.nn.Module machinery -------------------------------------------------------------
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         """Return an option, where neither the module nor the user's class has that name."""
         try:
             return super().__getattr__(name)
@@ -163,7 +164,7 @@ class MaskedModule:
                 raise
         return getattr(self.masking, name)
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         """Set an option of one of our own layers; everything else as torch does."""
         ours = name in MaskOptions._fields and self.dense_class is self.dense_type
         if ours and "masking" in self.__dict__ and name not in self.__dict__:
@@ -231,7 +232,7 @@ class MaskedModule:
     # -- dense and back: see in_place.py -------------------------------------------------------
 
     @classmethod
-    def from_dense(cls, dense: nn.Module, **options):
+    def from_dense(cls, dense: nn.Module, **options: Any) -> MaskedModule:
         """Return a masked module with the same Parameters, mode, hooks and attributes.
 
         `options` are the keyword-only arguments of the constructor; thresholds start at 0. `dense`
@@ -251,7 +252,7 @@ class MaskedModule:
 
         Raises RuntimeError where a weight is sharded or computed by a parametrization.
         """
-        layer = shallow_copy(self)
+        layer = cast(MaskedModule, shallow_copy(self))
         for part in self.masked_weights():
             if part.name in layer._parameters and not is_dtensor(part.weight):
                 baked = nn.Parameter(part.baked(), requires_grad=part.weight.requires_grad)

@@ -6,7 +6,7 @@ The module keeps its forward. While that runs, reading the parameter gives W * M
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class Layout(NamedTuple):
     experts: str = ""
 
 
-class MaskedParameters(MaskedModule, nn.Module):
+class MaskedParameters(MaskedModule):
     """Mixin that goes after a module's class, some parameters of which are masked.
 
     `weight` has `threshold`, every other `name` has `threshold_name`.
@@ -80,7 +80,8 @@ def mask_parameters_(
     """Mask these parameters of a dense module, in place; returns it."""
     module.__dict__["_layouts"] = layouts
     try:
-        return mask_module_(module, MaskedParameters, options, tuple(layouts))
+        masked = mask_module_(module, MaskedParameters, options, tuple(layouts))
+        return cast(MaskedParameters, masked)
     except Exception:
         del module.__dict__["_layouts"]
         raise
@@ -144,9 +145,10 @@ def mask_parameter_(
         raise ValueError("options are those of the parameters that are masked already: give none")
     if not known:
         return mask_parameters_(module, {name: Layout(matrices, experts)}, MaskOptions(**options))
-    thresholds = {part.threshold_name: part.threshold for part in module.masked_weights()}
-    masking = module.masking
-    unmask_module_(module)
+    masked = cast(MaskedParameters, module)
+    thresholds = {part.threshold_name: part.threshold for part in masked.masked_weights()}
+    masking = masked.masking
+    unmask_module_(masked)
     mask_parameters_(module, {**known, name: Layout(matrices, experts)}, masking)
     for each, threshold in thresholds.items():
         setattr(module, each, threshold)

@@ -49,11 +49,11 @@ def stored_weight(module: nn.Module, name: str) -> Tensor:
     for cls in type(module).__mro__:
         computed = cls.__dict__.get(name)
         if isinstance(computed, property) and not isinstance(computed, Readable):
-            return computed.fget(module)
+            return computed.__get__(module)
     raise AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}")
 
 
-def _read(name: str, module: nn.Module) -> Tensor:
+def _read(name: str, module: Any) -> Tensor:
     weight = stored_weight(module, name)
     if torch.compiler.is_compiling():  # compiled forwards read weights to compute with them
         is_read = module.__dict__.get("_is_read") or name in type(module)._own_reads
@@ -61,10 +61,11 @@ def _read(name: str, module: nn.Module) -> Tensor:
     running, key = _running.masked, (module, name)
     if not running or key not in running:
         return weight
-    if running[key] is None:
+    read = running[key]
+    if read is None:
         masked = module._weight_to_compute_with(name, weight)
-        running[key] = masked, 0 if masked.is_inference() else masked._version
-    return running[key][0]
+        read = running[key] = masked, 0 if masked.is_inference() else masked._version
+    return read[0]
 
 
 def members_for_reading(dense: type[nn.Module], names: Sequence[str] = ()) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def members_for_reading(dense: type[nn.Module], names: Sequence[str] = ()) -> di
         try:
             output = dense.forward(self, *args, **kwargs)
             for key in keys:
-                _check_unwritten(*key, running[key])
+                _check_unwritten(key, running[key])
         finally:
             for key in keys:
                 del running[key]
@@ -100,7 +101,8 @@ def members_for_reading(dense: type[nn.Module], names: Sequence[str] = ()) -> di
     return {"forward": forward, "_own_reads": frozenset(names), **properties}
 
 
-def _check_unwritten(module: nn.Module, name: str, read: tuple[Tensor, int] | None) -> None:
+def _check_unwritten(key: tuple[nn.Module, str], read: tuple[Tensor, int] | None) -> None:
+    module, name = key
     if read is not None and not read[0].is_inference() and read[0]._version != read[1]:
         raise RuntimeError(
             f"a forward writes to {name} of {type(module).__name__}, which is the masked weight "
