@@ -51,8 +51,8 @@ def layouts_of(module: nn.Module, config: SparsifyConfig) -> dict[str, Layout]:
     weight = module._parameters.get("weight")
     if isinstance(module, _LAYERS):  # which become masked layers
         return {}
-    kind: type = type(module)
-    if weight is not None and weight.dim() == 2 and calls_linear(kind):
+    cls: type = type(module)
+    if weight is not None and weight.dim() == 2 and calls_linear(cls):
         return {"weight": _ROWS}  # a router, say: `F.linear(x, self.weight)`
     return {}
 
