@@ -141,9 +141,10 @@ class _WithDenseGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         for weight, grad in zip(ctx.weights, grads, strict=True):
-            if grad is not None and weight.grad is not None and weight.grad.dtype != weight.dtype:
+            so_far = weight.grad
+            if so_far is not None and grad is not None and so_far.dtype != weight.dtype:
                 # The sum over micro-batches is in the weight's dtype, as it is anywhere in torch.
-                so_far, weight.grad = weight.grad, None
+                weight.grad = None
                 weight.grad_dtype = weight.dtype
                 weight.grad = so_far.to(weight.dtype)
         return None, *grads, *[None] * len(grads)

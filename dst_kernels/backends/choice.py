@@ -10,18 +10,16 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable
 
 import torch
 
 from .. import reference
 from .compiled import library
-from .device import capability
+from .device import capability, variable
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "DST_KERNELS_BACKEND"
-_ENCODED = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
 # Best first; the reference has every op and comes last. Only Triton has fused products.
 _PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
@@ -122,15 +120,13 @@ def _asked_for(backend: str) -> tuple[str, str, bool]:
     argument = "backend"
     if backend == "auto":
         argument = ENVIRONMENT_VARIABLE
-        # What `os.environ` looks into, for it says by a slow exception that there is nothing.
-        if _ENCODED in getattr(os.environ, "_data", (_ENCODED,)):
-            backend = os.environ.get(argument) or backend
+        backend = variable(argument) or backend
     return argument, backend, backend == "triton" and _is_interpreted()
 
 
 def _is_interpreted() -> bool:
     """Whether Triton serves tensors on a CPU: slow, for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return variable("TRITON_INTERPRET") == "1"
 
 
 def resolve(backend: str, device: torch.device | None = None) -> str:

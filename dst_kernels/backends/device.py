@@ -1,30 +1,41 @@
-"""What the choice of kernels depends on besides the tensors: the GPU and its settings."""
+"""What the choice of kernels depends on besides the tensors: the GPU, settings, the environment."""
 
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 
 
 def gpu_name(device: torch.device) -> str | None:
     """As torch reports it, e.g. "NVIDIA H200"; None where there is none (a fake tensor's, say)."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return None
-    return _properties(device.index).name
+    properties = _properties(device)
+    return None if properties is None else properties.name
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:
     """Compute capability (major, minor); None where there is no GPU."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return None
-    properties = _properties(device.index)
-    return properties.major, properties.minor
+    properties = _properties(device)
+    return None if properties is None else (properties.major, properties.minor)
 
 
 @functools.cache
-def _properties(index: int | None):
-    return torch.cuda.get_device_properties(index)
+def _properties(device: torch.device):
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(device.index)
+
+
+def variable(name: str) -> str | None:
+    """`os.environ.get(name)`, which says by slow exceptions that there is nothing."""
+    known = getattr(os.environ, "_data", None)
+    if known is not None and _encoded(name) not in known:
+        return None
+    return os.environ.get(name)
+
+
+_encoded = functools.cache(os.environ.encodekey)
 
 
 def tf32_allowed(*, convolution: bool = False) -> bool:

@@ -110,6 +110,8 @@ def check_surrogate(surrogate: str) -> None:
 
 
 def check_input(input: Tensor, weight: Tensor) -> None:
+    if input.dtype in _REAL_DTYPES and input.device == weight.device:
+        return
     check_type(
         input.dtype in _REAL_DTYPES,
         lambda: f"input must be {_REAL}, but its dtype is {input.dtype}",
@@ -168,7 +170,8 @@ def check_linear(input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor 
         weight.dim() == 2
         and input.dtype in _REAL_DTYPES
         and input.device == weight.device
-        and input.shape[-1:] == weight.shape[1:]
+        and input.dim() >= 1
+        and input.size(-1) == weight.size(1)
     ):
         return check_bias(bias, weight)  # the usual case, decided quickly
     check_value(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -53,34 +54,41 @@ def check_conv(
 ) -> None:
     check_weight_and_threshold(weight, threshold)
     check_input(input, weight)
+    try:
+        _check_shapes(input.shape, weight.shape, geometry)
+    except TypeError:  # what a compiler takes for a variable cannot be remembered
+        _check_shapes.__wrapped__(input.shape, weight.shape, geometry)
+    check_bias(bias, weight)
+
+
+@functools.lru_cache(maxsize=4096)
+def _check_shapes(input: Sequence[int], weight: Sequence[int], geometry: Geometry) -> None:
     stride, padding, dilation, groups = geometry
     spatial = len(stride)
     check_value(
-        weight.dim() == spatial + 2,
+        len(weight) == spatial + 2,
         lambda: (
             f"weight must be [out, in/groups, *kernel] with {spatial} kernel dimension(s), "
-            f"but its shape is {list(weight.shape)}"
+            f"but its shape is {list(weight)}"
         ),
     )
     check_value(
-        groups >= 1 and weight.shape[0] % groups == 0,
+        groups >= 1 and weight[0] % groups == 0,
         lambda: (
-            f"groups must be at least 1 and divide the {weight.shape[0]} output channels, "
-            f"but is {groups}"
+            f"groups must be at least 1 and divide the {weight[0]} output channels, but is {groups}"
         ),
     )
-    channels = weight.shape[1] * groups
+    channels = weight[1] * groups
     check_value(
-        input.dim() == spatial + 2 and input.shape[1] == channels,
+        len(input) == spatial + 2 and input[1] == channels,
         lambda: (
             f"input must have {channels} channels and {spatial} spatial dimension(s) for a "
-            f"weight of shape {list(weight.shape)} with groups={groups}, but its shape is "
-            f"{list(input.shape)}"
+            f"weight of shape {list(weight)} with groups={groups}, but its shape is {list(input)}"
         ),
     )
     _check_each_dimension(spatial, stride=stride, padding=padding, dilation=dilation)
-    for axis, size in enumerate(input.shape[2:]):
-        reach = dilation[axis] * (weight.shape[axis + 2] - 1) + 1
+    for axis, size in enumerate(input[2:]):
+        reach = dilation[axis] * (weight[axis + 2] - 1) + 1
         padded = size + 2 * padding[axis]
         check_value(
             padded >= reach,
@@ -89,7 +97,6 @@ def check_conv(
                 f"{axis} has {padded} elements with padding, and the dilated kernel needs {reach}"
             ),
         )
-    check_bias(bias, weight)
 
 
 def check_conv_grad_input(

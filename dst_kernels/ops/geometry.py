@@ -14,7 +14,7 @@ def per_dimension(name: str, value: int | Sequence[int], spatial: int) -> tuple[
     values = (value,) * spatial if not isinstance(value, (tuple, list)) else tuple(value)
     if len(values) == 1:
         values *= spatial
-    integers = all(isinstance(v, (int, torch.SymInt)) for v in values)
+    integers = all([isinstance(v, (int, torch.SymInt)) for v in values])
     if len(values) != spatial or not integers:
         raise ValueError(f"{name} must be an integer or {spatial} integers, but is {value!r}")
     return values

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .conv_product import Filters, Image, Lattice, geometry_of, locate, matrix_of_tap, reach
 from .grad_weight import compiled_tile, write_gradients
-from .launch import OPTIONS, on_device_of
+from .launch import OPTIONS, cdiv, on_device_of
 from .masking import ALONG_R, ELEMENT, SURROGATE_CODES, Rule
 from .product import tile_of_program
 from .tiles import GradWeightTile
@@ -140,7 +140,7 @@ def conv_grad_weight(
     """
     outputs, columns, taps_h, taps_w = weight.shape
     rows = outputs // groups
-    tiles = triton.cdiv(rows, tile.block_r), triton.cdiv(columns, tile.block_c)
+    tiles = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)
     taps = taps_h * taps_w
     axis, partial = ELEMENT, None
     if grad_threshold is None:
@@ -182,12 +182,12 @@ def conv_slabs(
     rows = outputs // groups
     positions = grad.shape[0] * grad.shape[2] * grad.shape[3]
     # Without any, one slab of zeros.
-    part = triton.cdiv(max(triton.cdiv(positions, tile.split), 1), tile.block_m) * tile.block_m
-    parts = max(triton.cdiv(positions, part), 1)
+    part = cdiv(max(cdiv(positions, tile.split), 1), tile.block_m) * tile.block_m
+    parts = max(cdiv(positions, part), 1)
     slabs = torch.empty_strided(
         (parts, *like.shape), (like.numel(), *like.stride()), dtype=torch.float32, device=x.device
     )
-    tiles = triton.cdiv(rows, tile.block_r) * triton.cdiv(columns, tile.block_c)
+    tiles = cdiv(rows, tile.block_r) * cdiv(columns, tile.block_c)
     with on_device_of(x):
         conv_slabs_kernel[(tiles, parts * taps_h * taps_w, groups)](
             grad, x, slabs, part, geometry_of(rows, columns, x, like, grad, lattices),

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, CompiledTile, index_dtype, on_device_of
+from .launch import OPTIONS, CompiledTile, cdiv, index_dtype, on_device_of
 from .masking import ALONG_C, ALONG_R, ELEMENT, load_threshold, masked, transposed_axis
 from .matrix import Strided
 from .product import tile_of_program
@@ -210,7 +210,7 @@ def conv_product(
             each[0], each[1] = each[1], each[0]
     axis = ELEMENT if element_wise else ALONG_C if by_input else ALONG_R
     positions = out.shape[0] * out.shape[2] * out.shape[3]
-    tiles = triton.cdiv(rows, tile.block_r) * triton.cdiv(positions, tile.block_m)
+    tiles = cdiv(rows, tile.block_r) * cdiv(positions, tile.block_m)
     index = index_dtype(
         reach(x, out.shape, tile.block_m),
         reach(out, out.shape, tile.block_m),

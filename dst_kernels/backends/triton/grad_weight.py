@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, CompiledTile, index_dtype, on_device_of
+from .launch import OPTIONS, CompiledTile, cdiv, index_dtype, on_device_of
 from .masking import ELEMENT, SURROGATE_CODES, Rule, load_threshold, weight_gradients
 from .matrix import Matrix, Strided
 from .product import tile_of_program
@@ -159,13 +159,13 @@ def fused_grad_weight(
 ) -> Tensor | None:
     """Fill `grad_weight` from grad [M, R] and x [M, C]; of dt as `post` does."""
     (M, R), C = grad.shape, x.shape[1]
-    tiles_c = triton.cdiv(C, tile.block_c)
+    tiles_c = cdiv(C, tile.block_c)
     partial = None
     if grad_threshold is None:
         partial = torch.empty((tiles_c, R), dtype=torch.float32, device=x.device)
         grad_threshold = Matrix(partial, R, C, 0, 0)
     with on_device_of(x):
-        grad_weight_kernel[(triton.cdiv(R, tile.block_r) * tiles_c,)](
+        grad_weight_kernel[(cdiv(R, tile.block_r) * tiles_c,)](
             Strided(grad, *grad.stride()), Strided(x, *x.stride()), weight.strided,
             threshold.strided, grad_weight.strided, grad_threshold.strided, M, R, C,
             RULE=Rule(threshold.axis, SURROGATE_CODES[surrogate], structure_gradient),
@@ -183,10 +183,10 @@ def dense_slabs(grad: Tensor, x: Tensor, tile: GradWeightTile, precision: str) -
     """G as float32 partial sums [parts, R, C] over the tokens."""
     (M, R), C = grad.shape, x.shape[1]
     # Without any, one slab of zeros.
-    part = triton.cdiv(max(triton.cdiv(M, tile.split), 1), tile.block_m) * tile.block_m
-    parts = max(triton.cdiv(M, part), 1)
+    part = cdiv(max(cdiv(M, tile.split), 1), tile.block_m) * tile.block_m
+    parts = max(cdiv(M, part), 1)
     slabs = torch.empty((parts, R, C), dtype=torch.float32, device=x.device)
-    tiles = triton.cdiv(R, tile.block_r) * triton.cdiv(C, tile.block_c)
+    tiles = cdiv(R, tile.block_r) * cdiv(C, tile.block_c)
     with on_device_of(x):
         slabs_kernel[(tiles, parts)](
             Strided(grad, *grad.stride()), Strided(x, *x.stride()), slabs, M, R, C, part,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -145,13 +147,15 @@ def _operands(weight: Tensor, threshold: Tensor) -> tuple[Matrix, Matrix]:
 def traits_of(activation: Tensor, *, convolution: bool = False) -> Traits:
     found = capability(activation.device)
     hopper = found is None or found[0] == 9  # the interpreter takes what Hopper gets
-    return Traits(activation.dtype, tf32_allowed(convolution=convolution), hopper)
+    return _traits(activation.dtype, tf32_allowed(convolution=convolution), hopper)
+
+
+_traits = functools.cache(Traits)
 
 
 def refuse_float64(activation: Tensor, weight: Tensor, threshold: Tensor) -> None:
-    tensors = {"input": activation, "weight": weight, "threshold": threshold}
-    for name, tensor in tensors.items():
-        if tensor.dtype == torch.float64:
+    for name, tensor in ("input", activation), ("weight", weight), ("threshold", threshold):
+        if tensor.dtype is torch.float64:
             raise TypeError(
                 f"{name} must be float16, bfloat16 or float32 for Triton's fused products, but its "
                 "dtype is torch.float64. Use path='packed' or 'auto', or backend='reference'."

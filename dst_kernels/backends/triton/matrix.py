@@ -53,9 +53,9 @@ def as_matrices(*tensors: Tensor) -> list[Matrix] | None:
     memory, in the same order in all of them.
     """
     shape = tensors[0].shape
-    rows, columns = shape[0], math.prod(shape[1:])
     if len(shape) == 2:
-        return [Matrix(tensor, rows, columns, *tensor.stride()) for tensor in tensors]
+        return [Matrix(tensor, *shape, *tensor.stride()) for tensor in tensors]
+    rows, columns = shape[0], math.prod(shape[1:])
     for tensor in tensors:
         expected = 1
         for stride, size in sorted(zip(tensor.stride()[1:], shape[1:], strict=True)):
@@ -83,5 +83,7 @@ def as_threshold(threshold: Tensor, weight: Tensor) -> Matrix:
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """What comparisons and gradients are computed in: float64 where a tensor is, else float32."""
-    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32
+    for tensor in tensors:
+        if tensor.dtype is torch.float64:
+            return torch.float64
+    return torch.float32

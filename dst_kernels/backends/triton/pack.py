@@ -11,8 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...reference.weight import largest_collapsed_count
-from .launch import OPTIONS, TRITON_DTYPES, on_device_of
+from .launch import OPTIONS, TRITON_DTYPES, cdiv, least_pruned, on_device_of
 from .masking import ALONG_R, LAYER, elements, load_threshold, masked
 from .matrix import Matrix, compute_dtype
 from .tiles import StreamTile
@@ -113,7 +112,7 @@ def pack(
 ) -> None:
     """Fill `packed` (unless None) with W * M and `effective` with the effective threshold."""
     R, C = weight.rows, weight.columns
-    row_blocks = triton.cdiv(R, tile.rows)
+    row_blocks = cdiv(R, tile.rows)
     chunk, chunks = tile.chunk(row_blocks, C)
     counts = torch.empty(chunks * R, dtype=torch.int32, device=weight.tensor.device)
     tensors = weight.strided, threshold.strided, packed and packed.strided, effective.strided
@@ -130,7 +129,7 @@ def pack(
         pack_kernel[(row_blocks, chunks)](*tensors, counts, R, C, chunk, **constants)
         if reset_ratio is None:
             return
-        least_pruned = R * C - largest_collapsed_count(R * C, reset_ratio)
         apply_guard_kernel[(min(row_blocks, _GUARD_PROGRAMS),)](
-            tensors[0], *tensors[2:], counts, counts.numel(), least_pruned, R, C, **constants
-        )
+            tensors[0], *tensors[2:], counts, chunks * R, least_pruned(R * C, reset_ratio), R, C,
+            **constants,
+        )  # fmt: skip

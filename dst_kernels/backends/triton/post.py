@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, TRITON_DTYPES, on_device_of
+from .launch import OPTIONS, TRITON_DTYPES, cdiv, on_device_of
 from .masking import (
     ELEMENT,
     LAYER,
@@ -93,7 +93,7 @@ def post(
     Otherwise returns dt's partial sums [chunks, rows] for `finish_threshold_gradient`.
     """
     R, C = weight.rows, weight.columns
-    row_blocks = triton.cdiv(R, tile.rows)
+    row_blocks = cdiv(R, tile.rows)
     chunk, chunks = tile.chunk(row_blocks, C)
     dtype = compute_dtype(weight.tensor, threshold.tensor)
     partial = None

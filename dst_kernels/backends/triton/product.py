@@ -18,8 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...reference.weight import largest_collapsed_count
-from .launch import OPTIONS, CompiledTile, index_dtype, on_device_of
+from .launch import OPTIONS, CompiledTile, cdiv, index_dtype, least_pruned, on_device_of
 from .masking import ALONG_R, LAYER, load_threshold, masked, transposed_axis
 from .matrix import Matrix, Strided
 from .pack import COUNTS, has_collapsed
@@ -220,17 +219,17 @@ def masked_product(
     M, R, C = x.shape[0], weight.rows, weight.columns
     # One threshold for all is read as one for each row: a scalar in the loop serialises wgmma.
     axis = ALONG_R.value if threshold.axis == LAYER.value else threshold.axis
-    part = triton.cdiv(triton.cdiv(C, tile.split), tile.block_c) * tile.block_c
-    parts = triton.cdiv(C, part)
+    part = cdiv(cdiv(C, tile.split), tile.block_c) * tile.block_c
+    parts = cdiv(C, part)
     out = x.new_empty((M, R))
     slabs = x.new_empty((parts, M, R), dtype=torch.float32) if parts > 1 else None
-    tiles_r = triton.cdiv(R, tile.block_r)
-    tiles = tiles_r * triton.cdiv(M, tile.block_m)
+    tiles_r = cdiv(R, tile.block_r)
+    tiles = tiles_r * cdiv(M, tile.block_m)
     counts = guard = None
     if reset_ratio is not None:
         counts = x.new_empty(parts * tiles_r, dtype=torch.int32)
-        least_pruned = R * C - largest_collapsed_count(R * C, reset_ratio)
-        guard = Guard(counts, counts.numel(), least_pruned, effective, effective.numel())
+        least = least_pruned(R * C, reset_ratio)
+        guard = Guard(counts, parts * tiles_r, least, effective, effective.numel())
     index = index_dtype(
         tile.block_r * weight.row_stride, tile.block_c * weight.column_stride,
         tile.block_m * x.stride(0), tile.block_c * x.stride(1),

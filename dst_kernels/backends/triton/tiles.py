@@ -103,6 +103,7 @@ def _power_of_two(size: int, least: int, most: int) -> int:
     return max(least, min(most, 1 << (size - 1).bit_length()))
 
 
+@functools.lru_cache(maxsize=4096)
 def pack_tile(columns: int, column_stride: int) -> StreamTile:
     """4096 weights at a time, 16 for each thread, along whichever axis is contiguous."""
     if column_stride != 1:  # a transposed weight: its rows lie next to each other
@@ -111,6 +112,7 @@ def pack_tile(columns: int, column_stride: int) -> StreamTile:
     return StreamTile(rows=4096 // block, block=block)
 
 
+@functools.lru_cache(maxsize=4096)
 def post_tile(columns: int, column_stride: int) -> StreamTile:
     """Half as many: two tensors come in, and their arithmetic takes registers."""
     tile = pack_tile(columns, column_stride)

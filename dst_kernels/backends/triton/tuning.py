@@ -28,7 +28,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..device import gpu_name
+from ..device import gpu_name, variable
 
 AUTOTUNE = "DST_KERNELS_AUTOTUNE"
 CACHE_DIRECTORY = "DST_KERNELS_CACHE_DIR"
@@ -62,7 +62,7 @@ def tuned(
 
 def tuning_is_on() -> bool:
     """Whether the environment asks for it, or `choosing` does."""
-    return _choose is not None or os.environ.get(AUTOTUNE, "0") not in ("", "0")
+    return _choose is not None or (variable(AUTOTUNE) or "0") != "0"
 
 
 _choose: Callable[[Any, Sequence[Any], Callable[[Any], object]], Any] | None = None

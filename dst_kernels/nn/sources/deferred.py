@@ -142,7 +142,12 @@ class Deferral:
     # -- forwards ------------------------------------------------------------------------------
 
     def masked_weights(
-        self, layers: Sequence[MaskedLayer], dtype: torch.dtype, parallel: bool
+        self,
+        layers: Sequence[MaskedLayer],
+        weights: Sequence[Tensor],
+        thresholds: Sequence[Tensor],
+        dtype: torch.dtype,
+        parallel: bool,
     ) -> Sequence[Tensor]:
         """Return every W * M of a forward with gradients, from the last step where it fits.
 
@@ -150,15 +155,13 @@ class Deferral:
         in DistributedDataParallel (`parallel`), which wants the weight's dtype; else in that of the
         weight, since GradScaler unscales no float16.
         """
-        weights = [layer._parameters["weight"] for layer in layers]
-        thresholds = [layer._parameters["threshold"] for layer in layers]
-        training = [layer.training for layer in layers]
         masked = [self.fresh(layer) if layer.training else None for layer in layers]
         stale = [
             i for i, each in enumerate(masked)
-            if each is None or each.dtype != dtype or each.device != weights[i].device
+            if each is None or each.dtype is not dtype or each.device != weights[i].device
         ]  # fmt: skip
         if stale:
+            training = [layer.training for layer in layers]
             options = [layers[i].masking for i in stale]
             made, _ = pack_weights(
                 *([these[i] for i in stale] for these in (weights, thresholds)),
@@ -173,8 +176,9 @@ class Deferral:
                 masked[i] = self.store(layers[i], each) if training[i] else each
                 if not training[i]:
                     self.forward_commits_nothing(layers[i])
+        reduced = dtype is torch.bfloat16 and not parallel
         for weight in weights:
-            wanted = dtype if dtype == torch.bfloat16 and not parallel else weight.dtype
+            wanted = dtype if reduced else weight.dtype
             if weight.grad_dtype != wanted and weight.grad is None:
                 weight.grad_dtype = wanted
         return with_dense_gradients(masked, weights, thresholds)

@@ -155,7 +155,9 @@ class Group:
 
     def _mask(self, bucket: _Bucket, forward: _Forward, parallel: bool) -> list[Tensor]:
         if forward.with_grad and bucket.deferral is not None:
-            return bucket.deferral.masked_weights(bucket.layers, bucket.dtype, parallel)
+            return bucket.deferral.masked_weights(
+                bucket.layers, bucket.weights, bucket.thresholds, bucket.dtype, parallel
+            )
         commits = [layer._commits() for layer in bucket.layers]
         arguments = bucket.weights, bucket.thresholds, bucket.options, commits, bucket.dtype
         if not forward.with_grad:
