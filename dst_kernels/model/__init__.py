@@ -1,5 +1,6 @@
 """Whole models: conversion, the regulariser, parameter groups, reports, and back to dense."""
 
+from .check import check_masks
 from .config import SparsifyConfig
 from .convert import ConversionPlan, plan_sparsify, sparsify_
 from .finalize import densify_, finalize_
@@ -10,6 +11,7 @@ __all__ = [
     "ConversionPlan",
     "SparsifyConfig",
     "SparsityReport",
+    "check_masks",
     "densify_",
     "finalize_",
     "parameter_groups",

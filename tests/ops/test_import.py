@@ -82,6 +82,7 @@ def test_public_names():
         "SparsifyConfig",
         "SparsityReport",
         "__version__",
+        "check_masks",
         "densify_",
         "finalize_",
         "functional",

@@ -1,0 +1,97 @@
+"""A run-time check: does every mask act, and does every threshold train?"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..nn.find import named_masked_weights
+from ..nn.weight import MaskedWeight
+
+
+def check_masks(
+    model: nn.Module, *args: Any, optimizers: Iterable[torch.optim.Optimizer] = (), **kwargs: Any
+) -> dict[str, str]:
+    """Return what is wrong, by the name of the masked weight; an empty dict where all is well.
+
+    Runs one forward `model(*args, **kwargs)` and one backward, in the mode that the model is in,
+    with the thresholds of every weight at its median for the moment. Afterwards parameters,
+    gradients, buffers and the random numbers of the CPU and the model's devices are as they were.
+
+    Found are weights that the forward does not use, weights that it reads past their mask (through
+    a name or a method that masking does not know), masks that change no output, and, where
+    `optimizers` are given, thresholds that none of them trains. A weight without gradients
+    (frozen) is not looked at.
+
+    Raises ValueError where the model has no masked layers or its output no floating-point tensor
+    that depends on a parameter, and whatever the forward raises.
+    """
+    parts = [each for each in named_masked_weights(model) if each[1].weight.requires_grad]
+    trained = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
+    problems = {}
+    with _as_it_was(model, parts), torch.enable_grad():
+        for _, part in parts:
+            with torch.no_grad():
+                part.threshold.copy_(part.weight.abs().median())
+        outputs = [
+            each
+            for each in tree_leaves(model(*args, **kwargs))
+            if isinstance(each, Tensor) and each.is_floating_point() and each.requires_grad
+        ]
+        if not outputs:
+            raise ValueError(
+                "model: its output has no floating-point tensor that depends on a parameter"
+            )
+        torch.stack([each.float().square().sum() for each in outputs]).sum().backward()
+        for name, part in parts:
+            problem = _problem(part)
+            if problem is not None:
+                problems[name] = problem
+    for name, part in parts:
+        if optimizers and id(part.threshold) not in trained and name not in problems:
+            problems[name] = "no given optimizer trains its threshold: build it after conversion"
+    return problems
+
+
+def _problem(part: MaskedWeight) -> str | None:
+    of_weight, of_threshold = part.weight.grad, part.threshold.grad
+    if of_threshold is None and of_weight is None and part.name in part.module._parameters:
+        return "is not used by this forward"
+    if of_threshold is None:
+        return "is read past its mask: its threshold has no gradient"
+    if not part.threshold.requires_grad or of_threshold.any():
+        return None
+    return "its mask changes no output: the gradient of its threshold is 0"
+
+
+@contextlib.contextmanager
+def _as_it_was(model: nn.Module, parts: list[tuple[str, MaskedWeight]]) -> Iterator[None]:
+    """Put back what a step changes; gradients of deferred layers are their own meanwhile."""
+    grads = [(p, p.grad, p.grad_dtype) for p in model.parameters()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    thresholds = [(part.threshold, part.threshold.detach().clone()) for _, part in parts]
+    deferrals = [
+        (m, m.__dict__.pop("_deferral")) for m in model.modules() if "_deferral" in vars(m)
+    ]
+    devices = {p.device.index for p in model.parameters() if p.is_cuda}
+    try:
+        for parameter, _, _ in grads:
+            parameter.grad = None
+            parameter.grad_dtype = parameter.dtype
+        with torch.random.fork_rng(devices=[index for index in devices if index is not None]):
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in (*buffers, *thresholds):
+                tensor.copy_(value)
+        for module, deferral in deferrals:
+            module.__dict__["_deferral"] = deferral
+        for parameter, grad, dtype in grads:
+            parameter.grad = None
+            parameter.grad_dtype = dtype
+            parameter.grad = grad
