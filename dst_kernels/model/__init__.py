@@ -2,9 +2,10 @@
 
 from .check import check_masks
 from .config import SparsifyConfig
-from .convert import ConversionPlan, plan_sparsify, sparsify_
+from .convert import plan_sparsify, sparsify_
 from .finalize import densify_, finalize_
 from .parameters import parameter_groups, sparse_regularization
+from .planning import ConversionPlan
 from .report import SparsityReport, remaining_ratio, sparsity_report
 
 __all__ = [

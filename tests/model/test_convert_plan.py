@@ -93,8 +93,10 @@ def test_the_plan_prints_a_table():
     assert len(lines) == len(plan_sparsify(build()).layers) + 1
     assert lines[0].split() == ["skip", "0", "Conv2d", "8x3x3x3", "skip_first"]
     assert "3" in lines[-2] and "2x8" in lines[-2]
-    assert lines[-1] == "4 layers to convert, 0 masked already, 2 skipped"
-    assert plan_sparsify(build()).summary() == "5 layers to convert, 0 masked already, 1 skipped"
+    assert (
+        lines[-1] == "4 layers to convert, 0 masked already, 2 skipped; 39.6% of all weights masked"
+    )
+    assert plan_sparsify(build()).summary().startswith("5 layers to convert, 0 masked already")
     assert str(plan_sparsify(nn.ReLU())) == "0 layers to convert, 0 masked already, 0 skipped"
     assert "(root)" in str(plan_sparsify(nn.Linear(2, 2)))
 
@@ -176,3 +178,44 @@ def test_bad_config_values(option, value):
         SparsifyConfig(**{option: value})
     with pytest.raises(ValueError, match=option):
         SparsifyConfig.from_dict({option: value})
+
+
+@pytest.mark.parametrize(
+    "zeros, message",
+    [
+        (slice(0, 2), "50% of its weights are 0 (2 of 4 rows entirely)"),
+        ((slice(None), 0), "25% of its weights are 0, and a pruned 0"),
+        (slice(0, 0), ""),
+    ],
+)
+def test_weights_that_start_at_zero_are_counted(zeros, message):
+    layer = nn.Linear(4, 4)
+    with torch.no_grad():
+        layer.weight[zeros] = 0
+    reason = plan_sparsify(layer).layers[0].reason
+    assert message in reason and bool(reason) == bool(message)
+
+
+def test_a_conversion_that_masks_little_warns_with_the_reasons(caplog):
+    model = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 8))
+    plan = plan_sparsify(model)
+    assert (plan.masked, plan.total) == (64, 864) and plan.share() == 64 / 864
+    sparsify_(model)
+    (record,) = [each for each in caplog.records if each.levelname == "WARNING"]
+    assert record.getMessage().startswith("sparsify_: 7.4 % of all weights are masked (is an embed")
+    caplog.clear()
+    sparsify_(nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
+    assert not [each for each in caplog.records if each.levelname == "WARNING"]
+
+
+def test_a_wrapped_model_is_refused():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+        for each in (model, nn.Sequential(model)):
+            with pytest.raises(ValueError, match="DistributedDataParallel.*before wrapping it$"):
+                sparsify_(each)
+        assert type(model.module) is nn.Linear
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,14 +1,42 @@
-"""Which modules have parameters to mask that no layer of ours takes: by their type, no guesses."""
+"""What each type of module becomes: a layer of ours, or itself with masked parameters."""
 
 from __future__ import annotations
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..nn import (
+    MaskedConv1d,
+    MaskedConv2d,
+    MaskedConv3d,
+    MaskedConvTranspose1d,
+    MaskedConvTranspose2d,
+    MaskedConvTranspose3d,
+    MaskedGRU,
+    MaskedLinear,
+    MaskedLSTM,
+    MaskedModule,
+    MaskedRNN,
+)
 from ..nn.parameters import Layout
 from ..nn.weight import OUT_IN, TRANSPOSED
 from ._weight_readers import calls_linear
 from .config import SparsifyConfig
+
+_MASKED = {
+    nn.Linear: MaskedLinear,
+    nn.Conv1d: MaskedConv1d,
+    nn.Conv2d: MaskedConv2d,
+    nn.Conv3d: MaskedConv3d,
+    nn.ConvTranspose1d: MaskedConvTranspose1d,
+    nn.ConvTranspose2d: MaskedConvTranspose2d,
+    nn.ConvTranspose3d: MaskedConvTranspose3d,
+    nn.LSTM: MaskedLSTM,
+    nn.GRU: MaskedGRU,
+    nn.RNN: MaskedRNN,
+}
+
+_TRANSFORMERS_CONV1D = "transformers.pytorch_utils.Conv1D"
 
 _ROWS = Layout()
 _NAMES: dict[type[nn.Module], dict[str, Layout]] = {
@@ -61,3 +89,29 @@ def _present(module: nn.Module, names: dict[str, Layout]) -> dict[str, Layout]:
     return {
         name: layout for name, layout in names.items() if module._parameters.get(name) is not None
     }
+
+
+def _base(module: nn.Module) -> type[nn.Module] | None:
+    """The torch.nn class that `module` behaves as, if we have a masked twin of it."""
+    for base in _MASKED:
+        if isinstance(module, base):
+            return base
+    return None
+
+
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def has_twin(module: nn.Module) -> bool:
+    """Whether there is a layer of ours that a module can become."""
+    return _base(module) is not None or _qualified(type(module)) == _TRANSFORMERS_CONV1D
+
+
+def masked_type(module: nn.Module) -> type[MaskedModule]:
+    base = _base(module)
+    if base is not None:
+        return _MASKED[base]
+    from ..nn.huggingface import MaskedTransformersConv1D
+
+    return MaskedTransformersConv1D
