@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,8 @@ RECURRENT_PATHS = ("auto", "packed")  # the products are torch's: cuDNN's on a G
 _GATES = {"LSTM": 4, "GRU": 3}  # matrices stacked in weight_ih and weight_hh
 _CAST_BY_AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)
 
-if TYPE_CHECKING:
-    _Parent = nn.RNNBase  # every subclass of the mixin below also has it among its parents
-else:
-    _Parent = object
 
-
-class MaskedRecurrent(MaskedModule, _Parent):
+class MaskedRecurrent(MaskedModule, nn.RNNBase):
     """Run `torch.nn.{parent}` with only the weights whose magnitude exceeds their threshold.
 
     Arguments, input and output are those of the parent; keyword-only arguments and errors those of
