@@ -39,13 +39,16 @@ class LayerSparsity:
 class SparsityReport:
     """Hold all masked layers and their totals; `print` shows a table.
 
-    Totals count masked weights only (no biases, norms, dense layers), and shared ones once.
+    `kept` and `total` count masked weights only; `all_weights` counts every parameter of two
+    dimensions or more (no thresholds), so that a ratio of a small part is seen as such. Shared
+    weights count once.
     """
 
     layers: list[LayerSparsity]
     remaining_ratio: float
     kept: int
     total: int
+    all_weights: int
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -80,7 +83,8 @@ class SparsityReport:
             left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
             right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
             lines.append("  ".join(left + right).rstrip())
-        return "\n".join(lines)
+        share = self.total / self.all_weights if self.all_weights else float("nan")
+        return "\n".join([*lines, f"{share:.1%} of all {self.all_weights:,} weights are masked"])
 
 
 @torch.no_grad()
@@ -116,7 +120,12 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
     kept = sum(entry.kept for entry in unique.values())
     total = sum(entry.total for entry in unique.values())
     ratio = kept / total if total else float("nan")
-    return SparsityReport(layers=layers, remaining_ratio=ratio, kept=kept, total=total)
+    numbers = {id(part.weight): part.weight.numel() for _, part in named}
+    thresholds = {id(part.threshold) for _, part in named}
+    for parameter in model.parameters():
+        if parameter.dim() >= 2 and id(parameter) not in thresholds:
+            numbers[id(parameter)] = parameter.numel()
+    return SparsityReport(layers, ratio, kept, total, sum(numbers.values()))
 
 
 def _measure(part: MaskedWeight) -> Tensor:

@@ -214,7 +214,7 @@ def test_a_wrapped_model_is_refused():
     try:
         model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
         for each in (model, nn.Sequential(model)):
-            with pytest.raises(ValueError, match="DistributedDataParallel.*before wrapping it$"):
+            with pytest.raises(ValueError, match=r"DistributedDataParallel.*before wrapping it$"):
                 sparsify_(each)
         assert type(model.module) is nn.Linear
     finally:

@@ -171,18 +171,21 @@ def test_printed():
     model = build()
     report = sparsity_report(model)
     lines = str(report).splitlines()
-    assert len(lines) == len(report.layers) + 4
+    assert len(lines) == len(report.layers) + 5
     assert lines[0].split()[:3] == ["layer", "shape", "remaining"]
     head = next(line for line in lines if line.startswith("3.head"))
     entry = report.layers[3]
     assert head.split()[1:5] == ["5x7", f"{entry.remaining_ratio:.2%}", str(entry.kept), "35"]
-    assert lines[-1].split() == [
+    assert lines[-2].split() == [
         "model",
         f"{report.remaining_ratio:.2%}",
         str(report.kept),
         str(report.total),
     ]
+    assert lines[-1] == "100.0% of all 250 weights are masked"
     assert "(root)" in str(sparsity_report(sparsify_(nn.Linear(2, 2))))
+    little = sparsity_report(sparsify_(nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2))))
+    assert str(little).endswith("40.0% of all 10 weights are masked")
 
 
 def test_to_dict_is_json():
