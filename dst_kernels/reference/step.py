@@ -24,7 +24,7 @@ Thresholds are effective ones on entry and on exit: a reset by the guard is writ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,11 +40,13 @@ Tensors = Sequence[Tensor]
 def sgd_step_(
     weights: Tensors, grads: Tensors, buffers: Tensors,
     thresholds: Tensors, threshold_grads: Tensors, threshold_buffers: Tensors,
-    masked: Tensors, kept: Tensor, settings: Sequence[int],
-    hypers: Tensor, rates: Tensors, alphas: Tensors, scales: Tensors,
+    masked: Tensors, kept: Tensor, *how: Any,
 ) -> None:  # fmt: skip
-    """Update as `torch.optim.SGD` does; without momentum the buffers are absent."""
-    run = _Run(settings, hypers, rates, alphas, scales)
+    """Update as `torch.optim.SGD` does; without momentum the buffers are absent.
+
+    `how`: settings, hypers, rates, alphas and scales, as above.
+    """
+    run = _Run(*how)
     for i, weight in enumerate(weights):
         *_, first_weight, first_threshold = run.settings(i)
         run.segment(
@@ -60,11 +62,13 @@ def adamw_step_(
     weights: Tensors, grads: Tensors, averages: Tensors, squares: Tensors, steps: Tensors,
     thresholds: Tensors, threshold_grads: Tensors,
     threshold_averages: Tensors, threshold_squares: Tensors, threshold_steps: Tensors,
-    masked: Tensors, kept: Tensor, settings: Sequence[int],
-    hypers: Tensor, rates: Tensors, alphas: Tensors, scales: Tensors,
+    masked: Tensors, kept: Tensor, *how: Any,
 ) -> None:  # fmt: skip
-    """Update as `torch.optim.AdamW` does, and count `steps`, one-element float32 tensors."""
-    run = _Run(settings, hypers, rates, alphas, scales)
+    """Update as `torch.optim.AdamW` does, and count `steps`, one-element float32 tensors.
+
+    `how`: settings, hypers, rates, alphas and scales, as above.
+    """
+    run = _Run(*how)
     for i, weight in enumerate(weights):
         of_weight = averages[i], squares[i], steps[i]
         of_threshold = threshold_averages[i], threshold_squares[i], threshold_steps[i]
