@@ -15,7 +15,7 @@ from ..backends import serving
 from ..plan import FUSED, PACKED, PLANS, Plan
 from ._function import MaskedFunction, cast_for_autocast, wanted
 from .options import MaskOptions
-from .weight import FRESH, Packed, WeightSource, make_masked_weight, pack
+from .weight import FRESH, Packed, WeightSource, masked_weight, pack
 
 # A path of the weight's gradient: return G unchanged; the optimizer derives dW and dt.
 _RAW = "raw"
@@ -135,7 +135,8 @@ def masked_product(
     input = cast_for_autocast(input, weight)
     plan = _plan(product, input, weight, geometry, options, source)
     if plan == PLANS["packed"] and source.keep:
-        masked, effective = make_masked_weight(weight, threshold, options, input.dtype, source)
+        operands = weight, threshold, options, input.dtype, source
+        masked, effective = masked_weight(*operands, checked=True)
         if bias is not None and bias.dtype != input.dtype:
             bias = bias.to(input.dtype)
         return product.multiply(input, masked, bias, *geometry), effective

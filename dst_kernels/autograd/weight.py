@@ -46,9 +46,6 @@ def pack(weight: Tensor, threshold: Tensor, options: MaskOptions, dtype: torch.d
     return Packed(*ops.call(ops.masked_weight, *arguments))
 
 
-_NONE = (None,) * 8
-
-
 class _MaskedWeight(MaskedFunction):
     """Returns (W * M,) where it is given what was packed before, else (W * M, effective)."""
 
@@ -80,7 +77,7 @@ class _MaskedWeight(MaskedFunction):
             arguments = grad, weight, effective, *ctx.options
             grads = ops.call(ops.masked_weight_backward, *arguments)
         of_weight, of_threshold, *_ = ctx.needs_input_grad
-        return grads[0] if of_weight else None, grads[1] if of_threshold else None, *_NONE
+        return grads[0] if of_weight else None, grads[1] if of_threshold else None, *[None] * 8
 
 
 def masked_weight(
@@ -89,22 +86,16 @@ def masked_weight(
     options: MaskOptions,
     dtype: torch.dtype | None = None,
     source: WeightSource = FRESH,
+    *,
+    checked: bool = False,
 ) -> Packed:
-    """W * M in `dtype` (None: the weight's), with gradients to `weight` and `threshold`."""
+    """W * M in `dtype` (None: the weight's), with gradients to `weight` and `threshold`.
+
+    `checked` says that the caller has done so with the tensors; with options it always has.
+    """
     dtype = weight.dtype if dtype is None else dtype
-    if not torch.compiler.is_compiling():  # there the op's own check serves
+    if not checked and not torch.compiler.is_compiling():  # there the op's own check serves
         check_masked_weight(weight, threshold, options.reset_ratio, dtype)
-    return make_masked_weight(weight, threshold, options, dtype, source)
-
-
-def make_masked_weight(
-    weight: Tensor,
-    threshold: Tensor,
-    options: MaskOptions,
-    dtype: torch.dtype,
-    source: WeightSource,
-) -> Packed:
-    """As `masked_weight`, of arguments that have been checked."""
     masked = effective = None
     if source.recall is not None:
         masked, effective = source.recall(weight, threshold, options, dtype)

@@ -59,7 +59,8 @@ class _MaskWeights(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.rest = rest
         n = len(masked)
-        ctx.threshold_shapes = [threshold.shape for threshold in parameters[n : 2 * n]]
+        if rest[1] is not None:
+            ctx.threshold_shapes = [threshold.shape for threshold in parameters[n : 2 * n]]
         ctx.save_for_backward(*parameters[:n], *effective)
         return *masked, *copies
 

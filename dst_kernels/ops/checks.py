@@ -1,4 +1,4 @@
-"""What the operations accept, checked once at the op boundary for eager, compiled and fake tensors.
+"""What the operations accept, checked once: by autograd functions in eager calls, else by the ops.
 
 Every message names the argument, what was given and what is accepted. Those of convolutions are in
 `conv_checks.py`.

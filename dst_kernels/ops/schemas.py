@@ -3,8 +3,8 @@
 The ops are opaque to torch.compile and know nothing of autograd (`autograd` wraps them).
 Ops with a `reset_ratio` take the stored threshold and also return the effective one; all others
 take the effective one. Arguments are checked here, with the same messages whether the tensors are
-real or fake. Outputs have the strides their fake says: masked weights and weight gradients those of
-the weight, activations contiguous or channels last.
+real or fake, but not in a `call`. Outputs have the strides their fake says: masked weights and
+weight gradients those of the weight, activations contiguous or channels last.
 """
 
 from __future__ import annotations

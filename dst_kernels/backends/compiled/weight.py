@@ -37,7 +37,8 @@ def masked_weight(
         many = masked_weights([weight], [threshold], [reset_ratio], [False], dtype)
         return many[0][0], many[1][0]
     masked, effective = torch.empty_like(weight, dtype=dtype), torch.empty_like(threshold)
-    settings, kept = (_collapsed(weight.numel(), reset_ratio), 0), _counts(weight, 1)
+    settings = _collapsed(weight.numel(), reset_ratio), 0
+    kept = weight.new_empty(1, dtype=torch.int64)
     _pack((weight,), (threshold,), settings, (masked,), (effective,), kept)
     return masked, effective
 
@@ -57,7 +58,7 @@ def masked_weights(
     settings = []
     for weight, reset_ratio, committed in zip(weights, reset_ratios, commit, strict=True):
         settings += _collapsed(weight.numel(), reset_ratio), int(committed)
-    kept = _counts(weights[0], len(masked))
+    kept = weights[0].new_empty(len(masked), dtype=torch.int64)
     _pack(taken_weights, taken_thresholds, settings, masked, effective, kept)
     if taken_weights is weights:
         return masked, effective
@@ -77,11 +78,6 @@ def _collapsed(size: int, reset_ratio: float | None) -> int:
     """The largest kept count at which the guard resets, as the library takes it."""
     guarded = reset_ratio is not None and size
     return largest_collapsed_count(size, reset_ratio) if guarded else _NO_GUARD
-
-
-def _counts(like: Tensor, number: int) -> Tensor:
-    """What the library counts kept weights in."""
-    return like.new_empty(number, dtype=torch.int64)
 
 
 def masked_weight_backward(

@@ -141,7 +141,8 @@ def _operands(weight: Tensor, threshold: Tensor) -> tuple[Matrix, Matrix]:
     if threshold.shape == weight.shape:
         matrix, stored = as_matrices(weight, threshold)
         return matrix, stored
-    return as_matrices(weight)[0], as_threshold(threshold, weight)
+    (matrix,) = as_matrices(weight)
+    return matrix, as_threshold(threshold, matrix)
 
 
 def traits_of(activation: Tensor, *, convolution: bool = False) -> Traits:

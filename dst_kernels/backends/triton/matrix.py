@@ -73,9 +73,9 @@ def as_matrices(*tensors: Tensor) -> list[Matrix] | None:
     return [Matrix(tensor, rows, columns, tensor.stride(0), 1) for tensor in tensors]
 
 
-def as_threshold(threshold: Tensor, weight: Tensor) -> Matrix:
+def as_threshold(threshold: Tensor, weight: Matrix) -> Matrix:
     """A threshold that is no element-wise one: one value for each row, or one for all."""
-    rows, columns = weight.shape[0], math.prod(weight.shape[1:])
+    rows, columns = weight.rows, weight.columns
     if threshold.dim() == 1 and threshold.shape[0] == rows:
         return Matrix(threshold, rows, columns, threshold.stride(0), 0, ALONG_R.value)
     return Matrix(threshold, rows, columns, 0, 0, LAYER.value)

@@ -48,7 +48,7 @@ def _pack(
     if element_wise:
         stored, written = seen[1:3]
     else:
-        stored, written = as_threshold(threshold, weight), as_threshold(effective, weight)
+        stored, written = as_threshold(threshold, matrix), as_threshold(effective, matrix)
 
     def run(tile: StreamTile) -> None:
         pack(matrix, stored, None if packed is None else seen[-1], written, reset_ratio, tile)
@@ -93,7 +93,7 @@ def _post(
         results = _post(*arguments, surrogate, structure_gradient)
         return grad_weight.copy_(results[0]), torch.empty_like(threshold).copy_(results[1])
     matrix, written, dense = seen[:3]
-    stored = seen[3] if element_wise else as_threshold(threshold, weight)
+    stored = seen[3] if element_wise else as_threshold(threshold, matrix)
 
     def run(tile: StreamTile) -> Tensor | None:
         return post(
