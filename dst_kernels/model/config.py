@@ -18,9 +18,9 @@ class SparsifyConfig:
         `model.named_modules()`.
     skip_depthwise: leave convolutions dense in which every input channel is its own group.
     min_numel: leave layers with fewer weights dense.
-    parameters: also mask parameters of modules that have no masked twin, by themselves: attention's
+    parameters: also mask single parameters of modules that have no masked twin: attention's
         projections, experts, routers, cells, bilinear and parametrized layers.
-    embeddings: with `parameters`, also mask embeddings, one threshold for each entry.
+    embeddings: with `parameters`, also mask embeddings, with one threshold for each row.
 
     The defaults are the paper's: every linear and convolutional layer is masked. Raises ValueError
     or TypeError for a value that an option cannot have.
