@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,11 @@ class MaskedFunction(Function):
     which costs as much as a small layer. Only torch.func needs it, and gets it from a twin class.
     """
 
+    compute: ClassVar[Callable[..., Any]]
+    save: ClassVar[Callable[..., None]]
+    gradients: ClassVar[Callable[..., Any]]
+    twin: ClassVar[type[Function]]
+
     def __init_subclass__(cls) -> None:
         def forward(ctx, *inputs):
             if not torch.compiler.is_compiling():  # it knows no such method
@@ -29,7 +35,8 @@ class MaskedFunction(Function):
             return output
 
         backward = _once_differentiable(cls.gradients)
-        cls.forward, cls.backward = staticmethod(forward), staticmethod(backward)
+        # torch looks for both on the class.
+        cls.forward, cls.backward = staticmethod(forward), staticmethod(backward)  # type: ignore[method-assign]
         members = {"forward": cls.compute, "setup_context": cls.save, "backward": backward}
         members = {name: staticmethod(function) for name, function in members.items()}
         cls.twin = type(f"{cls.__name__}ForFunc", (Function,), members)

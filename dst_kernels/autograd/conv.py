@@ -16,7 +16,7 @@ from ..plan import ConvKind, Plan, plan_conv
 from ..reference.conv import Geometry, conv, conv_dense_weight_gradient, conv_grad_input
 from .options import MaskOptions
 from .product import Product, masked_product
-from .weight import FRESH, Packed, WeightSource
+from .weight import FRESH, WeightSource
 
 
 def conv_grad_bias(grad: Tensor, dtype: torch.dtype) -> Tensor:
@@ -45,7 +45,7 @@ class _Conv(Product):
             per_group,
             input.dtype,
             weight.dtype,
-            ConvKind(tuple(kernel), stride, groups, pointwise),
+            ConvKind(tuple(kernel), tuple(stride), groups, pointwise),
             channels_last=input.movedim(1, -1).is_contiguous(),
             gpu=gpu_name(weight.device),
             tf32=tf32_allowed(convolution=True),
@@ -65,7 +65,7 @@ def masked_conv(
     groups: int,
     options: MaskOptions,
     source: WeightSource = FRESH,
-) -> Packed:
+) -> tuple[Tensor, Tensor]:
     """Geometry and an absent batch dimension as in torch's convolutions; see `masked_product`."""
     spatial = weight.dim() - 2
     stride = per_dimension("stride", stride, spatial)

@@ -32,7 +32,7 @@ def masked_conv_transpose(
     dilation: int | Sequence[int],
     options: MaskOptions,
     source: WeightSource = FRESH,
-) -> Packed:
+) -> tuple[Tensor, Tensor]:
     """Geometry and an absent batch dimension as in torch's transposed convolutions.
 
     The result is that of `masked_product`; the threshold of an output channel gets the sum of what

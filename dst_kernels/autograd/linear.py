@@ -13,7 +13,7 @@ from ..plan import Plan, plan_linear
 from ..reference.linear import dense_weight_gradient, flatten_batch, linear
 from .options import MaskOptions
 from .product import Product, masked_product
-from .weight import FRESH, Packed, WeightSource
+from .weight import FRESH, WeightSource
 
 
 class _Linear(Product):
@@ -37,9 +37,11 @@ class _Linear(Product):
 
     @staticmethod
     def fastest(input: Tensor, weight: Tensor, packed_available: bool) -> Plan:
+        rows, columns = weight.shape
         return plan_linear(
             input.shape[:-1].numel(),
-            *weight.shape,
+            rows,
+            columns,
             input.dtype,
             weight.dtype,
             gpu=gpu_name(weight.device),
@@ -56,7 +58,7 @@ def masked_linear(
     bias: Tensor | None,
     options: MaskOptions,
     source: WeightSource = FRESH,
-) -> Packed:
+) -> tuple[Tensor, Tensor]:
     """input [..., in], weight [out, in]; the result of `masked_product`."""
     if not torch.compiler.is_compiling():  # there the compiler's own checks of shapes serve
         check_linear(input, weight, threshold, bias)

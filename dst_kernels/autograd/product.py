@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import chain
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..backends import serving
 from ..plan import FUSED, PACKED, PLANS, Plan
 from ._function import MaskedFunction, cast_for_autocast, wanted
 from .options import MaskOptions
-from .weight import FRESH, Packed, WeightSource, masked_weight, pack
+from .weight import FRESH, WeightSource, masked_weight, pack
 
 # A path of the weight's gradient: return G unchanged; the optimizer derives dW and dt.
 _RAW = "raw"
@@ -89,7 +89,7 @@ class _MaskedProduct(MaskedFunction):
         # The weight's first: its G is gone again when the input's gradient is made.
         if any(ctx.needs_input_grad[1:3]):
             if ctx.grad_weight_path == FUSED:
-                operands = grad, input, weight, effective
+                operands: tuple[Any, ...] = grad, input, weight, effective
                 arguments = *operands, *chain(*ctx.geometry), *ctx.options
                 grads = ops.call(product.fused_grad_weight, *arguments)
             else:
@@ -125,7 +125,7 @@ def masked_product(
     geometry: tuple,
     options: MaskOptions,
     source: WeightSource = FRESH,
-) -> Packed:
+) -> tuple[Tensor, Tensor]:
     """Return (output, effective threshold), with gradients to all four tensors.
 
     The caller has checked tensors and options; `geometry` has a `Geometry`, or nothing for a linear
@@ -136,10 +136,10 @@ def masked_product(
     plan = _plan(product, input, weight, geometry, options, source)
     if plan == PLANS["packed"] and source.keep:
         operands = weight, threshold, options, input.dtype, source
-        masked, effective = masked_weight(*operands, checked=True)
+        made = masked_weight(*operands, checked=True)
         if bias is not None and bias.dtype != input.dtype:
             bias = bias.to(input.dtype)
-        return product.multiply(input, masked, bias, *geometry), effective
+        return product.multiply(input, made.masked, bias, *geometry), made.effective
     masked = effective = None
     if plan.forward == PACKED:
         packed = (source.recall or pack)(weight, threshold, options, input.dtype)
@@ -150,7 +150,7 @@ def masked_product(
         options.reset_ratio, options.surrogate, options.structure_gradient, options.backend,
         geometry,
     )  # fmt: skip
-    return (outputs[0], effective) if len(outputs) == 1 else outputs
+    return outputs[0], outputs[1] if effective is None else effective
 
 
 def _plan(

@@ -103,4 +103,4 @@ def masked_weight(
         weight, threshold, masked, effective, options.reset_ratio, dtype, options.surrogate,
         options.structure_gradient, options.backend, source.dense_gradient,
     )  # fmt: skip
-    return Packed(outputs[0], effective if masked is not None else outputs[1])
+    return Packed(outputs[0], outputs[1] if effective is None else effective)

@@ -44,7 +44,8 @@ def tf32_allowed(*, convolution: bool = False) -> bool:
     Matrix products by default do not, convolutions do.
     """
     of_matmul = (torch.backends.cuda.matmul,)
-    of_conv = (torch.backends.cudnn.conv, torch.backends.cudnn)
+    # torch puts a class in the place of the module `cudnn`, which mypy does not see.
+    of_conv = (torch.backends.cudnn.conv, torch.backends.cudnn)  # type: ignore[attr-defined]
     for settings in (*(of_conv if convolution else of_matmul), torch.backends):
         if settings.fp32_precision != "none":  # else it is as for the next in line
             return settings.fp32_precision == "tf32"

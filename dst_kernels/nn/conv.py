@@ -10,7 +10,7 @@ from .layer import MaskedLayer
 from .sources import attached_weight
 
 
-class MaskedConv(MaskedLayer):
+class MaskedConv(MaskedLayer, nn.modules.conv._ConvNd):
     """`torch.nn.{parent}` that computes with the weights whose magnitude exceeds their threshold.
 
     Positional arguments, `padding_mode`, `device` and `dtype` as in the parent. A row is one
@@ -24,7 +24,7 @@ class MaskedConv(MaskedLayer):
         attached = attached_weight(self, input)
         if attached is not None:
             return super()._conv_forward(input, attached, bias)
-        padding = self.padding
+        padding: str | int | tuple[int, ...] = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
@@ -36,16 +36,19 @@ class MaskedConv(MaskedLayer):
         )
 
 
+_DOC = MaskedConv.__doc__ or ""  # python -OO drops docstrings
+
+
 class MaskedConv1d(MaskedConv, nn.Conv1d):
-    __doc__ = MaskedConv.__doc__.format(parent="Conv1d")
+    __doc__ = _DOC.format(parent="Conv1d")
     dense_type = nn.Conv1d
 
 
 class MaskedConv2d(MaskedConv, nn.Conv2d):
-    __doc__ = MaskedConv.__doc__.format(parent="Conv2d")
+    __doc__ = _DOC.format(parent="Conv2d")
     dense_type = nn.Conv2d
 
 
 class MaskedConv3d(MaskedConv, nn.Conv3d):
-    __doc__ = MaskedConv.__doc__.format(parent="Conv3d")
+    __doc__ = _DOC.format(parent="Conv3d")
     dense_type = nn.Conv3d

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ from .layer import MaskedLayer
 from .weight import MaskedWeight
 
 
-class _MaskedConvTranspose(MaskedLayer):
+class _MaskedConvTranspose(MaskedLayer, nn.modules.conv._ConvTransposeNd):
     """`torch.nn.{parent}` that computes with the weights whose magnitude exceeds their threshold.
 
     Positional arguments, `padding_mode`, `device`, `dtype` and the forward's `output_size` as in
@@ -35,16 +36,17 @@ class _MaskedConvTranspose(MaskedLayer):
         return MaskedWeight(self).weight, self.threshold  # with rows first they would be copies
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        output_padding = self._output_padding(
+        own: Any = self  # torch declares lists for what are tuples, and strings for any padding
+        output_padding = own._output_padding(
             input,
             output_size,
-            self.stride,
-            self.padding,
-            self.kernel_size,
-            self.weight.dim() - 2,
-            self.dilation,
+            own.stride,
+            own.padding,
+            own.kernel_size,
+            own.weight.dim() - 2,
+            own.dilation,
         )
-        geometry = self.stride, self.padding, output_padding, self.groups, self.dilation
+        geometry = own.stride, own.padding, output_padding, own.groups, own.dilation
         return self._masked(
             lambda weight, threshold, *how: autograd.masked_conv_transpose(
                 input, weight, threshold, self.bias, *geometry, *how
@@ -60,16 +62,19 @@ class _MaskedConvTranspose(MaskedLayer):
         )
 
 
+_DOC = _MaskedConvTranspose.__doc__ or ""  # python -OO drops docstrings
+
+
 class MaskedConvTranspose1d(_MaskedConvTranspose, nn.ConvTranspose1d):
-    __doc__ = _MaskedConvTranspose.__doc__.format(parent="ConvTranspose1d")
+    __doc__ = _DOC.format(parent="ConvTranspose1d")
     dense_type = nn.ConvTranspose1d
 
 
 class MaskedConvTranspose2d(_MaskedConvTranspose, nn.ConvTranspose2d):
-    __doc__ = _MaskedConvTranspose.__doc__.format(parent="ConvTranspose2d")
+    __doc__ = _DOC.format(parent="ConvTranspose2d")
     dense_type = nn.ConvTranspose2d
 
 
 class MaskedConvTranspose3d(_MaskedConvTranspose, nn.ConvTranspose3d):
-    __doc__ = _MaskedConvTranspose.__doc__.format(parent="ConvTranspose3d")
+    __doc__ = _DOC.format(parent="ConvTranspose3d")
     dense_type = nn.ConvTranspose3d

@@ -11,7 +11,7 @@ from __future__ import annotations
 import types
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .module import MaskedModule
 
 
+_Module = TypeVar("_Module", bound=nn.Module)
 _COMPUTING = ("forward", "_conv_forward", "_output_padding")
 
 
@@ -179,7 +180,7 @@ def stop_reading_(module: nn.Module) -> None:
         module.__class__ = type(module).__dict__["dense_class"]
 
 
-def shallow_copy(module: nn.Module) -> nn.Module:
+def shallow_copy(module: _Module) -> _Module:
     """Return a module of the same class with the same Parameters, attributes and hooks.
 
     Containers are its own; hooks are shared, so that a handle from before still removes its hook.

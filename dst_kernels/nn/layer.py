@@ -73,9 +73,13 @@ class MaskedLayer(MaskedModule):
                 self._commit(threshold, effective)
             else:  # as that does, without the cost of a context
                 threshold.detach().copy_(effective)
-            if source.recall is not None:
-                copies_of(self).threshold_was_committed(before)
-        elif source.dense_gradient and not torch.compiler.is_compiling():
+            if source.recall is not None and (copies := copies_of(self)) is not None:
+                copies.threshold_was_committed(before)
+        elif (
+            source.dense_gradient
+            and not torch.compiler.is_compiling()
+            and self._deferral is not None
+        ):
             self._deferral.forward_commits_nothing(self)
         return result
 

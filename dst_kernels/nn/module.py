@@ -10,7 +10,7 @@ import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from ..ops.dtensor import is_dtensor, reset_rows
 from ..plan import PATHS
 from .in_place import mask_module_, shallow_copy, unmask_module_
 from .weight import MaskedWeight
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +49,9 @@ class MaskedModule(nn.Module):
     own_reads: ClassVar[tuple[str, ...]] = ()
     _own_reads: ClassVar[frozenset[str]] = frozenset()
 
+    _parameters: dict[str, Any]  # a Parameter, or None
     # By name, those that FSDP2 keeps sharded.
-    _sharded_thresholds: Mapping[str, Tensor] = MappingProxyType({})
+    _sharded_thresholds: Mapping[str, DTensor] = MappingProxyType({})
 
     def __init__(
         self,
@@ -252,7 +256,7 @@ class MaskedModule(nn.Module):
 
         Raises RuntimeError where a weight is sharded or computed by a parametrization.
         """
-        layer = cast(MaskedModule, shallow_copy(self))
+        layer = shallow_copy(self)
         for part in self.masked_weights():
             if part.name in layer._parameters and not is_dtensor(part.weight):
                 baked = nn.Parameter(part.baked(), requires_grad=part.weight.requires_grad)

@@ -19,6 +19,7 @@ from .checks import (
     check_weight_and_threshold,
 )
 
+# Lambdas with defaults, for which mypy infers no type, keep the loop variables of their check.
 _LEAST = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1}
 
 
@@ -27,7 +28,7 @@ def _check_each_dimension(spatial: int, **geometry: Sequence[int]) -> None:
         least = _LEAST[name]
         check_value(
             len(values) == spatial and all(value >= least for value in values),
-            lambda name=name, values=values, least=least: (
+            lambda name=name, values=values, least=least: (  # type: ignore[misc]  # defaults
                 f"{name} must be {spatial} integer(s) of at least {least}, but is {tuple(values)}"
             ),
         )
@@ -92,7 +93,7 @@ def _check_shapes(input: Sequence[int], weight: Sequence[int], geometry: Geometr
         padded = size + 2 * padding[axis]
         check_value(
             padded >= reach,
-            lambda reach=reach, padded=padded, axis=axis: (
+            lambda reach=reach, padded=padded, axis=axis: (  # type: ignore[misc]  # defaults
                 f"input is too small: spatial dimension "
                 f"{axis} has {padded} elements with padding, and the dilated kernel needs {reach}"
             ),
@@ -164,7 +165,7 @@ def check_conv_transpose(
         extra, most = output_padding[axis], max(stride[axis], dilation[axis]) - 1
         check_value(
             extra <= most,
-            lambda extra=extra, most=most: (
+            lambda extra=extra, most=most: (  # type: ignore[misc]  # defaults
                 "output_padding must be smaller than stride or dilation, in each dimension: "
                 f"at most {most}, but is {extra}"
             ),
@@ -172,7 +173,7 @@ def check_conv_transpose(
     for axis, size in enumerate(geometry.output_shape(input.shape, weight.shape)[2:]):
         check_value(
             size >= 1,
-            lambda size=size, axis=axis: (
+            lambda size=size, axis=axis: (  # type: ignore[misc]  # defaults
                 f"input is too small: spatial dimension {axis} of the output would have "
                 f"{size} elements"
             ),

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
-def is_dtensor(tensor: Tensor) -> bool:
+
+def is_dtensor(tensor: Tensor) -> TypeIs[DTensor]:
     """Without importing torch.distributed.tensor: before that import there are no DTensors."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def sum_over_shards(tensors: list[Tensor], local_sum: Callable[[list[Tensor]], Tensor]) -> Tensor:
+def sum_over_shards(tensors: list[DTensor], local_sum: Callable[[list[Tensor]], Tensor]) -> Tensor:
     """`local_sum` of the local shards, added up over all ranks; one all-reduce.
 
     All `tensors` are DTensors on one mesh with equal placements. Gradients reach the local shards.
@@ -22,7 +27,7 @@ def sum_over_shards(tensors: list[Tensor], local_sum: Callable[[list[Tensor]], T
     return _over_shards(local_sum([tensor.to_local() for tensor in tensors]), tensors[0])
 
 
-def _over_shards(part: Tensor, like: Tensor) -> Tensor:
+def _over_shards(part: Tensor, like: DTensor) -> Tensor:
     """Added up over the ranks that `like` is sharded over."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
@@ -40,7 +45,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
-def reset_rows(shard: Tensor, reset: Tensor) -> None:
+def reset_rows(shard: DTensor, reset: Tensor) -> None:
     """Zero those elements of a threshold, sharded along dimension 0, where the whole `reset` is."""
     from torch.distributed.tensor import distribute_tensor
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,9 @@ from torch.nn import functional as F
 
 def per_dimension(name: str, value: int | Sequence[int], spatial: int) -> tuple[int, ...]:
     """One integer per spatial dimension, from one for all or a sequence of `spatial`."""
-    values = (value,) * spatial if not isinstance(value, (tuple, list)) else tuple(value)
+    values: tuple[Any, ...] = (value,) * spatial
+    if isinstance(value, (tuple, list)):
+        values = tuple(value)
     if len(values) == 1:
         values *= spatial
     integers = all([isinstance(v, (int, torch.SymInt)) for v in values])

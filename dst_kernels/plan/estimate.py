@@ -135,7 +135,7 @@ def _cheapest(costs: Costs, needs_grad_input: bool, packed_available: bool) -> P
         (PACKED, PACKED): costs.packed_forward + needs_grad_input * costs.packed_grad_input,
         (PACKED, FUSED): costs.packed_forward + needs_grad_input * costs.fused_grad_input,
     }
-    return Plan(*min(candidates, key=candidates.get), grad_weight)
+    return Plan(*min(candidates, key=lambda paths: candidates[paths]), grad_weight)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -55,7 +55,7 @@ def _nearest(
 ) -> dict[str, float] | None:
     """Of the cases that have the values `alike`, that whose `sizes` are the nearest."""
     nearest, least = None, math.log(_FARTHEST)
-    for case in _tables().get(gpu, {}).get(kind, ()):
+    for case in _tables().get(gpu or "", {}).get(kind, ()):
         if case["input_dtype"] == "float32" and not case.get("tf32", True):
             continue  # exact products, for which nothing is looked up
         if any(case[name] != value for name, value in alike.items()):

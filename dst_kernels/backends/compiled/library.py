@@ -38,7 +38,7 @@ def unavailable(name: str) -> str | None:
             f"'DST_KERNELS_BUILD_{name.upper()}=1 pip install --no-build-isolation -e .' builds "
             f"it with {_NEEDED[name]}"
         )
-    if torch.__version__ < OLDEST_TORCH:
+    if torch.__version__ < OLDEST_TORCH:  # type: ignore[operator]  # it compares with tuples
         oldest = ".".join(map(str, OLDEST_TORCH))
         return f"{file.name} needs torch {oldest} or later, but this is {torch.__version__}"
     if name == "cuda":

@@ -55,7 +55,7 @@ def masked_weights(
     taken_weights, taken_thresholds = _operands(weights, thresholds)
     masked = _results(taken_weights, weights, out, dtype)
     effective = [torch.empty_like(threshold) for threshold in taken_thresholds]
-    settings = []
+    settings: list[int] = []
     for weight, reset_ratio, committed in zip(weights, reset_ratios, commit, strict=True):
         settings += _collapsed(weight.numel(), reset_ratio), int(committed)
     kept = weights[0].new_empty(len(masked), dtype=torch.int64)
@@ -64,7 +64,8 @@ def masked_weights(
         return masked, effective
     for i, weight in enumerate(weights):
         if taken_weights[i] is not weight:
-            masked[i] = _handed_back(masked[i], weight, out and out[i], dtype)
+            target = None if out is None else out[i]
+            masked[i] = _handed_back(masked[i], weight, target, dtype)
     for i, threshold in enumerate(thresholds):
         if taken_thresholds[i] is not threshold:
             effective[i] = _like(threshold, effective[i])
@@ -76,8 +77,9 @@ def masked_weights(
 @functools.lru_cache(maxsize=4096)
 def _collapsed(size: int, reset_ratio: float | None) -> int:
     """The largest kept count at which the guard resets, as the library takes it."""
-    guarded = reset_ratio is not None and size
-    return largest_collapsed_count(size, reset_ratio) if guarded else _NO_GUARD
+    if reset_ratio is None or not size:
+        return _NO_GUARD
+    return largest_collapsed_count(size, reset_ratio)
 
 
 def masked_weight_backward(
@@ -110,7 +112,7 @@ def masked_weights_backward(
     for_weights, for_thresholds = (None, None) if out is None else out
     of_weights = _results(taken_weights, weights, for_weights)
     of_thresholds = _results(taken_thresholds, thresholds, for_thresholds)
-    settings = []
+    settings: list[int] = []
     for surrogate, structure in zip(surrogates, structure_gradients, strict=True):
         settings += _CODES[surrogate], int(structure)
     _post(taken_grads, taken_weights, taken_thresholds, settings, of_weights, of_thresholds)
@@ -118,10 +120,11 @@ def masked_weights_backward(
         return of_weights, of_thresholds
     for i, weight in enumerate(weights):
         if taken_weights[i] is not weight:
-            of_weights[i] = _handed_back(of_weights[i], weight, for_weights and for_weights[i])
+            target = None if for_weights is None else for_weights[i]
+            of_weights[i] = _handed_back(of_weights[i], weight, target)
     for i, threshold in enumerate(thresholds):
         if taken_thresholds[i] is not threshold:
-            target = for_thresholds and for_thresholds[i]
+            target = None if for_thresholds is None else for_thresholds[i]
             of_thresholds[i] = _handed_back(of_thresholds[i], threshold, target)
     return of_weights, of_thresholds
 

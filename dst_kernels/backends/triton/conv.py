@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from .linear import (
     traits_of,
 )
 from .masking import ALONG_R, LAYER
-from .matrix import Matrix, as_matrices
+from .matrix import Matrix, as_matrices, matrices_of
 from .post import finish_threshold_gradient, post
 from .tiles import (
     GradWeightTile,
@@ -181,12 +182,12 @@ def masked_conv_grad_weight(
     """As the reference's; RuntimeError over three dimensions, TypeError for float64."""
     _check(input, weight, threshold)
     if is_pointwise(weight, geometry, grad, input):
-        grad_weight, grad_threshold = masked_linear_grad_weight(
+        of_weight, of_threshold = masked_linear_grad_weight(
             channels_to_the_end(grad), channels_to_the_end(input),
             *as_linear(weight, threshold), surrogate, structure_gradient,
             traits_of(input, convolution=True),
         )  # fmt: skip
-        return as_kernel(grad_weight, weight), grad_threshold.view_as(threshold)
+        return as_kernel(of_weight, weight), of_threshold.view_as(threshold)
     grad_weight = torch.empty_like(weight)
     if weight.numel() == 0:
         return grad_weight, torch.zeros_like(threshold)
@@ -203,10 +204,11 @@ def masked_conv_grad_weight(
     partial = _grad_weight(
         planar(grad), planar(input),
         problem_of(weight, threshold, geometry),
-        planar(grad_weight), planar(grad_threshold), surrogate, structure_gradient,
+        planar(grad_weight), None if grad_threshold is None else planar(grad_threshold),
+        surrogate, structure_gradient,
     )  # fmt: skip
     if partial is None:
-        return grad_weight, grad_threshold
+        return grad_weight, cast(Tensor, grad_threshold)
     axis = (ALONG_R if threshold.shape == weight.shape[:1] else LAYER).value
     return grad_weight, finish_threshold_gradient(partial, threshold, axis)
 
@@ -231,12 +233,12 @@ def _grad_weight(
                 problem.lattices, groups, *options, tile, traits.precision,
             )  # fmt: skip
         slabs = conv_slabs(grad, x, grad_weight, problem.lattices, groups, tile, traits.precision)
-        matrix, written, dense = as_matrices(weight, grad_weight, slabs[0])
+        matrix, written, dense = matrices_of(weight, grad_weight, slabs[0])
         if grad_threshold is None:
             rows, columns, axis = matrix.rows, matrix.columns, ALONG_R.value
             stored, into = Matrix(threshold, rows, columns, threshold.stride(0), 0, axis), None
         else:
-            stored, into = as_matrices(threshold, grad_threshold)
+            stored, into = matrices_of(threshold, grad_threshold)
         return post(
             dense, matrix, stored, written, into, *options,
             post_tile(matrix.columns, 1), slabs=len(slabs), slab_stride=slabs.stride(0),

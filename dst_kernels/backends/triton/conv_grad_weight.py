@@ -149,7 +149,7 @@ def conv_grad_weight(
         grad_threshold = partial.as_strided((1, 1, 1, 1), (0, 0, 0, 0))
         threshold = threshold.as_strided(weight.shape, (threshold.stride(0), 0, 0, 0))
     filters = (
-        Filters(tensor, *tensor.stride(), rows * tensor.stride(0))
+        Filters(tensor, *(*tensor.stride(), rows * tensor.stride(0)))
         for tensor in (weight, threshold, grad_weight, grad_threshold)
     )
     with on_device_of(x):

@@ -26,12 +26,13 @@ class Problem(NamedTuple):
     @property
     def lattices(self) -> tuple[Lattice, Lattice]:
         """Of the forward pass."""
-        return tuple(
+        vertical, horizontal = (
             Lattice(stride, -padding, dilation)
             for stride, padding, dilation in zip(
                 self.stride, self.padding, self.dilation, strict=True
             )
         )
+        return vertical, horizontal
 
 
 def is_pointwise(weight: Tensor, geometry: Geometry, *activations: Tensor) -> bool:
@@ -77,6 +78,6 @@ def problem_of(weight: Tensor, threshold: Tensor, geometry: Geometry) -> Problem
     )
 
 
-def planar(tensor: Tensor | None) -> Tensor | None:
+def planar(tensor: Tensor) -> Tensor:
     """[N, C, L] as [N, C, 1, L]; images as they are."""
-    return tensor.unsqueeze(2) if tensor is not None and tensor.dim() == 3 else tensor
+    return tensor.unsqueeze(2) if tensor.dim() == 3 else tensor

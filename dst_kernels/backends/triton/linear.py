@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from ...reference.linear import flatten_batch
 from ..device import capability, tf32_allowed
 from .grad_weight import dense_slabs, fused_grad_weight
-from .matrix import Matrix, as_matrices, as_threshold
+from .matrix import Matrix, as_threshold, matrices_of
 from .post import finish_threshold_gradient, post
 from .product import masked_product
 from .tiles import (
@@ -105,10 +106,10 @@ def masked_linear_grad_weight(
     if 0 in weight.shape:
         return grad_weight, torch.zeros_like(threshold)
     matrix, stored = _operands(weight, threshold)
-    (written,) = as_matrices(grad_weight)
+    (written,) = matrices_of(grad_weight)
     element_wise = threshold.shape == weight.shape
     grad_threshold = torch.empty_like(threshold) if element_wise else None
-    (into,) = as_matrices(grad_threshold) if element_wise else (None,)
+    into = None if grad_threshold is None else matrices_of(grad_threshold)[0]
     traits = traits or traits_of(x)
 
     def run(tile: GradWeightTile) -> Tensor | None:
@@ -133,15 +134,15 @@ def masked_linear_grad_weight(
         tile = tuned(problem, tile, candidates, run, x)
     partial = run(tile)
     if partial is None:
-        return grad_weight, grad_threshold
+        return grad_weight, cast(Tensor, grad_threshold)
     return grad_weight, finish_threshold_gradient(partial, threshold, stored.axis)
 
 
 def _operands(weight: Tensor, threshold: Tensor) -> tuple[Matrix, Matrix]:
     if threshold.shape == weight.shape:
-        matrix, stored = as_matrices(weight, threshold)
+        matrix, stored = matrices_of(weight, threshold)
         return matrix, stored
-    (matrix,) = as_matrices(weight)
+    (matrix,) = matrices_of(weight)
     return matrix, as_threshold(threshold, matrix)
 
 

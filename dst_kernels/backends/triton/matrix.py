@@ -73,6 +73,13 @@ def as_matrices(*tensors: Tensor) -> list[Matrix] | None:
     return [Matrix(tensor, rows, columns, tensor.stride(0), 1) for tensor in tensors]
 
 
+def matrices_of(*tensors: Tensor) -> list[Matrix]:
+    """Return `as_matrices` of tensors that need no copy for it."""
+    found = as_matrices(*tensors)
+    assert found is not None
+    return found
+
+
 def as_threshold(threshold: Tensor, weight: Matrix) -> Matrix:
     """A threshold that is no element-wise one: one value for each row, or one for all."""
     rows, columns = weight.rows, weight.columns

@@ -32,7 +32,7 @@ class Slabs(NamedTuple):
     start: Tensor
     row: int
     column: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple's method, which no kernel calls
     distance: int
 
 

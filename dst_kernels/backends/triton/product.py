@@ -226,7 +226,7 @@ def masked_product(
     tiles_r = cdiv(R, tile.block_r)
     tiles = tiles_r * cdiv(M, tile.block_m)
     counts = guard = None
-    if reset_ratio is not None:
+    if reset_ratio is not None and effective is not None:
         counts = x.new_empty(parts * tiles_r, dtype=torch.int32)
         least = least_pruned(R * C, reset_ratio)
         guard = Guard(counts, parts * tiles_r, least, effective, effective.numel())

@@ -22,7 +22,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import triton
@@ -30,10 +30,13 @@ from torch import Tensor
 
 from ..device import gpu_name, variable
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 AUTOTUNE = "DST_KERNELS_AUTOTUNE"
 CACHE_DIRECTORY = "DST_KERNELS_CACHE_DIR"
 
-Tile = TypeVar("Tile")
+Tile = TypeVar("Tile", bound="DataclassInstance")
 
 
 def tuned(
@@ -98,7 +101,7 @@ def _seconds(run: Callable[[Tile], object], tile: Tile) -> float:
 
 
 def _cache_file(gpu: str) -> Path:
-    directory = os.environ.get(CACHE_DIRECTORY)
+    directory: str | Path | None = os.environ.get(CACHE_DIRECTORY)
     if not directory:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         directory = Path(base) / "dst_kernels"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,8 @@ def masked_weight(
     """As the reference's."""
     if weight.numel() == 0:
         return torch.empty_like(weight, dtype=dtype), threshold.clone()
-    return _pack(weight, threshold, reset_ratio, dtype)
+    packed, effective = _pack(weight, threshold, reset_ratio, dtype)
+    return cast(Tensor, packed), effective
 
 
 def _pack(
@@ -42,7 +45,8 @@ def _pack(
         # Rows in pieces: once more on a dense copy of the arguments.
         dense = threshold.contiguous() if element_wise else threshold
         results = _pack(weight.contiguous(), dense, reset_ratio, dtype)
-        packed = None if packed is None else packed.copy_(results[0])
+        if packed is not None:
+            packed.copy_(cast(Tensor, results[0]))
         return packed, effective.copy_(results[1])
     matrix = seen[0]
     if element_wise:
@@ -89,7 +93,7 @@ def _post(
     seen = as_matrices(*tensors)
     if seen is None:
         # Rows in pieces: once more on a dense copy of the arguments.
-        arguments = [grad.contiguous(), weight.contiguous(), threshold.contiguous()]
+        arguments = grad.contiguous(), weight.contiguous(), threshold.contiguous()
         results = _post(*arguments, surrogate, structure_gradient)
         return grad_weight.copy_(results[0]), torch.empty_like(threshold).copy_(results[1])
     matrix, written, dense = seen[:3]

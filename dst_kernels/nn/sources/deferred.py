@@ -9,7 +9,7 @@ ways that leave no trace, and must not write what a training thread reads.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -164,7 +164,8 @@ class Deferral:
             training = [layer.training for layer in layers]
             options = [layers[i].masking for i in stale]
             made, _ = pack_weights(
-                *([these[i] for i in stale] for these in (weights, thresholds)),
+                [weights[i] for i in stale],
+                [thresholds[i] for i in stale],
                 options,
                 [
                     training[i] and each.reset_ratio is not None
@@ -181,7 +182,7 @@ class Deferral:
             wanted = dtype if reduced else weight.dtype
             if weight.grad_dtype != wanted and weight.grad is None:
                 weight.grad_dtype = wanted
-        return with_dense_gradients(masked, weights, thresholds)
+        return with_dense_gradients(cast("list[Tensor]", masked), weights, thresholds)
 
 
 _NOTHING = None, None, ()

@@ -10,8 +10,9 @@ itself, with the same numbers.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
@@ -55,7 +56,7 @@ def attached_weight(layer: MaskedLayer, input: Tensor) -> Tensor | None:
     forward, made = _running.forward, None
     while forward is not None and (made := forward.made.get(layer)) is None:
         forward = forward.outer
-    if made is not None:
+    if made is not None and forward is not None:
         if torch.is_grad_enabled() != forward.with_grad:
             forward.called_in_other_mode.add(layer)
             return None
@@ -153,7 +154,7 @@ class Group:
 
     # -- masked weights ------------------------------------------------------------------------
 
-    def _mask(self, bucket: _Bucket, forward: _Forward, parallel: bool) -> list[Tensor]:
+    def _mask(self, bucket: _Bucket, forward: _Forward, parallel: bool) -> Sequence[Tensor]:
         if forward.with_grad and bucket.deferral is not None:
             return bucket.deferral.masked_weights(
                 bucket.layers, bucket.weights, bucket.thresholds, bucket.dtype, parallel
@@ -178,7 +179,7 @@ class Group:
 
     def _current_buckets(self) -> list[_Bucket]:
         """Made anew where anything has changed that they depend on."""
-        signature = [_autocast("cpu"), _autocast("cuda")]
+        signature: list[Any] = [_autocast("cpu"), _autocast("cuda")]
         for layer in self._layers:
             own = layer._parameters
             weight, threshold = own.get("weight"), own.get("threshold")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...autograd import MaskOptions, Packed, pack
 from .stamp import memory_of, stamp
@@ -61,10 +61,10 @@ class Copies:
 
 
 # By layer, while a scope is open. Not an attribute of the layer: copies of it would have it too.
-_open: WeakKeyDictionary[nn.Module, Copies] = WeakKeyDictionary()
+_open: WeakKeyDictionary[MaskedLayer, Copies] = WeakKeyDictionary()
 
 
-def copies_of(layer: nn.Module) -> Copies | None:
+def copies_of(layer: MaskedLayer) -> Copies | None:
     """Return the copies of a layer in an open scope; None outside, and inside torch.func."""
     if not _open or torch._C._are_functorch_transforms_active():
         return None
