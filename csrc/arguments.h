@@ -4,9 +4,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <ostream>
+#include <utility>
 #include <vector>
 
 #include "formulas.h"
@@ -75,9 +77,10 @@ class Reader {
                     " entries, expected ", per_segment * count_, " for ", count_, " weights");
   }
 
-  // Any floating-point tensor that may be absent.
+  // Any floating-point tensor that may be absent. It is walked as a flat run of memory.
   Array optional(const Tensor& tensor, Name name) const {
     check_device(tensor, name);
+    check_dense(tensor, name);
     const Storage storage = storage_of(tensor, name);
     return {tensor.data_ptr(), tensor.numel(), storage};
   }
@@ -113,6 +116,7 @@ class Reader {
     STD_TORCH_CHECK(tensor.numel() == static_cast<int64_t>(count_), op_, ": ", name, " has ",
                     tensor.numel(), " elements, expected ", count_);
     check_device(tensor, {name, 0});
+    check_dense(tensor, {name, 0});
     return static_cast<int64_t*>(tensor.data_ptr());
   }
 
@@ -134,17 +138,26 @@ class Reader {
     return Granularity::kElement;
   }
 
-  // Elements fill a flat run of memory, in any order: tensors of equal strides can be walked side
-  // by side.
+  // Elements fill a flat run of memory, each in a place of its own, in any order of dimensions:
+  // tensors of equal strides can be walked side by side.
   void check_dense(const Tensor& tensor, Name name) const {
+    if (tensor.is_contiguous()) return;
     const auto sizes = tensor.sizes(), strides = tensor.strides();
+    std::vector<std::pair<int64_t, int64_t>> steps;  // stride, size
     int64_t numel = 1, extent = 1;
     for (size_t i = 0; i < sizes.size(); ++i) {
       numel *= sizes[i];
       extent += (sizes[i] - 1) * strides[i];
+      if (sizes[i] != 1) steps.emplace_back(strides[i], sizes[i]);
     }
-    STD_TORCH_CHECK(numel == 0 || extent == numel, op_, ": ", name, " has ", numel,
-                    " elements within ", extent, "; they must be dense in memory");
+    std::sort(steps.begin(), steps.end());
+    int64_t expected = 1;
+    for (const auto& [stride, size] : steps) {
+      STD_TORCH_CHECK(numel == 0 || stride == expected, op_, ": ", name, " has ", numel,
+                      " elements within ", extent,
+                      "; they must be dense in memory, without gaps or overlaps");
+      expected *= size;
+    }
   }
 
   // The first dimension, too, goes from one flat run to the next.

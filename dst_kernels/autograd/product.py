@@ -52,18 +52,19 @@ class _MaskedProduct(MaskedFunction):
 
     @staticmethod
     def compute(
-        input, weight, threshold, bias, packed, effective, product, grad_paths, keep_packed,
-        reset_ratio, surrogate, structure_gradient, backend, geometry,
+        input, weight, threshold, bias, packed, effective, product, grad_paths, keep_packed, how,
+        geometry,
     ):  # fmt: skip
         if packed is not None:
             return (product.forward(input, packed, bias, *geometry),)
+        reset_ratio, *_, backend = how
         operands = input, weight, threshold, bias, reset_ratio
         return ops.call(product.fused_forward, *operands, *chain(*geometry), backend)
 
     @staticmethod
     def save(ctx, inputs, outputs):
         input, weight, _, bias, packed, effective, ctx.product, *rest = inputs
-        (ctx.grad_input_path, ctx.grad_weight_path), keep_packed, _, *options, geometry = rest
+        (ctx.grad_input_path, ctx.grad_weight_path), keep_packed, (_, *options), geometry = rest
         if packed is None:
             effective = outputs[1]
             ctx.mark_non_differentiable(effective)
@@ -113,7 +114,7 @@ class _MaskedProduct(MaskedFunction):
                 grad_input = product.grad_input(grad, like, packed, *ctx.geometry)
         if ctx.needs_input_grad[3]:
             grad_bias = product.grad_bias(grad, ctx.bias_dtype)
-        return grad_input, *wanted(ctx, 1, grads), grad_bias, *[None] * 10
+        return grad_input, *wanted(ctx, 1, grads), grad_bias, *[None] * 7
 
 
 def masked_product(
@@ -147,7 +148,7 @@ def masked_product(
     grad_paths = plan.grad_input, _RAW if source.dense_gradient else plan.grad_weight
     outputs = _MaskedProduct.apply(
         input, weight, threshold, bias, masked, effective, product, grad_paths, source.keep,
-        options.reset_ratio, options.surrogate, options.structure_gradient, options.backend,
+        (options.reset_ratio, options.surrogate, options.structure_gradient, options.backend),
         geometry,
     )  # fmt: skip
     return outputs[0], outputs[1] if effective is None else effective

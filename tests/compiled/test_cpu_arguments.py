@@ -30,6 +30,7 @@ def post_arguments():
 
 
 STRIDED = torch.empty(3, 8)[:, ::2]
+OVERLAPPING = torch.empty(12).as_strided((3, 2, 2), (4, 0, 3))
 INTEGERS = torch.ones(3, 4, dtype=torch.int32)
 
 
@@ -42,15 +43,15 @@ INTEGERS = torch.ones(3, 4, dtype=torch.int32)
     ("kept", torch.empty(1), "kept must be int64"),
     ("weights", [torch.randn(3, 5)], r"masked\[0\] has 12 elements, expected 15"),
     ("weights", [torch.tensor(1.0)], r"weights\[0\] must have at least 1 dimension"),
-    ("weights", [STRIDED], r"weights\[0\] has stride 8 between rows of 4 elements"),
+    ("weights", [STRIDED], r"weights\[0\] has 12 elements within 23"),
     ("weights", [torch.randn(4, 3).t()], r"weights\[0\] has stride 1 between rows of 4"),
     ("weights", [INTEGERS], r"weights\[0\] has an unsupported dtype, expected float32"),
     ("weights", [torch.randn(3, 4, dtype=DOUBLE)], r"thresholds\[0\] is float32, expected float64"),
     ("thresholds", [torch.rand(3, dtype=DOUBLE)], r"thresholds\[0\] is float64, expected float32"),
     ("thresholds", [torch.rand(3).half()], r"thresholds\[0\] is float16, expected float32"),
     ("thresholds", [torch.rand(4)], r"has 4 elements, expected 3 .*row.*1 \(layer\) or 12"),
-    ("thresholds", [torch.rand(6)[::2]], r"thresholds\[0\] has stride 2"),
-    ("masked", [STRIDED], r"masked\[0\] has stride 8"),
+    ("thresholds", [torch.rand(6)[::2]], r"thresholds\[0\] has 3 elements within 5"),
+    ("masked", [STRIDED], r"masked\[0\] has 12 elements within 23"),
     ("effective", [torch.empty(1)], r"effective\[0\] has 1 elements, expected 3"),
     ("effective", [torch.empty(3, dtype=DOUBLE)], r"effective\[0\] is float64"),
 ])  # fmt: skip
@@ -65,13 +66,13 @@ def test_pack(name, value, message):
     ("settings", [4, 0], "surrogate of segment 0 is 4, expected 0 to 3"),
     ("settings", [-1, 0], "surrogate of segment 0 is -1"),
     ("grads", [torch.randn(3, 3)], r"grads\[0\] has 9 elements, expected 12"),
-    ("grads", [STRIDED], r"grads\[0\] has stride 8"),
+    ("grads", [STRIDED], r"grads\[0\] has 12 elements within 23"),
     ("grads", [INTEGERS], r"grads\[0\] has an unsupported dtype"),
     ("thresholds", [torch.rand(4)], r"thresholds\[0\] has 4 elements"),
     ("thresholds", [torch.rand(3).bfloat16()], r"thresholds\[0\] is bfloat16"),
     ("grad_weights", [torch.empty(3, 4, dtype=DOUBLE)], r"grad_weights\[0\] is float64, expected"),
     ("grad_weights", [torch.empty(2, 4)], r"grad_weights\[0\] has 8 elements"),
-    ("grad_weights", [STRIDED], r"grad_weights\[0\] has stride 8"),
+    ("grad_weights", [STRIDED], r"grad_weights\[0\] has 12 elements within 23"),
     ("grad_thresholds", [torch.empty(1)], r"grad_thresholds\[0\] has 1 elements"),
     ("grad_thresholds", [torch.empty(3).half()], r"grad_thresholds\[0\] is float16"),
 ])  # fmt: skip
@@ -118,12 +119,14 @@ SCALAR = torch.tensor(1.0)
     ("sgd", "scales", [ABSENT], "scales has 1 entries, expected 3"),
     ("sgd", "scales", [ABSENT, SCALAR.half(), ABSENT], r"scales\[1\] is float16"),
     ("sgd", "grads", [torch.randn(3, 5)], r"grads\[0\] has 15 elements, expected 12 \(or none\)"),
-    ("sgd", "grads", [STRIDED], r"grads\[0\] has stride 8"),
+    ("sgd", "grads", [STRIDED], r"grads\[0\] has 12 elements within 23"),
+    ("sgd", "grads", [OVERLAPPING], r"grads\[0\] has 12 elements within 12; .* or overlaps"),
+    ("sgd", "threshold_grads", [torch.zeros(1).expand(3)], r"threshold_grads\[0\] has 3 el"),
     ("sgd", "thresholds", [torch.rand(1)], r"thresholds\[0\] has 1 elements, expected 3"),
     ("sgd", "thresholds", [torch.rand(3).half()], r"thresholds\[0\] is float16"),
     ("sgd", "threshold_grads", [torch.rand(2)], r"threshold_grads\[0\] has 2 elements"),
     ("sgd", "masked", [torch.empty(2, 4)], r"masked\[0\] has 8 elements"),
-    ("sgd", "masked", [STRIDED], r"masked\[0\] has stride 8"),
+    ("sgd", "masked", [STRIDED], r"masked\[0\] has 12 elements within 23"),
     ("sgd", "buffers", [ABSENT], r"buffers\[0\] has 0 elements, expected 12"),
     ("sgd", "buffers", [torch.zeros(3, 4).half()], r"buffers\[0\] is float16, expected float32"),
     ("sgd", "threshold_buffers", [ABSENT], r"threshold_buffers\[0\] has 0 elements"),
@@ -172,3 +175,10 @@ def test_a_plain_parameter_has_no_masked_weight():
 def test_grad_norm(norm, message):
     with pytest.raises(RuntimeError, match=message):
         call_of("sgd", [Segment()]).norm(lambda *arguments: ops().grad_norm(*arguments[:-1], norm))
+
+
+def test_a_list_of_counters_that_are_one():
+    call = call_of("sgd", [Segment((3, 4), hypers=(1, 1)), Segment((3, 4), hypers=(1, 1))])
+    call.values["kept"] = torch.zeros(1, dtype=torch.int64).expand(2)
+    with pytest.raises(RuntimeError, match=r"kept\[0\] has 2 elements within 1"):
+        ops().sgd_step(*call.values.values())

@@ -1,4 +1,4 @@
-"""Recurrent modules and attention under DDP and FSDP2 over two gloo processes, beside one process."""
+"""Recurrent modules and attention under DDP and FSDP2 over two processes, beside one process."""
 
 from __future__ import annotations
 
