@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
@@ -57,9 +58,10 @@ def _app() -> None:
     """Dynamic sparse training: train a model that prunes itself, and compare runs."""
 
 
-@app.command()
-def train(
-    preset: Annotated[str | None, _opt("preset", _WHAT, _PRESET_HELP)] = None,
+class _TrainOptions:
+    """Hold the options of `train`: their types, help texts and defaults."""
+
+    preset: Annotated[str | None, _opt("preset", _WHAT, _PRESET_HELP)] = None
     model: Annotated[
         str | None,
         _opt(
@@ -67,7 +69,7 @@ def train(
             _WHAT,
             "lenet-300-100, lenet-5, lstm-a, lstm-b or a torchvision classifier (resnet18, ...).",
         ),
-    ] = None,
+    ] = None
     dataset: Annotated[
         str | None,
         _opt(
@@ -75,7 +77,7 @@ def train(
             _WHAT,
             f"{', '.join(DATASET_PRESETS)}. Without --preset, it also chooses the preset.",
         ),
-    ] = None,
+    ] = None
     data_dir: Annotated[
         str | None,
         _opt(
@@ -84,27 +86,27 @@ def train(
             "Folder with torchvision's data sets, or the image folder: "
             "train/<class>/ and test/<class>/ (or val/<class>/). Not used by digits.",
         ),
-    ] = None,
+    ] = None
     download: Annotated[
         bool, _opt("download", _WHAT, "Download the data set into --data-dir if it is missing.")
-    ] = False,
+    ] = False
     image_size: Annotated[
         str | None,
         _opt("image_size", _WHAT, "Height and width (pixels) to which a folder's images are cut."),
-    ] = None,
+    ] = None
     dense: Annotated[
         bool, _opt("dense", _WHAT, "Train the dense twin: same initial weights and data, no masks.")
-    ] = False,
+    ] = False
     compare: Annotated[
         bool, _opt("compare", _WHAT, "Train the dense twin, then the sparse model; compare both.")
-    ] = False,
+    ] = False
     alpha: Annotated[
         str | None,
         _opt("alpha", _SPARSITY, "Factor of the regulariser sum(exp(-t)): larger is sparser."),
-    ] = None,
+    ] = None
     granularity: Annotated[
         str | None, _opt("granularity", _SPARSITY, "One threshold per row, layer or element.")
-    ] = None,
+    ] = None
     surrogate: Annotated[
         str | None,
         _opt(
@@ -113,7 +115,7 @@ def train(
             "Surrogate derivative of the mask's step function: "
             "long_tailed, rectangular, triangular or straight_through.",
         ),
-    ] = None,
+    ] = None
     reset_ratio: Annotated[
         str | None,
         _opt(
@@ -122,11 +124,11 @@ def train(
             "A layer that keeps at most this share of its weights restarts from thresholds of 0; "
             "none: never.",
         ),
-    ] = None,
+    ] = None
     threshold_lr: Annotated[
         str | None,
         _opt("threshold_lr", _SPARSITY, "Learning rate of the thresholds.", "that of the weights"),
-    ] = None,
+    ] = None
     threshold_weight_decay: Annotated[
         str | None,
         _opt(
@@ -135,31 +137,31 @@ def train(
             "Weight decay of the thresholds, which limits their size. "
             "The method's authors used 1e-4 in their CIFAR runs.",
         ),
-    ] = None,
-    skip_first: Annotated[
-        bool, _opt("skip_first", _SPARSITY, "Leave the first layer dense.")
-    ] = False,
-    skip_last: Annotated[bool, _opt("skip_last", _SPARSITY, "Leave the last layer dense.")] = False,
-    epochs: Annotated[str | None, _opt("epochs", _RECIPE, "Passes over the training set.")] = None,
-    batch_size: Annotated[str | None, _opt("batch_size", _RECIPE, "Images per step.")] = None,
-    optimizer: Annotated[str | None, _opt("optimizer", _RECIPE, "sgd or adam.")] = None,
-    lr: Annotated[str | None, _opt("lr", _RECIPE, "Learning rate.")] = None,
-    momentum: Annotated[str | None, _opt("momentum", _RECIPE, "Momentum of sgd.")] = None,
+    ] = None
+    skip_first: Annotated[bool, _opt("skip_first", _SPARSITY, "Leave the first layer dense.")] = (
+        False
+    )
+    skip_last: Annotated[bool, _opt("skip_last", _SPARSITY, "Leave the last layer dense.")] = False
+    epochs: Annotated[str | None, _opt("epochs", _RECIPE, "Passes over the training set.")] = None
+    batch_size: Annotated[str | None, _opt("batch_size", _RECIPE, "Images per step.")] = None
+    optimizer: Annotated[str | None, _opt("optimizer", _RECIPE, "sgd or adam.")] = None
+    lr: Annotated[str | None, _opt("lr", _RECIPE, "Learning rate.")] = None
+    momentum: Annotated[str | None, _opt("momentum", _RECIPE, "Momentum of sgd.")] = None
     weight_decay: Annotated[
         str | None,
         _opt("weight_decay", _RECIPE, "Weight decay of all parameters but the thresholds."),
-    ] = None,
+    ] = None
     milestones: Annotated[
         str | None,
         _opt("milestones", _RECIPE, "Epochs after which both learning rates drop: 80,120."),
-    ] = None,
+    ] = None
     gamma: Annotated[
         str | None, _opt("gamma", _RECIPE, "Factor for the learning rates at each milestone.")
-    ] = None,
+    ] = None
     out: Annotated[
         Path | None,
         _opt("out", _RUN, "Folder to write, new or empty.", "runs/<preset>-<time>"),
-    ] = None,
+    ] = None
     resume: Annotated[
         Path | None,
         _opt(
@@ -168,18 +170,18 @@ def train(
             "Continue the run in this folder as if it had never stopped. All other options "
             "keep the run's values; only --epochs and --device may be given.",
         ),
-    ] = None,
+    ] = None
     seed: Annotated[
         str | None,
         _opt("seed", _RUN, "Seed of weights and data order; on a CPU equal seeds give equal runs."),
-    ] = None,
-    device: Annotated[str | None, _opt("device", _RUN, "auto, cpu, cuda or cuda:N.")] = None,
+    ] = None
+    device: Annotated[str | None, _opt("device", _RUN, "auto, cpu, cuda or cuda:N.")] = None
     amp: Annotated[
         str | None, _opt("amp", _RUN, "Mixed precision: none, or bf16 for bfloat16 products.")
-    ] = None,
+    ] = None
     workers: Annotated[
         str | None, _opt("workers", _RUN, "Number of processes that read an image folder.")
-    ] = None,
+    ] = None
     threads: Annotated[
         str | None,
         _opt(
@@ -188,20 +190,37 @@ def train(
             "CPU threads; 0: torch's choice. Their number changes how sums are rounded, so one "
             "thread gives equal runs on any number of cores; more do not speed up small models.",
         ),
-    ] = None,
-) -> None:
+    ] = None
+
+
+def train(**options: Any) -> None:
     """Train a classifier that learns its own sparsity.
 
     Without options it trains LeNet-300-100 on scikit-learn's digits, on a CPU in under a minute.
     """
     given = {
-        name: value for name, value in locals().items() if value is not None and value is not False
+        name: value for name, value in options.items() if value is not None and value is not False
     }
     with _messages():
-        if resume is not None:
+        if "resume" in given:
             _resume(given)
         else:
             _start(given)
+
+
+def _signature(options: type) -> inspect.Signature:
+    """Return the signature that typer reads options from."""
+    keyword, hints = inspect.Parameter.KEYWORD_ONLY, get_type_hints(options, include_extras=True)
+    return inspect.Signature(
+        [
+            inspect.Parameter(name, keyword, default=getattr(options, name), annotation=hint)
+            for name, hint in hints.items()
+        ]
+    )
+
+
+vars(train)["__signature__"] = _signature(_TrainOptions)
+app.command()(train)
 
 
 def _start(given: dict[str, Any]) -> None:

@@ -4,10 +4,9 @@ import pytest
 import torch
 from made_up_rows import CPU
 
-import dst_kernels
 from bench.cases import FP64, MODES, ModelCase
 from bench.contenders import CONTENDERS, REFERENCES, Contender, authors, problem_of
-from bench.contenders.models import Training
+from bench.contenders.models import Training, masked
 from bench.contenders.work import rates
 from bench.measure.timing import _capture, count_launches, graph_time, one_stream, replayed
 from bench.measure.verify import Expectation
@@ -33,21 +32,21 @@ def _modules(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_everybody_masks_the_same_layers_and_sizes_are_the_published_ones(name):
-    converters = [dst_kernels.sparsify_, authors.convert_, authors.convert_branch_free_]
+    converters = [masked, authors.convert_, authors.convert_branch_free_]
     if "lstm" in name:
         with pytest.raises(TypeError, match="no recurrent layers"):
             authors.convert_(_modules(name))
         del converters[1:]
-    masked = []
+    found = []
     for convert_ in converters:
         model = convert_(_modules(name))
         thresholds = {key: p for key, p in model.named_parameters() if "threshold" in key}
         weights = [model.get_parameter(key.replace("threshold", "weight")) for key in thresholds]
         groups = model.parameters(), weights, thresholds.values()
         every, *sizes = (sum(p.numel() for p in group) for group in groups)
-        masked.append((sorted(thresholds), (every - sizes[1], *sizes)))  # parameters when dense
-    names_there, sizes = masked[0]
-    assert names_there and masked == masked[:1] * len(masked) and sizes == SIZES.get(name, sizes)
+        found.append((sorted(thresholds), (every - sizes[1], *sizes)))  # parameters when dense
+    names_there, sizes = found[0]
+    assert names_there and found == found[:1] * len(found) and sizes == SIZES.get(name, sizes)
     # Each has a small one of its kind.
     names = name, MODELS[name].small or name
     about = [(one.unit, one.optimizer, one.loss) for one in map(MODELS.get, names)]
