@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from . import autograd, ops, reference
+from .arguments import REAL, REAL_DTYPES, require, require_integer, require_tensors
 from .autograd import MaskOptions, check_options
+from .backends import check_backend
 from .ops.checks import check_effective_threshold
 from .ops.dtensor import is_dtensor, sum_over_shards
 
@@ -51,6 +53,14 @@ def _checked(*options) -> MaskOptions:
     return options
 
 
+def _require_operands(
+    input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None
+) -> None:
+    require_tensors(input=input, weight=weight, threshold=threshold)
+    if bias is not None:
+        require_tensors(bias=bias)
+
+
 def effective_threshold(
     weight: Tensor,
     threshold: Tensor,
@@ -63,6 +73,8 @@ def effective_threshold(
     It is 0 if remaining / total <= `reset_ratio` under `threshold`, else equal to `threshold`. It
     has no gradient, and needs no synchronisation with the device.
     """
+    require_tensors(weight=weight, threshold=threshold)
+    check_backend(backend)
     weight, threshold = weight.detach(), threshold.detach()
     if not torch.compiler.is_compiling():  # there the op's own check serves
         check_effective_threshold(weight, threshold, reset_ratio)
@@ -107,6 +119,7 @@ def masked_weight(
     `surrogate`: "long_tailed" (the paper's: 2 - 4|Q| up to 0.4, 0.4 up to 1, then 0),
     "rectangular" (1 up to 1/2), "triangular" (1 - |Q| up to 1) or "straight_through" (1).
     """
+    require_tensors(weight=weight, threshold=threshold)
     options = _checked("row", reset_ratio, surrogate, structure_gradient, backend)
     return autograd.masked_weight(weight, threshold, options, dtype).masked
 
@@ -137,6 +150,7 @@ def masked_linear(
     "mixed" (packed, but with the weight's gradients fused), or "auto" (the fastest as measured or
     estimated). All compute the same.
     """
+    _require_operands(input, weight, threshold, bias)
     options = _checked("row", reset_ratio, surrogate, structure_gradient, backend, path)
     return autograd.masked_linear(input, weight, threshold, bias, options)[0]
 
@@ -163,6 +177,8 @@ def _conv(spatial: int) -> Callable[..., Tensor]:
         backend: str = "auto",
         path: str = "auto",
     ) -> Tensor:
+        _require_operands(input, weight, threshold, bias)
+        require_integer("groups", groups, 1)
         if weight.dim() != spatial + 2:
             raise ValueError(
                 f"weight must be [out, in/groups, *kernel] with {spatial} kernel dimension(s), "
@@ -208,6 +224,8 @@ def _conv_transpose(spatial: int) -> Callable[..., Tensor]:
         structure_gradient: bool = True,
         backend: str = "auto",
     ) -> Tensor:
+        _require_operands(input, weight, threshold, bias)
+        require_integer("groups", groups, 1)
         if weight.dim() != spatial + 2:
             raise ValueError(
                 f"weight must be [in, out/groups, *kernel] with {spatial} kernel dimension(s), "
@@ -247,9 +265,18 @@ def sparse_regularization(thresholds: Tensor | Iterable[Tensor]) -> Tensor:
     gradient, rounded to float16, overflows below t = -11). Thresholds that FSDP2 keeps sharded
     count with all their shards.
 
-    Raises ValueError if there are no thresholds.
+    Raises ValueError if there are no thresholds, TypeError for what is no floating-point tensor.
     """
-    thresholds = [thresholds] if isinstance(thresholds, Tensor) else list(thresholds)
+    if isinstance(thresholds, Tensor):
+        thresholds = [thresholds]
+    require(
+        isinstance(thresholds, Iterable), "thresholds", "a tensor or several of them", thresholds
+    )
+    thresholds = list(thresholds)
+    for threshold in thresholds:
+        require_tensors(thresholds=threshold)
+        if threshold.dtype not in REAL_DTYPES:
+            raise TypeError(f"thresholds must be {REAL}, but one is {threshold.dtype}")
     if not thresholds:
         raise ValueError("thresholds must hold at least one tensor, but is empty")
     groups: dict[object, list[Tensor]] = {}

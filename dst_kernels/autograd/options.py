@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ..arguments import require_flag
 from ..backends import check_backend
 from ..ops.checks import check_reset_ratio, check_surrogate
 from ..plan import PATHS, check_path
@@ -34,5 +35,6 @@ def check_options(options: MaskOptions, paths: Sequence[str] = PATHS) -> None:
         )
     check_reset_ratio(options.reset_ratio)
     check_surrogate(options.surrogate)
+    require_flag("structure_gradient", options.structure_gradient)
     check_backend(options.backend)
     check_path(options.path, paths)

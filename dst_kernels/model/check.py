@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..arguments import require
 from ..nn.find import named_masked_weights
 from ..nn.weight import MaskedWeight
 
@@ -31,6 +32,13 @@ def check_masks(
     Raises ValueError where the model has no masked layers or its output no floating-point tensor
     that depends on a parameter, and whatever the forward raises.
     """
+    accepted = "optimizers in a list"
+    require(isinstance(optimizers, Iterable), "optimizers", accepted, optimizers)
+    optimizers = list(optimizers)
+    for each in optimizers:
+        if not isinstance(each, torch.optim.Optimizer):
+            kind = type(each).__name__
+            raise TypeError(f"optimizers must be {accepted}, but is a list with a {kind}")
     parts = [each for each in named_masked_weights(model) if each[1].weight.requires_grad]
     trained = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
     problems = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ..arguments import require, require_flag, require_integer
 from ..autograd import check_options
 from ..nn import MaskOptions
 
@@ -41,8 +42,9 @@ class SparsifyConfig:
 
     def __post_init__(self) -> None:
         check_options(self.mask_options())
-        if self.min_numel < 0:
-            raise ValueError(f"min_numel must be at least 0, but is {self.min_numel}")
+        require_integer("min_numel", self.min_numel, 0)
+        for name in ("skip_first", "skip_last", "skip_depthwise", "parameters", "embeddings"):
+            require_flag(name, getattr(self, name))
 
     @classmethod
     def paper(cls, **changes: Any) -> SparsifyConfig:
@@ -74,6 +76,7 @@ class SparsifyConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SparsifyConfig:
         """Return the configuration that `to_dict` described; raise ValueError for unknown keys."""
+        require(isinstance(values, dict), "values", "a dict, as `to_dict` makes it", values)
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"values has unknown keys: {', '.join(unknown)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..arguments import require_module
 from ..nn import MaskedModule, ungroup_
 from ..nn.in_place import stop_reading_, unmask_module_, why_not_unmasked
 from ._transformer_encoder import restore_fast_path
@@ -39,6 +40,7 @@ def densify_(model: nn.Module) -> nn.Module:
 
 
 def _without_masks(model: nn.Module, bake: bool) -> nn.Module:
+    require_module(model)
     masked = {n: m for n, m in model.named_modules() if isinstance(m, MaskedModule)}
     for name, module in masked.items():
         reason = why_not_unmasked(module)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..arguments import require_number
 from ..nn.find import named_masked_weights
 
 
@@ -34,9 +35,15 @@ def parameter_groups(
     limits them to alpha * exp(-t) = decay * t; the default is none (the authors' CIFAR runs had
     it). Parameters that need no gradient are left out.
 
-    Raises ValueError if the model has no masked layers.
+    Raises ValueError if the model has no masked layers or a number is negative or not finite,
+    TypeError where `model` is no module or an option no number.
     """
     thresholds = _thresholds(model)
+    given = {"lr": lr, "weight_decay": weight_decay, "threshold_lr": threshold_lr}
+    for name, value in given.items():
+        if value is not None and not (name.endswith("lr") and isinstance(value, Tensor)):
+            require_number(name, value)
+    require_number("threshold_weight_decay", threshold_weight_decay)
     groups = [
         _group(
             "weights",

@@ -13,6 +13,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
+from ..arguments import require, require_module
 from ..nn import (
     MaskedModule,
     MaskOptions,
@@ -94,8 +95,9 @@ def plan_conversion(
     model: nn.Module, config: SparsifyConfig, filter_fn: FilterFn | None
 ) -> tuple[ConversionPlan, list[nn.Module]]:
     """Return the plan of a conversion, and the modules that it takes."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, but is a {type(model).__name__}")
+    require_module(model)
+    accepted = "a function of a module and its name, or None"
+    require(filter_fn is None or callable(filter_fn), "filter_fn", accepted, filter_fn)
     wrapped = [m for m in model.modules() if isinstance(m, _wrappers())]
     if wrapped:
         raise ValueError(
@@ -103,8 +105,7 @@ def plan_conversion(
             "convert the module before wrapping it"
             + ("" if isinstance(wrapped[0], _DDP) else " (and use fully_shard, FSDP2)")
         )
-    if not isinstance(config, SparsifyConfig):
-        raise TypeError(f"config must be a SparsifyConfig, but is a {type(config).__name__}")
+    require(isinstance(config, SparsifyConfig), "config", "a SparsifyConfig or None", config)
     named = [(name, module) for name, module in model.named_modules() if _has_weights(module)]
     bypassed = bypassed_layers(model)
     reasons: dict[nn.Module, str] = {}
@@ -244,6 +245,8 @@ def _cannot_convert(module: nn.Module, config: SparsifyConfig) -> str | None:
             return f"its {name} is not a parameter"
         if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             return f"its {name} is {weight.dtype}"
+        if weight.layout is not torch.strided:
+            return f"its {name} is sparse ({weight.layout})"
         if is_dtensor(weight):
             return "is sharded already: convert before fully_shard"
     masked, names = (MaskedParameters if layouts else masked_type(module)), tuple(layouts)

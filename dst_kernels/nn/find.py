@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..arguments import require_module
 from .layer import MaskedLayer
 from .module import MaskedModule
 from .weight import MaskedWeight
@@ -14,6 +15,7 @@ def named_masked_weights(model: nn.Module) -> list[tuple[str, MaskedWeight]]:
 
     A layer's one weight goes by the layer's name. ValueError where there are none.
     """
+    require_module(model)
     found = [
         (name if isinstance(module, MaskedLayer) else f"{name}.{part.name}".lstrip("."), part)
         for name, module in model.named_modules()

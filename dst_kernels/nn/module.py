@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..arguments import REAL, REAL_DTYPES, require, require_tensors
 from ..autograd import MaskOptions, check_options
 from ..backends import resolve
 from ..ops.checks import check_effective_threshold
@@ -64,6 +65,9 @@ class MaskedModule(nn.Module):
         path: str = "auto",
         **kwargs,
     ) -> None:
+        for dtype in (kwargs.get("dtype"), *args):
+            if isinstance(dtype, torch.dtype):
+                require(dtype in REAL_DTYPES, "dtype", REAL, dtype)
         super().__init__(*args, **kwargs)
         options = granularity, reset_ratio, surrogate, structure_gradient, backend, path
         self._init_masking(MaskOptions(*options))
@@ -103,6 +107,7 @@ class MaskedModule(nn.Module):
 
     def _new_threshold(self, part: MaskedWeight, options: MaskOptions) -> nn.Parameter:
         weight = part.weight
+        require_tensors(**{part.name: weight})
         rows = part.rows(weight)
         shape = {
             "row": weight.shape[:1] + rows.view(part.matrices, -1, *rows.shape[1:]).shape[1:2]

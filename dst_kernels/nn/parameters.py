@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import autograd
+from ..arguments import require_module
 from ..autograd import MaskOptions
 from ..ops import is_watched
 from .in_place import mask_module_, unmask_module_
@@ -114,8 +115,7 @@ def mask_parameter_(
         ValueError: no such parameter, masked already, fewer than two dimensions, `matrices` that
             does not divide dimension 0, an unknown order of `experts`, an option out of range.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module, but is a {type(module).__name__}")
+    require_module(module, "module")
     known: dict[str, Layout] = {}
     if isinstance(module, MaskedParameters):
         known = module._layouts

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ..arguments import require_module, require_number
 from .find import masked_layers
 from .layer import MaskedLayer
 from .sources import reused
@@ -34,8 +35,7 @@ def group_(model: nn.Module, bucket_mb: float = 25) -> nn.Module:
 
     Raises ValueError for a model without masked layers and for `bucket_mb` that is not positive.
     """
-    if not bucket_mb > 0:
-        raise ValueError(f"bucket_mb must be positive, but is {bucket_mb!r}")
+    require_number("bucket_mb", bucket_mb, positive=True)
     layers = masked_layers(model)
     ungroup_(model)
     group = Group(layers, int(bucket_mb * 2**20))
@@ -46,6 +46,7 @@ def group_(model: nn.Module, bucket_mb: float = 25) -> nn.Module:
 
 def ungroup_(model: nn.Module) -> nn.Module:
     """Undo `group_`, in place; returns `model`."""
+    require_module(model)
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for key in [key for key, hook in hooks.items() if isinstance(_owner(hook), Group)]:
             del hooks[key]
@@ -74,6 +75,7 @@ def weights_unchanged(model: nn.Module) -> Iterator[None]:
     the scope before them. Layers sharded by FSDP2, compiled ones and recurrent modules pack at
     every forward.
     """
+    require_module(model)
     opened = reused.open_for(m for m in model.modules() if isinstance(m, MaskedLayer))
 
     def clear(*_) -> None:

@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..arguments import REAL as _REAL
+from ..arguments import REAL_DTYPES as _REAL_DTYPES
 from ..reference.surrogate import SURROGATES
-
-_REAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_REAL = "float16, bfloat16, float32 or float64"
 
 
 def check_value(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..arguments import require, require_number
 from .deferred import DeferredOptimizer
 
 
@@ -62,9 +64,13 @@ class DSTAdamW(DeferredOptimizer):
 
     def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)
-        self._check_range(group, "eps")
-        if not all(0 <= beta < 1 for beta in group["betas"]):
-            raise ValueError(f"betas must be in [0, 1), but are {group['betas']}")
+        require_number("eps", group["eps"])
+        betas = group["betas"]
+        pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+        pair = pair and all(isinstance(beta, Real) for beta in betas)
+        require(pair, "betas", "two numbers in [0, 1)", betas)
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), but are {betas}")
         if group.get("amsgrad"):
             raise ValueError("amsgrad is not supported")
         if group["weight_decay"] and not group.get("decoupled_weight_decay", True):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..arguments import require, require_flag, require_module, require_number
 from ..backends import implementation, resolve
 from ..model import parameter_groups
 from ..nn.find import named_masked_weights
@@ -46,15 +46,12 @@ class DeferredOptimizer(Optimizer):
         bucket_mb: float,
         backend: str,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"model must be the torch.nn.Module to train, but is a {type(model).__name__}; "
-                "parameters go into params"
-            )
-        if params is not None and not isinstance(params, Iterable):
-            raise TypeError(
-                f"params must be parameters, param groups or None (the model's), but is {params!r}"
-            )
+        require_module(model)
+        require(
+            params is None or isinstance(params, Iterable),
+            "params", "parameters, param groups or None (the model's)", params,
+        )  # fmt: skip
+        require_number("bucket_mb", bucket_mb, positive=True)
         if backend == "triton":
             raise ValueError(
                 "backend must be one of auto, reference, cpu, cuda, but is 'triton', "
@@ -305,21 +302,15 @@ class DeferredOptimizer(Optimizer):
             self._defer()
 
     def _check(self, group: dict[str, Any]) -> None:
-        """Raise ValueError for values out of range and for unsupported options of torch.optim."""
-        self._check_range(group, "lr", "weight_decay")
-        for name, kinds in ("lr", (Real, Tensor)), ("alpha", (Real, Tensor, type(None))):
+        """Raise TypeError or ValueError for what an option of a group cannot be."""
+        for name in ("lr", "alpha"):
             value = group[name]
-            if not isinstance(value, kinds) or (isinstance(value, Tensor) and value.numel() != 1):
-                also = ", None" if name == "alpha" else ""
-                raise ValueError(
-                    f"{name} must be a number{also} or a tensor with one element, but is {value!r}"
-                )
-
-    @staticmethod
-    def _check_range(group: dict[str, Any], *names: str) -> None:
-        for name in names:
-            if isinstance(group[name], Real) and not group[name] >= 0:
-                raise ValueError(f"{name} must be at least 0, but is {group[name]}")
+            if isinstance(value, Tensor):
+                require(value.numel() == 1, name, "a number or a tensor with one element", value)
+            elif value is not None or name == "lr":
+                require_number(name, value)
+        require_number("weight_decay", group["weight_decay"])
+        require_flag("maximize", group["maximize"])
 
     def _rule(self, group: dict[str, Any]) -> tuple[float, float, float]:
         """Return the last three columns of the op's hypers."""

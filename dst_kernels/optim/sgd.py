@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import require_flag, require_number
 from .deferred import DeferredOptimizer
 
 
@@ -55,7 +56,7 @@ class DSTSGD(DeferredOptimizer):
     Raises:
         ValueError: numbers out of range, no parameters, no masked layers, layers that belong to
             another optimizer of this kind; a loaded state with options that are not supported.
-        TypeError: `model` is not a module, or `params` is not iterable.
+        TypeError: `model` is not a module, `params` is not iterable, an option is no number.
         RuntimeError: sparse gradients; a backend asked for by name that is not available.
     """
 
@@ -85,7 +86,9 @@ class DSTSGD(DeferredOptimizer):
 
     def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)
-        self._check_range(group, "momentum")
+        require_number("momentum", group["momentum"])
+        require_number("dampening", group["dampening"])
+        require_flag("nesterov", group["nesterov"])
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError(
                 "nesterov needs momentum above 0 and dampening 0, but they are "

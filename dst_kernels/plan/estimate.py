@@ -70,7 +70,7 @@ def check_path(path: str, paths: Sequence[str] = PATHS) -> None:
     """Raise ValueError for an unknown name, or one that is not among the `paths` of a layer."""
     if path in paths:
         return
-    why = ": transposed convolutions have the packed path only" if path in PATHS else ""
+    why = ", since torch multiplies with such weights" if path in PATHS else ""
     raise ValueError(f"path must be one of {', '.join(paths)}, but is {path!r}{why}")
 
 

@@ -249,8 +249,8 @@ def test_bad_input():
 @pytest.mark.parametrize("path", ["fused", "mixed"])
 def test_layers_refuse_paths_they_do_not_have(path):
     message = (
-        f"path must be one of auto, packed, but is '{path}': "
-        "transposed convolutions have the packed path only"
+        f"path must be one of auto, packed, but is '{path}', "
+        "since torch multiplies with such weights"
     )
     for run in (
         lambda: MaskedConvTranspose2d(2, 3, 2, path=path),
