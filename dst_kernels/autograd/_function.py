@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
+from ..ops import one_by_one
 from ..ops.autocast import autocast_enabled, device_type_of
 from ..ops.checks import check_same_dtype
 
@@ -18,7 +19,8 @@ class MaskedFunction(Function):
     """Subclasses have `compute(*inputs)`, `save(ctx, inputs, output)` and `gradients(ctx, *grads)`.
 
     torch offers that split too, but then binds the arguments to forward's signature at every call,
-    which costs as much as a small layer. Only torch.func needs it, and gets it from a twin class.
+    which costs as much as a small layer. Only torch.func and forward-mode AD need it, and get it
+    from a twin class, which also has what torch.compile takes in no class: `jvp` and `vmap`.
     """
 
     compute: ClassVar[Callable[..., Any]]
@@ -34,26 +36,49 @@ class MaskedFunction(Function):
             cls.save(ctx, inputs, output)
             return output
 
-        backward = _once_differentiable(cls.gradients)
+        def vmap(info, in_dims, *inputs):
+            return one_by_one(cls.apply, info, in_dims, inputs)
+
+        backward = once_differentiable(cls.gradients)
         # torch looks for both on the class.
         cls.forward, cls.backward = staticmethod(forward), staticmethod(backward)  # type: ignore[method-assign]
         members = {"forward": cls.compute, "setup_context": cls.save, "backward": backward}
+        members |= {"jvp": refuse_tangents, "vmap": vmap}
         members = {name: staticmethod(function) for name, function in members.items()}
         cls.twin = type(f"{cls.__name__}ForFunc", (Function,), members)
 
     @classmethod
     def apply(cls, *args):
-        if torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return cls.twin.apply(*args)
         return super().apply(*args)
 
 
+def is_transformed() -> bool:
+    """Return whether a transform of torch.func or forward-mode AD is on, as `apply` asks above."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def refuse_tangents(ctx, *tangents):
+    """Stand for the `jvp` of a function: forward-mode AD through weights, which there is not."""
+    raise RuntimeError(
+        "dst_kernels operations have no forward-mode derivative (torch.func.jvp, jacfwd, linearize, "
+        "dual tensors) of weight or threshold: use reverse mode there (torch.func.vjp, jacrev, "
+        "grad). One of the input alone works with path='packed'"
+    )
+
+
 class _RefuseSecondDerivative(Function):
-    """Hands gradients through; its own backward is the second derivative, which does not exist."""
+    """Hands gradients through; its own derivative is the second one, which does not exist.
+
+    Inputs are how many gradients there are, these, and all that they were made from.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad_output, *grads):
-        return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
+    def forward(count, *tensors):
+        return tuple(None if grad is None else grad.view_as(grad) for grad in tensors[:count])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -68,19 +93,22 @@ class _RefuseSecondDerivative(Function):
             "penalties, works with path='packed'"
         )
 
+    jvp = backward
 
-def _once_differentiable(backward):
+
+def once_differentiable(backward):
     """As torch's decorator of that name, with an error that says why."""
 
     @functools.wraps(backward)
     def wrapper(ctx, grad, *others):
-        if grad is None:  # as nothing is made of it
+        if grad is None and all(each is None for each in others):  # as nothing is made of it
             return (None,) * len(ctx.needs_input_grad)
-        if not torch.is_grad_enabled():  # unless create_graph was given
+        # Unless create_graph was given, or tangents may be there.
+        if not (torch.is_grad_enabled() or forward_ad._current_level >= 0):
             return backward(ctx, grad, *others)
-        with torch.no_grad():
+        with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
             grads = backward(ctx, grad, *others)
-        return _RefuseSecondDerivative.apply(grad, *grads) if grad.requires_grad else grads
+        return _RefuseSecondDerivative.apply(len(grads), *grads, grad, *others, *ctx.saved_tensors)
 
     return wrapper
 

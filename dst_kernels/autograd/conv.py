@@ -20,8 +20,9 @@ from .weight import FRESH, WeightSource
 
 
 def conv_grad_bias(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum over all dimensions but the channels'."""
-    return grad.sum((0, *range(2, grad.dim())), dtype=dtype)
+    """Return the sum over all dimensions but the channels', made in float32 at least."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    return grad.sum((0, *range(2, grad.dim())), dtype=wide).to(dtype)
 
 
 class _Conv(Product):

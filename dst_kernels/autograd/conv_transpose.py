@@ -66,6 +66,12 @@ def masked_conv_transpose_weight(
     source: WeightSource = FRESH,
 ) -> Packed:
     """Return as `masked_weight` does, for a weight [in, out/groups, *kernel]."""
+    stored = threshold.dtype
+    if stored.itemsize < 4:  # else autograd would sum what it has rounded to 16 bits
+        threshold = threshold.to(torch.float32)
     of_groups = by_group(weight, threshold, groups)
     masked, effective = masked_weight(*of_groups, options, dtype, source)
-    return Packed(masked.flatten(0, 1), not_by_group(effective, threshold))
+    effective = not_by_group(effective, threshold)
+    return Packed(
+        masked.flatten(0, 1), effective if threshold.dtype is stored else effective.to(stored)
+    )

@@ -33,7 +33,8 @@ class _Linear(Product):
 
     @staticmethod
     def grad_bias(grad: Tensor, dtype: torch.dtype) -> Tensor:
-        return flatten_batch(grad).sum(0, dtype=dtype)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        return flatten_batch(grad).sum(0, dtype=wide).to(dtype)
 
     @staticmethod
     def fastest(input: Tensor, weight: Tensor, packed_available: bool) -> Plan:

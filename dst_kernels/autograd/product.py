@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 from .. import ops
 from ..backends import serving
 from ..plan import FUSED, PACKED, PLANS, Plan
-from ._function import MaskedFunction, cast_for_autocast, wanted
+from ._function import MaskedFunction, cast_for_autocast, is_transformed, wanted
 from .options import MaskOptions
 from .weight import FRESH, WeightSource, masked_weight, pack
 
@@ -165,11 +165,13 @@ def _plan(
     if options.path != "auto":
         return PLANS[options.path]
     # For the compiler a choice by sizes would mean a new graph at each crossover, and a plain
-    # product is one that it can tune and give an epilogue. Who leaves G to an optimizer packs.
+    # product is one that it can tune and give an epilogue. Who leaves G to an optimizer packs, as
+    # does torch.func, whose transforms torch's products take in one go.
     if (
         not torch.compiler.is_compiling()
         and not source.dense_gradient
         and "triton" in serving(options.backend, weight.device)
+        and not is_transformed()
     ):
         return product.fastest(input, weight, source.recall is not None, *geometry)
     return PLANS["packed"]

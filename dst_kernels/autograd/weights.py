@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import implementation
-from ..ops import without_autograd_and_autocast
+from ..ops import call, is_batched, masked_weight_backward, without_autograd_and_autocast
+from ._function import once_differentiable, refuse_tangents
 from .options import MaskOptions
 
 
@@ -54,6 +54,8 @@ def pack_weights(
 class _MaskWeights(torch.autograd.Function):
     """Inputs: what was made, then all weights, all thresholds, and what `copies` were made of."""
 
+    jvp = staticmethod(refuse_tangents)
+
     @staticmethod
     def forward(ctx, masked, copies, effective, rest, *parameters):
         ctx.set_materialize_grads(False)
@@ -77,27 +79,35 @@ class _MaskWeights(torch.autograd.Function):
         if wanted:
             stacks = None if matrices is None else [matrices[i] for i in wanted]
             chosen = [weights[i] for i in wanted]
-            made = out = None
+            incoming = [grads[i] for i in wanted]
             if stacks is None:
                 effective = [effective[i] for i in wanted]
             else:
                 ends = [sum(matrices[: i + 1]) for i in range(n)]
-                made = (
-                    [torch.empty_like(weight) for weight in chosen],
-                    [effective[0].new_empty(ctx.threshold_shapes[i]) for i in wanted],
-                )
                 effective = [t for i in wanted for t in effective[ends[i] - matrices[i] : ends[i]]]
-                out = [_split(each, stacks) for each in made]
-            function = _function("masked_weights_backward", options[0].backend, weights)
-            with without_autograd_and_autocast(weights[0].device.type):
-                found = function(
-                    _split([grads[i] for i in wanted], stacks),
-                    _split(chosen, stacks),
-                    effective,
-                    _repeat([options[i].surrogate for i in wanted], stacks),
-                    _repeat([options[i].structure_gradient for i in wanted], stacks),
-                    out,
-                )
+            arguments = (
+                _split(incoming, stacks),
+                _split(chosen, stacks),
+                effective,
+                _repeat([options[i].surrogate for i in wanted], stacks),
+                _repeat([options[i].structure_gradient for i in wanted], stacks),
+            )
+            backend = options[0].backend
+            made = out = None
+            if is_batched(incoming[0]):
+                each = zip(*arguments, strict=True)
+                found = [call(masked_weight_backward, *matrix, backend) for matrix in each]
+                found = [_join(each, stacks) for each in zip(*found, strict=True)]
+            else:
+                if stacks is not None:
+                    made = (
+                        [torch.empty_like(weight) for weight in chosen],
+                        [effective[0].new_empty(ctx.threshold_shapes[i]) for i in wanted],
+                    )
+                    out = [_split(each, stacks) for each in made]
+                function = _function("masked_weights_backward", backend, weights)
+                with without_autograd_and_autocast(weights[0].device.type):
+                    found = function(*arguments, out)
             for i, of_weight, of_threshold in zip(wanted, *(made or found), strict=True):
                 if needed[i]:
                     results[i] = of_weight
@@ -133,6 +143,8 @@ def mask_weights(
 
 
 class _WithDenseGradients(torch.autograd.Function):
+    jvp = staticmethod(refuse_tangents)
+
     @staticmethod
     def forward(ctx, masked, *parameters):
         ctx.set_materialize_grads(False)
@@ -140,6 +152,7 @@ class _WithDenseGradients(torch.autograd.Function):
         return tuple([each.detach() for each in masked])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):
         for weight, grad in zip(ctx.weights, grads, strict=True):
             so_far = weight.grad
@@ -172,6 +185,14 @@ def _split(tensors: Sequence[Tensor], matrices: Sequence[int] | None) -> Sequenc
         return tensors
     pairs = zip(tensors, matrices, strict=True)
     return [part for tensor, count in pairs for part in tensor.chunk(count)]
+
+
+def _join(tensors: Sequence[Tensor], matrices: Sequence[int] | None) -> Sequence[Tensor]:
+    """Undo `_split`."""
+    if matrices is None:
+        return tensors
+    rest = iter(tensors)
+    return [torch.cat([next(rest) for _ in range(count)]) for count in matrices]
 
 
 def _repeat(values: Sequence, matrices: Sequence[int] | None) -> Sequence:

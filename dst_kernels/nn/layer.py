@@ -72,7 +72,10 @@ class MaskedLayer(MaskedModule):
             if self._sharded_thresholds or torch.compiler.is_compiling():
                 self._commit(threshold, effective)
             else:  # as that does, without the cost of a context
-                threshold.detach().copy_(effective)
+                try:
+                    threshold.detach().copy_(effective)
+                except RuntimeError:
+                    self._commit(threshold, effective)
             if source.recall is not None and (copies := copies_of(self)) is not None:
                 copies.threshold_was_committed(before)
         elif (

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..arguments import REAL, REAL_DTYPES, require, require_tensors
 from ..autograd import MaskOptions, check_options
@@ -152,15 +153,26 @@ class MaskedModule(nn.Module):
     # -- the collapse guard --------------------------------------------------------------------
 
     def _commits(self) -> bool:
-        """Whether a forward now writes resets by the guard into the thresholds."""
-        return self.training and self.masking.reset_ratio is not None
+        """Whether a forward now writes resets by the guard into the thresholds.
+
+        Not in forward-mode AD: torch.func.linearize would record the write and repeat it.
+        """
+        return (
+            self.training and self.masking.reset_ratio is not None and forward_ad._current_level < 0
+        )
 
     @torch.no_grad()
     def _commit(self, threshold: Tensor, effective: Tensor, name: str = "threshold") -> None:
         shard = self._sharded_thresholds.get(name)
         if shard is not None:
             reset_rows(shard, (effective == 0) & (threshold != 0))
-        threshold.copy_(effective)
+        try:
+            threshold.copy_(effective)
+        except RuntimeError:
+            # torch.func lets a function write to nothing but what it is given: then the reset is
+            # written by the next forward outside. Outputs are the same.
+            if not torch._C._are_functorch_transforms_active():
+                raise
 
     # -- torch.nn.Module machinery -------------------------------------------------------------
 

@@ -4,6 +4,7 @@ Imports nothing but torch, the reference and the choice of a backend; autograd f
 on top of it.
 """
 
+from .batching import is_batched, one_by_one
 from .schemas import (
     NAMESPACE,
     call,
@@ -24,6 +25,7 @@ __all__ = [
     "NAMESPACE",
     "call",
     "effective_threshold",
+    "is_batched",
     "is_watched",
     "masked_conv",
     "masked_conv_grad_input",
@@ -33,5 +35,6 @@ __all__ = [
     "masked_linear_grad_weight",
     "masked_weight",
     "masked_weight_backward",
+    "one_by_one",
     "without_autograd_and_autocast",
 ]

@@ -19,6 +19,7 @@ from ..backends import implementation
 from ..reference.conv import Geometry, conv_memory_format
 from . import checks, conv_checks
 from .autocast import autocast_enabled, device_type_of
+from .batching import is_batched, one_by_one
 
 NAMESPACE = "dst_kernels"
 _run: dict[int, Callable] = {}  # by id: an overload's own hash is another call
@@ -62,6 +63,11 @@ def _define(schema: str, check: Callable) -> Callable[[Callable], torch._ops.OpO
         _library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", run_fake, lib=_library)
         overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+        def run_batched(info, in_dims, *args):
+            return one_by_one(overload, info, in_dims, args)
+
+        torch.library.register_vmap(f"{NAMESPACE}::{name}", run_batched, lib=_library)
         _run[id(overload)] = run
         return overload
 
@@ -106,7 +112,12 @@ def call(op: torch._ops.OpOverload, *args):
     """
     if is_watched() or type(args[0]) not in (Tensor, Parameter):
         return op(*args)
-    return _run[id(op)](*args, unchecked=False)
+    try:
+        return _run[id(op)](*args, unchecked=False)
+    except RuntimeError:
+        if not is_batched(args[0]):  # which is first of all in a backward
+            raise
+    return op(*args)
 
 
 def is_watched() -> bool:
