@@ -62,9 +62,9 @@ def is_transformed() -> bool:
 def refuse_tangents(ctx, *tangents):
     """Stand for the `jvp` of a function: forward-mode AD through weights, which there is not."""
     raise RuntimeError(
-        "dst_kernels operations have no forward-mode derivative (torch.func.jvp, jacfwd, linearize, "
-        "dual tensors) of weight or threshold: use reverse mode there (torch.func.vjp, jacrev, "
-        "grad). One of the input alone works with path='packed'"
+        "dst_kernels operations have no forward-mode derivative (torch.func.jvp, jacfwd, "
+        "linearize, dual tensors) of weight or threshold: use reverse mode there (torch.func.vjp, "
+        "jacrev, grad). One of the input alone works with path='packed'"
     )
 
 
@@ -108,7 +108,10 @@ def once_differentiable(backward):
             return backward(ctx, grad, *others)
         with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
             grads = backward(ctx, grad, *others)
-        return _RefuseSecondDerivative.apply(len(grads), *grads, grad, *others, *ctx.saved_tensors)
+        # Thresholds are saved as effective ones, which lead to no parameter.
+        leaves = [node.variable for node, _ in ctx.next_functions if hasattr(node, "variable")]
+        made_from = grad, *others, *ctx.saved_tensors, *leaves
+        return _RefuseSecondDerivative.apply(len(grads), *grads, *made_from)
 
     return wrapper
 

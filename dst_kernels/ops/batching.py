@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 _BATCHED = torch._C._dispatch_key_parse("Batched")
 
 

@@ -145,3 +145,19 @@ def test_as_accurate_as_torch_under_autocast():
     exact = plain(torch.Tensor.double, False)
     for result, close, truth in zip(results, plain(lambda t: t, True), exact, strict=True):
         assert_as_accurate(result.detach(), close.detach().to(result.dtype), truth.detach())
+
+
+@pytest.mark.parametrize("path", ["packed", "fused"])
+@pytest.mark.parametrize("convolution", [False, True])
+def test_a_bfloat16_bias_under_float16_autocast_gets_a_sum_in_float32(path, convolution):
+    bias = torch.zeros(2, dtype=torch.bfloat16, requires_grad=True)
+    weight, input, grad = torch.ones(2, 3), torch.ones(300, 3), torch.full((300, 2), 1 + 2**-8)
+    if convolution:
+        weight, input, grad = weight[..., None], input[..., None], grad[..., None]
+    run = dst.masked_conv1d if convolution else dst.masked_linear
+    options = {"path": path, "backend": "reference"}
+    with autocast(torch.float16):
+        output = run(input, weight, torch.zeros(2), bias, **options)
+    output.backward(grad.half())
+    # Each addend in bfloat16 would be 1, and the sum 300.
+    assert torch.equal(bias.grad, torch.full((2,), 300 * (1 + 2**-8)).half().bfloat16())

@@ -264,3 +264,16 @@ def test_layers_refuse_paths_they_do_not_have(path):
     assert layer.path == "auto"
     with pytest.raises(ValueError, match=r"auto, packed, but is 'none'$"):
         MaskedConvTranspose2d(2, 3, 2, path="none")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_16_bit_thresholds_are_rounded_once(dtype):
+    """Not each of their terms: the sum of these is small."""
+    torch.manual_seed(0)
+    weight, input = torch.randn(64, 8, 5, 5), torch.randn(2, 64, 6, 6)
+    weight.requires_grad_()
+    threshold = torch.full((8,), 0.25, dtype=dtype, requires_grad=True)
+    wide = threshold.detach().float().requires_grad_()
+    for each in (threshold, wide):
+        dst.masked_conv_transpose2d(input, weight, each).cos().sum().backward()
+    assert torch.equal(threshold.grad, wide.grad.to(dtype))
