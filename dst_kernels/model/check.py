@@ -40,7 +40,6 @@ def check_masks(
             kind = type(each).__name__
             raise TypeError(f"optimizers must be {accepted}, but is a list with a {kind}")
     parts = [each for each in named_masked_weights(model) if each[1].weight.requires_grad]
-    trained = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
     problems = {}
     with _as_it_was(model, parts), torch.enable_grad():
         for _, part in parts:
@@ -60,10 +59,23 @@ def check_masks(
             problem = _problem(part)
             if problem is not None:
                 problems[name] = problem
-    for name, part in parts:
-        if optimizers and id(part.threshold) not in trained and name not in problems:
-            problems[name] = "no given optimizer trains its threshold: build it after conversion"
+    for name in thresholds_without_optimizer(parts, optimizers) if optimizers else ():
+        problems.setdefault(
+            name, "no given optimizer trains its threshold: build it after conversion"
+        )
     return problems
+
+
+def thresholds_without_optimizer(
+    parts: list[tuple[str, MaskedWeight]], optimizers: Iterable[torch.optim.Optimizer]
+) -> list[str]:
+    """Return the masked weights whose threshold wants a gradient, but is in no optimizer."""
+    trained = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
+    return [
+        name
+        for name, part in parts
+        if part.threshold.requires_grad and id(part.threshold) not in trained
+    ]
 
 
 def _problem(part: MaskedWeight) -> str | None:

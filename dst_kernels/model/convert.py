@@ -14,6 +14,7 @@ from ._kinds import layouts_of, masked_type
 from ._transformer_encoder import avoid_fast_path
 from ._weight_readers import is_reader
 from .config import SparsifyConfig
+from .note import note_masks_
 from .planning import ConversionPlan, FilterFn, plan_conversion
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ def sparsify_(
             setattr(module, part.threshold_name, shared)
     _let_forwards_read_(model)
     avoid_fast_path(model)
+    note_masks_(model, config)
     for layer in plan.layers:
         if layer.action == "convert" and layer.reason:
             logger.warning("%s (%s): %s", layer.name or "(root)", layer.type, layer.reason)

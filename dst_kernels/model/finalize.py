@@ -9,6 +9,7 @@ from ..arguments import require_module
 from ..nn import MaskedModule, ungroup_
 from ..nn.in_place import stop_reading_, unmask_module_, why_not_unmasked
 from ._transformer_encoder import restore_fast_path
+from .note import forget_masks_
 
 FORMATS = ("dense",)
 
@@ -68,4 +69,5 @@ def _without_masks(model: nn.Module, bake: bool) -> nn.Module:
         del each._modules["parametrizations"]
         each.register_parameter(name, nn.Parameter(baked))
     restore_fast_path(model)
+    forget_masks_(model)
     return model

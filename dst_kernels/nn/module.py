@@ -197,6 +197,18 @@ class MaskedModule(nn.Module):
         if isinstance(value, Tensor) and is_dtensor(value) and name.startswith("threshold"):
             self.__dict__["_sharded_thresholds"] = {**self._sharded_thresholds, name: value}
         super().__setattr__(name, value)
+        if name == "_is_hf_initialized" and value:
+            self._zero_uninitialized()
+
+    @torch.no_grad()
+    def _zero_uninitialized(self) -> None:
+        """Zero thresholds that transformers' `from_pretrained` has made, but not loaded.
+
+        It marks the parameters that it has loaded or initialised, and then the module.
+        """
+        for part in self.masked_weights():
+            if not getattr(part.threshold, "_is_hf_initialized", False):
+                part.threshold.zero_()
 
     def __getstate__(self) -> dict:
         """Return what a copy has: it belongs to no optimizer, and its parameters are its own."""
@@ -206,7 +218,15 @@ class MaskedModule(nn.Module):
         return {name: value for name, value in state.items() if name not in left}
 
     def _apply(self, fn, recurse: bool = True):
-        """Conversions move thresholds, but never below float32: their updates would round away."""
+        """Conversions move thresholds, but never below float32: their updates would round away.
+
+        A threshold without memory beside a weight that has some belongs to a dense checkpoint that
+        was loaded weight by weight: it becomes 0.
+        """
+        for part in self.masked_weights():
+            if part.threshold.is_meta and not part.weight.is_meta:
+                zeros = torch.zeros_like(part.threshold, device=part.weight.device)
+                self._parameters[part.threshold_name] = nn.Parameter(zeros)
         thresholds = [part.threshold for part in self.masked_weights()]
         kept = [t for t in (*thresholds, *(t.grad for t in thresholds)) if t is not None]
 

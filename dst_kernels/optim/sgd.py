@@ -28,9 +28,10 @@ class DSTSGD(DeferredOptimizer):
         optimizer.step()
 
     Do not change weights or thresholds between a forward and its step, and let no other term of the
-    loss use a masked weight directly. At other times change them in place only under
-    `torch.no_grad()`: writes through `.data` go unnoticed (see `refresh`). Layers with another
-    granularity than "row", weights that dense layers use too, weights outside `params` and
+    loss use a masked weight directly: its gradient would pass through the mask (decay is
+    `weight_decay`; for an L1 term see docs/frameworks.md). At other times change them in place only
+    under `torch.no_grad()`: writes through `.data` go unnoticed (see `refresh`). Layers with
+    another granularity than "row", weights that dense layers use too, weights outside `params` and
     parameters that are replaced (`functional_call`, a parametrization) compute dW and dt in their
     backward; the step uses these as any optimizer does. Layers that FSDP2 shards, and compiled
     ones, mask their weight in the forward. `release()`, or deleting this optimizer, makes all
