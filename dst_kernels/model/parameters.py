@@ -14,11 +14,16 @@ from ..nn.find import named_masked_weights
 def sparse_regularization(model: nn.Module) -> Tensor:
     """Return the sum of exp(-t) over every threshold of the model, a 0-dim tensor.
 
-    Add it to the loss times alpha. A threshold that layers share counts once. See
-    `functional.sparse_regularization` for very negative thresholds. Raises ValueError if the model
+    Add it to the loss times alpha. A threshold that layers share counts once; that of a frozen
+    weight (`requires_grad` is False) counts, but gets no gradient. See `functional.sparse_regularization` for very negative thresholds. Raises ValueError if the model
     has no masked layers.
     """
-    return F.sparse_regularization(_thresholds(model).values())
+    parts = [part for _, part in named_masked_weights(model)]
+    trained = {id(part.threshold) for part in parts if not part.frozen}
+    thresholds = {id(threshold): threshold for threshold in [part.threshold for part in parts]}
+    return F.sparse_regularization(
+        [each if key in trained else each.detach() for key, each in thresholds.items()]
+    )
 
 
 def parameter_groups(

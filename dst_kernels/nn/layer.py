@@ -65,6 +65,8 @@ class MaskedLayer(MaskedModule):
         used twice, a second forward) does no harm.
         """
         weight, threshold = self._operands()
+        if not weight.requires_grad:  # frozen: the mask stays as it is
+            threshold = threshold.detach()
         source = source_of(self)
         result, effective = operation(weight, threshold, self.masking, source)
         if self._commits():

@@ -118,7 +118,8 @@ class MaskedModule(nn.Module):
             "element": weight.shape,
         }[options.granularity]
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        threshold = nn.Parameter(torch.zeros(shape, dtype=dtype, device=weight.device))
+        zeros = torch.zeros(shape, dtype=dtype, device=weight.device)
+        threshold = nn.Parameter(zeros, requires_grad=weight.requires_grad)
         one = rows.chunk(part.matrices)[0], part.rows(threshold).chunk(part.matrices)[0]
         check_effective_threshold(*one, options.reset_ratio)
         return threshold

@@ -83,12 +83,12 @@ class MaskedRecurrent(MaskedModule, nn.RNNBase):
     def _mask_at_once(
         self, parts: Iterable[MaskedWeight], parameters: Sequence[Tensor], dtype: torch.dtype
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        weights = [part.weight for part in parts]
+        weights, thresholds = zip(*[part.operands() for part in parts], strict=True)
         shapes = [parameter.shape for parameter in parameters]
         out = empty_parameters(self, shapes, dtype, parameters[0].device)
         made = autograd.mask_weights(
             weights,
-            [part.threshold for part in parts],
+            thresholds,
             [self.masking] * len(weights),
             [self._commits()] * len(weights),
             dtype,
@@ -105,7 +105,7 @@ class MaskedRecurrent(MaskedModule, nn.RNNBase):
         """Mask with registered ops, which fake tensors, dispatch modes, torch.func, FSDP2 need."""
         masked = []
         for part in parts:
-            weights, thresholds = (t.chunk(part.matrices) for t in (part.weight, part.threshold))
+            weights, thresholds = (t.chunk(part.matrices) for t in part.operands())
             made = [
                 autograd.masked_weight(weight, threshold, self.masking, dtype)
                 for weight, threshold in zip(weights, thresholds, strict=True)

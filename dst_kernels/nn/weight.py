@@ -46,6 +46,20 @@ class MaskedWeight:
     def threshold(self) -> Tensor:
         return getattr(self.module, self.threshold_name)
 
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing trains the weight now; then nothing moves its threshold either."""
+        stored = self.module._parameters.get(self.name)
+        if stored is not None:
+            return not stored.requires_grad
+        with torch.enable_grad():
+            return not self.weight.requires_grad
+
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """(weight, threshold) for a forward; the threshold of a frozen weight gets no gradient."""
+        weight, threshold = self.weight, self.threshold
+        return weight, threshold if weight.requires_grad else threshold.detach()
+
     def gathered(self) -> tuple[Tensor, Tensor]:
         """(weight, threshold), output rows first, whole where FSDP2 keeps them sharded."""
         return self.rows(full_tensor(self.weight)), self.rows(full_tensor(self.threshold))

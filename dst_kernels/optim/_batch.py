@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import MaskedLayer
+from ..nn.weight import MaskedWeight
 from ..nn.sources import Deferral
 from ..ops.dtensor import is_dtensor
 from ..reference.surrogate import SURROGATES
@@ -25,6 +26,7 @@ class Segment:
     hyper: int
     pair: Pair | None = None
     threshold_hyper: int = -1  # -1: the threshold is not optimized
+    masked: Sequence[MaskedWeight] = ()  # whose threshold the parameter is
     threshold: nn.Parameter | None = field(init=False)
     layer: MaskedLayer | None = field(init=False)  # the first of the pair's layers
     sharded: bool = field(init=False)
@@ -33,6 +35,12 @@ class Segment:
         self.threshold = None if self.pair is None else self.pair.threshold
         self.layer = None if self.pair is None else self.pair.layers[0]
         self.sharded = is_dtensor(self.parameter)
+
+    def is_regularised(self) -> bool:
+        """Return whether the regulariser moves the segment's threshold: not of a frozen weight."""
+        if self.threshold is not None:
+            return self.threshold.requires_grad and self.parameter.requires_grad
+        return self.parameter.requires_grad and not all([each.frozen for each in self.masked])
 
 
 @dataclass(eq=False)
@@ -117,14 +125,14 @@ def collect(
         weight, threshold = segment.parameter, segment.threshold
         has_grad = weight.grad is not None
         of_weight = has_grad or (
-            threshold is None and weight.requires_grad and has_alpha[segment.hyper]
+            threshold is None and has_alpha[segment.hyper] and segment.is_regularised()
         )
         of_threshold = (
             threshold is not None
             and segment.threshold_hyper >= 0
             and (
                 threshold.grad is not None
-                or (threshold.requires_grad and (has_grad or has_alpha[segment.threshold_hyper]))
+                or ((has_grad or has_alpha[segment.threshold_hyper]) and segment.is_regularised())
             )
         )
         if not (of_weight or of_threshold):

@@ -15,6 +15,7 @@ from ..backends import implementation, resolve
 from ..model import parameter_groups
 from ..nn.find import named_masked_weights
 from ..nn.sources import Deferral
+from ..nn.weight import MaskedWeight
 from ..nn.switches import group_, is_grouped
 from ..ops.dtensor import norm_over_shards
 from ._batch import Batch, Segment, collect, local, on_device
@@ -231,7 +232,9 @@ class DeferredOptimizer(Optimizer):
         group_of = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
         pairs = {id(pair.weight): pair for pair in self._pairs}
         deferred = {id(pair.threshold) for pair in self._pairs}
-        thresholds = {id(part.threshold) for _, part in named_masked_weights(self._model)}
+        masked: dict[int, list[MaskedWeight]] = {}
+        for _, part in named_masked_weights(self._model):
+            masked.setdefault(id(part.threshold), []).append(part)
         segments = []
         for i, group in enumerate(self.param_groups):
             for p in group["params"]:
@@ -241,7 +244,8 @@ class DeferredOptimizer(Optimizer):
                     row = -1 if of_threshold is None else 2 * of_threshold + 1
                     segments.append(Segment(p, 2 * i, pair, row))
                 elif id(p) not in deferred:
-                    segments.append(Segment(p, 2 * i + (id(p) in thresholds)))
+                    of = masked.get(id(p), ())
+                    segments.append(Segment(p, 2 * i + bool(of), masked=of))
         return segments
 
     def _current_batches(self) -> list[Batch]:
@@ -260,11 +264,11 @@ class DeferredOptimizer(Optimizer):
             own = local(parameter) if segment.sharded else parameter
             signature += parameter.grad is None, own.data_ptr()
             if threshold is None or segment.layer is None:
-                signature.append(parameter.requires_grad)
+                signature.append(segment.is_regularised())
             else:
                 own = local(threshold) if segment.sharded else threshold
                 signature += (
-                    threshold.grad is None, own.data_ptr(), threshold.requires_grad,
+                    threshold.grad is None, own.data_ptr(), segment.is_regularised(),
                     segment.layer.masking,
                 )  # fmt: skip
         if [len(self.state), *signature] != self._signature:

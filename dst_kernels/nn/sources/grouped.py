@@ -160,7 +160,11 @@ class Group:
                 bucket.layers, bucket.weights, bucket.thresholds, bucket.dtype, parallel
             )
         commits = [layer._commits() for layer in bucket.layers]
-        arguments = bucket.weights, bucket.thresholds, bucket.options, commits, bucket.dtype
+        thresholds: list[Tensor] = [*bucket.thresholds]
+        if not all([weight.requires_grad for weight in bucket.weights]):  # the frozen keep theirs
+            pairs = zip(bucket.weights, thresholds, strict=True)
+            thresholds = [t if weight.requires_grad else t.detach() for weight, t in pairs]
+        arguments = bucket.weights, thresholds, bucket.options, commits, bucket.dtype
         if not forward.with_grad:
             return pack_weights(*arguments)[0]
 
@@ -205,7 +209,7 @@ class Group:
                 continue
             weight, threshold = layer._parameters["weight"], layer._parameters["threshold"]
             deferral = deferral_of(layer)
-            wanted = weight.requires_grad or threshold.requires_grad  # else nobody asks for G
+            wanted = weight.requires_grad  # else nobody asks for G
             size = weight.numel() * weight.element_size()
             if deferral is None and size > self._bucket_bytes:
                 continue
