@@ -6,6 +6,7 @@ from .convert import plan_sparsify, sparsify_
 from .finalize import densify_, finalize_
 from .parameters import parameter_groups, sparse_regularization
 from .planning import ConversionPlan
+from .prune import prune_
 from .report import SparsityReport, remaining_ratio, sparsity_report
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "finalize_",
     "parameter_groups",
     "plan_sparsify",
+    "prune_",
     "remaining_ratio",
     "sparse_regularization",
     "sparsify_",

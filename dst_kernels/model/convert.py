@@ -39,6 +39,9 @@ def sparsify_(
     stay shared and share their threshold. A second call changes nothing. Convert before building
     the optimizer, `torch.compile`, DDP or `fully_shard`. `finalize_` and `densify_` lead back.
 
+    A weight that is frozen (`requires_grad` is False) before or after this keeps the mask that it
+    has: neither loss nor regulariser moves its threshold. Adapters of peft stay dense.
+
     `config` (default: `SparsifyConfig()`) chooses options and layers; `filter_fn(module, name)`
     is asked about each layer the config would convert and keeps it dense by returning False.
     What happens to each layer is logged; `plan_sparsify` returns the same as an object.

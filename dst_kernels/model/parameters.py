@@ -15,7 +15,8 @@ def sparse_regularization(model: nn.Module) -> Tensor:
     """Return the sum of exp(-t) over every threshold of the model, a 0-dim tensor.
 
     Add it to the loss times alpha. A threshold that layers share counts once; that of a frozen
-    weight (`requires_grad` is False) counts, but gets no gradient. See `functional.sparse_regularization` for very negative thresholds. Raises ValueError if the model
+    weight (`requires_grad` is False) counts, but gets no gradient. See
+    `functional.sparse_regularization` for very negative thresholds. Raises ValueError if the model
     has no masked layers.
     """
     parts = [part for _, part in named_masked_weights(model)]

@@ -25,6 +25,7 @@ from ._kinds import has_twin, layouts_of, masked_type
 from ._weight_readers import bypassed_layers, reads_a_weight, what_writes_its_weight
 from .config import SparsifyConfig
 
+_PEFT = "peft.tuners.tuners_utils"
 _DDP = nn.parallel.DistributedDataParallel
 
 
@@ -108,9 +109,9 @@ def plan_conversion(
     require(isinstance(config, SparsifyConfig), "config", "a SparsifyConfig or None", config)
     named = [(name, module) for name, module in model.named_modules() if _has_weights(module)]
     bypassed = bypassed_layers(model)
-    reasons: dict[nn.Module, str] = {}
+    reasons = dict.fromkeys(_adapters(model), "is part of an adapter: small, and some start at 0")
     for _, module in named:
-        reason = bypassed.get(module) or _cannot_convert(module, config)
+        reason = reasons.get(module) or bypassed.get(module) or _cannot_convert(module, config)
         if reason:
             reasons[module] = reason
     able = [module for _, module in named if module not in reasons]
@@ -156,6 +157,20 @@ def plan_conversion(
     }
     total = sum({**others, **masked_ids}.values())
     return ConversionPlan(layers, sum(masked_ids.values()), total), chosen
+
+
+def _adapters(model: nn.Module) -> list[nn.Module]:
+    """Return what peft has added to the layers of a model (LoRA, IA3, ...), not these layers."""
+    return [
+        added
+        for module in model.modules()
+        if any(
+            c.__name__ == "BaseTunerLayer" and c.__module__ == _PEFT for c in type(module).__mro__
+        )
+        for name, child in module.named_children()
+        if name != "base_layer"
+        for added in child.modules()
+    ]
 
 
 def _with_rows_elsewhere(

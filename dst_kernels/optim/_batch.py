@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import MaskedLayer
-from ..nn.weight import MaskedWeight
 from ..nn.sources import Deferral
+from ..nn.weight import MaskedWeight
 from ..ops.dtensor import is_dtensor
 from ..reference.surrogate import SURROGATES
 from ..reference.weight import largest_collapsed_count

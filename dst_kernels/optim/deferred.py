@@ -15,8 +15,8 @@ from ..backends import implementation, resolve
 from ..model import parameter_groups
 from ..nn.find import named_masked_weights
 from ..nn.sources import Deferral
-from ..nn.weight import MaskedWeight
 from ..nn.switches import group_, is_grouped
+from ..nn.weight import MaskedWeight
 from ..ops.dtensor import norm_over_shards
 from ._batch import Batch, Segment, collect, local, on_device
 from ._pairs import Pair, deferrable_pairs

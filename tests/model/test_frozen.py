@@ -84,3 +84,28 @@ def test_thresholds_of_weights_frozen_before_are_frozen_with_them():
     assert [len(group["params"]) for group in groups] == [2, 1]
     _train(model, DSTSGD)
     assert (model.head.threshold != 0.15).any() and (model.conv.threshold == 0.15).all()
+
+
+class BaseTunerLayer:
+    __module__ = "peft.tuners.tuners_utils"  # as peft has it, which need not be installed
+
+
+class _LoRA(nn.Module, BaseTunerLayer):
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(4, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, 3, bias=False)})
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+def test_adapters_are_left_alone():
+    model = nn.Sequential(_LoRA(nn.Linear(4, 3)), nn.Linear(3, 2))
+    plan = dst_kernels.plan_sparsify(model)
+    assert [layer.action for layer in plan.layers] == ["convert", "skip", "skip", "convert"]
+    assert all("adapter" in layer.reason for layer in plan.layers if layer.action == "skip")
+    dst_kernels.sparsify_(model)
+    assert type(model[0].lora_A["default"]) is nn.Linear
+    assert not model[0].base_layer.threshold.requires_grad and model[1].threshold.requires_grad

@@ -1,0 +1,100 @@
+"""Pruning by magnitude: thresholds that leave a share of the weights that the user names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..arguments import require_number
+from ..nn.find import named_masked_weights
+from ..nn.weight import MaskedWeight
+from ..ops.dtensor import is_dtensor
+from ..reference.weight import largest_collapsed_count
+
+SCOPES = ("global", "layer")
+
+
+@torch.no_grad()
+def prune_(model: nn.Module, ratio: float, *, scope: str = "global") -> nn.Module:
+    """Set the thresholds so that a share of the masked weights remains, the largest; returns model.
+
+    In place; the weights stay as they are, and training goes on from these thresholds. All
+    thresholds that are decided together get the same value, a quantile of |W|, whatever their
+    granularity. Weights of equal magnitude at the cut remain or go together, whichever is nearer to
+    `ratio`; a weight of exactly 0 never remains. Frozen weights are pruned, too. The host waits for
+    the device.
+
+    Args:
+        model: with masked layers.
+        ratio: of the weights that shall remain, above 0, at most 1.
+        scope: "global" decides over all masked weights of the model, "layer" over each by itself.
+
+    Raises:
+        TypeError, ValueError: `ratio` or `scope` is not one of these; the model has no masked
+            layers.
+        ValueError: the collapse guard would undo it, as so little of a layer would remain.
+        RuntimeError: a weight is sharded. In each case nothing has changed.
+    """
+    require_number("ratio", ratio, positive=True)
+    if ratio > 1:
+        raise ValueError(f"ratio must be at most 1, but is {ratio}")
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be one of {', '.join(SCOPES)}, but is {scope!r}")
+    found = {id(part.threshold): (name, part) for name, part in named_masked_weights(model)}
+    named = list(found.values())
+    for name, part in named:
+        if is_dtensor(part.weight):
+            raise RuntimeError(f"{name or 'the model'} is sharded: prune before fully_shard")
+    together = [named] if scope == "global" else [[each] for each in named]
+    limits = [
+        (name, part, limit)
+        for group in together
+        for limit in [_quantile([part.weight for _, part in group], ratio)]
+        for name, part in group
+    ]
+    collapsed = [name or "the model" for name, *what in limits if _collapses(*what)]
+    if collapsed:
+        raise ValueError(
+            f"ratio: at {ratio} the collapse guard would restart {', '.join(collapsed)}, of which "
+            "no more than reset_ratio would remain: set a lower reset_ratio there (None: no guard)"
+            + (", or use scope='layer'" if scope == "global" else "")
+        )
+    for _, part, limit in limits:
+        part.threshold.copy_(_rounded_down(limit, part.threshold.dtype))
+    return model
+
+
+def _quantile(weights: Sequence[Tensor], ratio: float) -> Tensor:
+    """Return the magnitude, 0-dim, up to which weights go, so that the share `ratio` remains."""
+    device = weights[0].device
+    sizes = torch.cat([weight.abs().flatten().to(device) for weight in weights])
+    sizes = sizes.to(torch.promote_types(sizes.dtype, torch.float32)).nan_to_num_(nan=torch.inf)
+    gone = sizes.numel() - round(ratio * sizes.numel())
+    if gone == 0:
+        return sizes.new_zeros(())
+    limit = sizes.kthvalue(gone).values
+    fewer, more = (sizes < limit).sum(), (sizes <= limit).sum()
+    if gone - fewer < more - gone:
+        limit = torch.where(sizes < limit, sizes, 0).max()
+    return limit
+
+
+def _collapses(part: MaskedWeight, limit: Tensor) -> bool:
+    """Return whether the guard would reset the thresholds of any of a weight's matrices."""
+    ratio = part.module.masking.reset_ratio
+    if ratio is None or limit <= 0:
+        return False
+    weight, limit = part.rows(part.weight), limit.to(part.weight.device)
+    return any(
+        (~(matrix.abs() <= limit)).sum() <= largest_collapsed_count(matrix.numel(), ratio)
+        for matrix in weight.chunk(part.matrices)
+    )
+
+
+def _rounded_down(limit: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `limit` in `dtype`, never above it, so that no more weights go."""
+    rounded = limit.to(dtype)
+    below = torch.nextafter(rounded, rounded.new_full((), -torch.inf))
+    return torch.where(rounded > limit, below, rounded)
