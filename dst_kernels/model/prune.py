@@ -54,7 +54,7 @@ def prune_(model: nn.Module, ratio: float, *, scope: str = "global") -> nn.Modul
         for limit in [_quantile([part.weight for _, part in group], ratio)]
         for name, part in group
     ]
-    collapsed = [name or "the model" for name, *what in limits if _collapses(*what)]
+    collapsed = [name or "the model" for name, part, limit in limits if _collapses(part, limit)]
     if collapsed:
         raise ValueError(
             f"ratio: at {ratio} the collapse guard would restart {', '.join(collapsed)}, of which "

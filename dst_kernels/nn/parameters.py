@@ -50,7 +50,7 @@ class MaskedParameters(MaskedModule):
 
     def _weight_to_compute_with(self, name: str, weight: Tensor) -> Tensor:
         part = MaskedWeight(self, name, threshold_name(name), *self._layouts[name])
-        _, threshold = part.operands()
+        threshold = part.threshold_for(weight)
         rows, limits = part.rows(weight), part.rows(threshold)
         plain = type(weight) in (Tensor, nn.Parameter) and weight.device.type in ("cpu", "cuda")
         at_once = part.matrices > 1 and plain and not is_watched() and not self._sharded_thresholds

@@ -83,12 +83,13 @@ class MaskedRecurrent(MaskedModule, nn.RNNBase):
     def _mask_at_once(
         self, parts: Iterable[MaskedWeight], parameters: Sequence[Tensor], dtype: torch.dtype
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        weights, thresholds = zip(*[part.operands() for part in parts], strict=True)
+        weights = [part.weight for part in parts]
+        pairs = zip(parts, weights, strict=True)
         shapes = [parameter.shape for parameter in parameters]
         out = empty_parameters(self, shapes, dtype, parameters[0].device)
         made = autograd.mask_weights(
             weights,
-            thresholds,
+            [part.threshold_for(weight) for part, weight in pairs],
             [self.masking] * len(weights),
             [self._commits()] * len(weights),
             dtype,
@@ -105,7 +106,9 @@ class MaskedRecurrent(MaskedModule, nn.RNNBase):
         """Mask with registered ops, which fake tensors, dispatch modes, torch.func, FSDP2 need."""
         masked = []
         for part in parts:
-            weights, thresholds = (t.chunk(part.matrices) for t in part.operands())
+            weight = part.weight
+            pair = weight, part.threshold_for(weight)
+            weights, thresholds = (t.chunk(part.matrices) for t in pair)
             made = [
                 autograd.masked_weight(weight, threshold, self.masking, dtype)
                 for weight, threshold in zip(weights, thresholds, strict=True)

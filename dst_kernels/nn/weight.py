@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
 
 from .. import functional as F
 from ..ops.dtensor import full_tensor
@@ -49,16 +50,14 @@ class MaskedWeight:
     @property
     def frozen(self) -> bool:
         """Whether nothing trains the weight now; then nothing moves its threshold either."""
-        stored = self.module._parameters.get(self.name)
-        if stored is not None:
-            return not stored.requires_grad
-        with torch.enable_grad():
-            return not self.weight.requires_grad
+        if is_parametrized(self.module, self.name):  # computing it may change a buffer
+            computed_by = self.module.parametrizations[self.name]
+            return not any(parameter.requires_grad for parameter in computed_by.parameters())
+        return not self.weight.requires_grad
 
-    def operands(self) -> tuple[Tensor, Tensor]:
-        """(weight, threshold) for a forward; the threshold of a frozen weight gets no gradient."""
-        weight, threshold = self.weight, self.threshold
-        return weight, threshold if weight.requires_grad else threshold.detach()
+    def threshold_for(self, weight: Tensor) -> Tensor:
+        """The threshold for a forward with this weight: without a gradient if that is frozen."""
+        return self.threshold if weight.requires_grad else self.threshold.detach()
 
     def gathered(self) -> tuple[Tensor, Tensor]:
         """(weight, threshold), output rows first, whole where FSDP2 keeps them sharded."""

@@ -49,7 +49,7 @@ def test_keeps_geometry_mode_attributes_and_dtype(case):
     assert not masked.training and masked.bias is None and masked.tag is not None
     assert masked.tag["fqn"] == "a.b" and masked.scale is dense.scale
     assert masked.weight.dtype == torch.bfloat16 and masked.threshold.dtype == torch.float32
-    assert not masked.weight.requires_grad and masked.threshold.requires_grad
+    assert not masked.weight.requires_grad and not masked.threshold.requires_grad
     assert case.dense(*case.args, bias=False).extra_repr() in masked.extra_repr()
     masked.train()
     assert not dense.training, "containers of its own"

@@ -283,10 +283,11 @@ def _update_options(rule: str, chance: random.Random) -> dict:
 
 
 def _regularizer(model: nn.Module) -> Tensor:
+    named = dict(model.named_parameters())
     return sum(
         torch.exp(-parameter).sum()
-        for name, parameter in model.named_parameters()
-        if "threshold" in name
+        for name, parameter in named.items()
+        if "threshold" in name and named[name.replace("threshold", "weight")].requires_grad
     )
 
 

@@ -36,7 +36,8 @@ class Side:
 
     def regularizer(self, alphas: Sequence[Any]) -> Tensor | float:
         """To be added to the loss."""
-        thresholds = {id(layer.threshold) for layer in masked_layers(self.model)}
+        layers = [layer for layer in masked_layers(self.model) if layer.weight.requires_grad]
+        thresholds = {id(layer.threshold) for layer in layers}
         terms = [
             alpha * authors.regularizer([p])
             for group, alpha in zip(self.optimizer.param_groups, alphas, strict=True)
