@@ -140,7 +140,8 @@ class DeferredOptimizer(Optimizer):
 
         Return the norm before that. Use it in place of `torch.nn.utils.clip_grad_norm_`, which
         would measure the dense gradients. With a GradScaler call its `unscale_` first. `.grad`
-        stays unchanged.
+        stays unchanged. Squares are added in float64; norm and factor are float32 numbers, beside
+        float64 parameters, too.
         """
         norm = self.grad_norm()
         self._clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)

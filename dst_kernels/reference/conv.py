@@ -51,6 +51,24 @@ def conv_memory_format(activation: Tensor, weight: Tensor) -> torch.memory_forma
     return torch.contiguous_format
 
 
+def torch_reads(kernel: Tensor) -> bool:
+    """Return whether torch reads a kernel of this layout rightly, as all but rare ones.
+
+    On CPUs torch's grouped convolutions of channels-last inputs take a kernel for channels last by
+    the strides of dimensions of more than one element, and then read it by those of all: dimensions
+    of one element must have the stride that torch itself would give them. In other layouts between
+    contiguous and channels last some of torch's gradients are refused.
+    """
+    if kernel.is_contiguous():
+        return True
+    step = 1
+    for axis in (1, *range(kernel.dim() - 1, 1, -1), 0):
+        if kernel.stride(axis) != step:
+            return False
+        step *= kernel.shape[axis]
+    return True
+
+
 def conv(
     input: Tensor,
     weight: Tensor,
@@ -63,6 +81,8 @@ def conv(
     """
     if bias is not None and bias.dtype != input.dtype:
         bias = bias.to(input.dtype)
+    if geometry[3] != 1 and not torch_reads(weight):
+        weight = weight.contiguous()
     return _CONV[input.dim()](input, weight, bias, *geometry)
 
 
@@ -136,6 +156,7 @@ def convolution_backward(
     grad: Tensor, input: Tensor, kernel: Tensor, geometry: Geometry, which: int
 ) -> Tensor:
     """Return the gradient of the input (which=0) or of the kernel (which=1)."""
+    kernel = kernel if torch_reads(kernel) else kernel.contiguous()
     of = *geometry[:3], False, [0] * len(geometry.stride), geometry.groups
     wanted = [which == 0, which == 1, False]
     return torch.ops.aten.convolution_backward(grad, input, kernel, None, *of, wanted)[which]

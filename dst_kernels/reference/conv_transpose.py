@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 
+from .conv import torch_reads
 from .weight import masked_weight
 
 _CONV_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
@@ -77,6 +78,8 @@ def conv_transpose(
     """
     if bias is not None and bias.dtype != input.dtype:
         bias = bias.to(input.dtype)
+    if geometry.groups != 1 and not torch_reads(weight):
+        weight = weight.contiguous()
     return _CONV_TRANSPOSE[input.dim()](input, weight, bias, *geometry)
 
 

@@ -5,6 +5,9 @@ Q > 0, and with G = dL/d(W * M), H the surrogate derivative:
 
     dW = G * M + G * |W| * H(Q)          the second term is the structure gradient, optional
     dt = -sum(G * W * H(Q))              over the weights that the threshold governs
+
+A diverged gradient is never hidden: a G that is NaN or infinite reaches dW where the weight is kept
+(and, by the structure gradient, where it is pruned) and dt wherever it is, as 0 * NaN is NaN.
 """
 
 from __future__ import annotations

@@ -142,6 +142,28 @@ def test_infinite_weight_is_kept_by_finite_thresholds():
         assert output.tolist() == [[value, 0.0, 1.0]]
 
 
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_a_diverged_gradient_is_not_hidden(surrogate, value):
+    """By the formula, in which 0 * NaN is NaN; beyond the surrogate's support and within."""
+    heights = {"long_tailed": [0.4, 0.0, 0.0], "rectangular": [0.0, 0.0, 0.0]}
+    heights |= {"triangular": [0.25, 0.0, 0.0], "straight_through": [1.0, 1.0, 1.0]}
+    weight = torch.tensor([[2.25, -0.25, 3.0]] * 2, requires_grad=True)  # kept, pruned, kept
+    threshold = torch.tensor([1.5, 1.5], requires_grad=True)
+    slope = torch.tensor(heights[surrogate])
+    for column in range(3):
+        dense = torch.ones(2, 3)
+        dense[0, column] = value
+        output = dst.masked_weight(weight, threshold, reset_ratio=None, surrogate=surrogate)
+        grads = torch.autograd.grad(output, (weight, threshold), dense)
+        kept = torch.tensor([1.0, 0.0, 1.0]) > 0
+        through = dense * slope
+        expected = torch.where(kept, dense, 0.0) + through * weight.abs()
+        torch.testing.assert_close(grads[0], expected, equal_nan=True)
+        torch.testing.assert_close(grads[1], -(through * weight).sum(1), equal_nan=True)
+        assert grads[1].isfinite().tolist() == [False, True]
+
+
 def test_non_finite_inputs_pass_through_kept_weights():
     for value in (NAN, INF):
         weight = (0.2 + 0.6 * torch.rand(4, 3)).requires_grad_()

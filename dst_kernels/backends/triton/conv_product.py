@@ -6,6 +6,10 @@ pass has filters for R and positions of the output; the gradient has the input's
 positions of the input, by the residue of the stride, since each residue is reached by taps of its
 own. The masked weight is the left operand for the reason given in `product.py`.
 
+A matrix product cannot leave out what lies outside the images: it multiplies weights with zeros
+there. So a NaN weight reaches every position of the tile, also those that its tap does not meet;
+the reference leaves these finite.
+
 Thresholds are the effective ones. A convolution reads its weight once for every tile of positions,
 so that deciding about the collapse guard beforehand, in a pass of its own, costs little.
 """

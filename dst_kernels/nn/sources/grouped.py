@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ...autograd import MaskOptions, mask_weights, pack_weights, product_dtype
 from ...ops import is_watched
 from ...ops.autocast import autocast_enabled
+from ...reference.conv import torch_reads
 from .deferred import Deferral, deferral_of
 from .reused import copies_of
 from .stamp import tensor_stamp
@@ -235,6 +236,7 @@ def _can_be_grouped(layer: MaskedLayer) -> bool:
         and weight.device == threshold.device
         and weight.device.type in ("cpu", "cuda")
         and weight.numel() > 0
+        and (weight.dim() < 4 or torch_reads(weight))
         and layer.masking.path != "fused"
         and layer.rows_first
         and not layer._sharded_thresholds
