@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import functional as F
@@ -17,14 +18,28 @@ def sparse_regularization(model: nn.Module) -> Tensor:
     Add it to the loss times alpha. A threshold that layers share counts once; that of a frozen
     weight (`requires_grad` is False) counts, but gets no gradient. See
     `functional.sparse_regularization` for very negative thresholds. Raises ValueError if the model
-    has no masked layers.
+    has no masked layers; RuntimeError in the backward of a loss that contains the sum although an
+    optimizer of `dst_kernels.optim` adds the same gradient, as its `alpha` says.
     """
     parts = [part for _, part in named_masked_weights(model)]
     trained = {id(part.threshold) for part in parts if not part.frozen}
     thresholds = {id(threshold): threshold for threshold in [part.threshold for part in parts]}
-    return F.sparse_regularization(
+    value = F.sparse_regularization(
         [each if key in trained else each.detach() for key, each in thresholds.items()]
     )
+    if value.requires_grad and not torch.compiler.is_compiling():
+        deferrals = {getattr(part.module, "_deferral", None) for part in parts}
+        if any(deferral is not None and deferral.regularizes for deferral in deferrals):
+            value.register_hook(_refuse_to_count_twice)
+    return value
+
+
+def _refuse_to_count_twice(grad: Tensor) -> None:
+    if grad.item() != 0:  # a loss may contain it times 0
+        raise RuntimeError(
+            "the regulariser counts twice: the loss contains sparse_regularization, and the "
+            "optimizer adds its gradient as well, since it was given alpha; leave one of them out"
+        )
 
 
 def parameter_groups(

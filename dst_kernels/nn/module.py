@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -135,6 +136,7 @@ class MaskedModule(nn.Module):
     @torch.no_grad()
     def reset_threshold(self, value: float = 0.0) -> None:
         """Set every threshold to `value`; at 0 all weights but exact zeros are kept."""
+        require(isinstance(value, Real), "value", "a number", value)
         for part in self.masked_weights():
             part.threshold.fill_(value)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -143,6 +144,10 @@ class DeferredOptimizer(Optimizer):
         stays unchanged. Squares are added in float64; norm and factor are float32 numbers, beside
         float64 parameters, too.
         """
+        number = isinstance(max_norm, (Real, Tensor))
+        require(number, "max_norm", "a number of at least 0 (infinite: only measure)", max_norm)
+        if isinstance(max_norm, Real) and not max_norm >= 0:
+            raise ValueError(f"max_norm must be at least 0, but is {max_norm}")
         norm = self.grad_norm()
         self._clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         return norm
@@ -162,10 +167,16 @@ class DeferredOptimizer(Optimizer):
                 "call its release() first"
             )
         self._deferral, self._pairs = Deferral(layers), pairs
+        self._deferral.regularizes = self._regularizes()
         weakref.finalize(self, self._deferral.release).atexit = False
         if before is not None:
             before.release()  # the layers that are not in the new one
         self._forget()
+
+    def _regularizes(self) -> bool:
+        """Return whether some group has an alpha; a tensor is not read for that."""
+        alphas = [group["alpha"] for group in self.param_groups]
+        return any(isinstance(alpha, Tensor) or bool(alpha) for alpha in alphas)
 
     def _let_go(self) -> None:
         """Release layers that compute their own gradients now, such as parametrized ones."""
@@ -227,6 +238,7 @@ class DeferredOptimizer(Optimizer):
             rows += [*common, 0.0, 0.0, *rest], [*common, has_alpha, amount, *rest]
             rates += rate, rate
             alphas += None, alpha
+        self._deferral.regularizes = self._regularizes()
         return torch.tensor(rows, dtype=torch.float64, device="cpu"), rates, alphas
 
     def _all_segments(self) -> list[Segment]:
@@ -288,6 +300,8 @@ class DeferredOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, or of the optimizer of `torch.optim` it replaces."""
+        known = isinstance(state_dict, dict) and "param_groups" in state_dict
+        require(known, "state_dict", "a dict, as an optimizer's state_dict() makes it", state_dict)
         for group in state_dict["param_groups"]:
             self._check({**self.defaults, **group})
         mine = [dict(group) for group in self.param_groups]

@@ -178,6 +178,24 @@ def test_any_mix(rule, data):
 
 
 @of_both_rules
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_diverged_gradient_is_as_visible_as_in_the_reference(rule, value):
+    segments = [Segment((3, 5), surrogate=i % 4, structure=i // 4) for i in range(8)]
+    call = call_of(rule, segments)
+    for weight, threshold, grad in zip(
+        call["weights"], call["thresholds"], call["grads"], strict=True
+    ):
+        weight[1] = torch.tensor([3.0, -3.0, 0.5, -0.1, 0.7])  # beyond the support and within
+        threshold[:] = 0.6
+        grad[1] = value
+    ours, expected = call.run(), call.refer()
+    for name in ("weights", "thresholds"):
+        for result, truth in zip(ours[name], expected[name], strict=True):
+            torch.testing.assert_close(result, truth, equal_nan=True)
+            assert not result[1].isfinite().all() and result[[0, 2]].isfinite().all()
+
+
+@of_both_rules
 def test_nan_weights_and_thresholds_stay_visible(rule):
     call = call_of(rule, [Segment((3, 5), masked=torch.bfloat16, collapsed=1)])
     call["weights"][0][0, 0] = float("nan")

@@ -185,7 +185,7 @@ def test_post_of_special_values(kind):
     limits = torch.tensor([0.0, -0.0, -0.5, 0.5, 1.0, 2.0, -1.0, INF, -INF, NAN])
     weight = values.repeat(len(limits), 1)
     threshold = limits[:, None].repeat(1, len(values))
-    for value in (1.0, -2.0, 0.0):
+    for value in (1.0, -2.0, 0.0, INF, NAN):
         grad = torch.full_like(weight, value)
         (of_weight,), (of_threshold,) = post([grad], [weight], [threshold], [kind])
         expected = reference.masked_weight_backward(

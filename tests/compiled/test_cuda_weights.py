@@ -167,7 +167,7 @@ def test_post_of_special_values(library, surrogate, structure):
     bounds = torch.tensor([0.0, -0.5, 0.5, 1.0, 2.0, -1.0, inf, -inf, nan])
     weight = values.repeat(len(bounds), 1)
     threshold = bounds[:, None].expand_as(weight).contiguous()
-    for value in (1.0, -2.0, 0.0):
+    for value in (1.0, -2.0, 0.0, inf, nan):
         grad = torch.full_like(weight, value)
         ours = post(
             library, Memory(library), [grad], [weight], [threshold], [(surrogate, structure)]

@@ -7,6 +7,7 @@ import torch
 from networks import linear
 from torch import nn
 
+from dst_kernels import sparse_regularization
 from dst_kernels.backends import choice
 from dst_kernels.nn import MaskedLinear
 from dst_kernels.optim import DSTSGD, DSTAdamW
@@ -98,6 +99,22 @@ def test_a_layer_of_another_optimizer_is_not_added():
         first.add_param_group({"params": list(model[2].parameters())})
     assert len(first.param_groups) == 1
     assert model[0]._deferral is first._deferral and model[2]._deferral is other._deferral
+
+
+@pytest.mark.parametrize("alpha", [1e-3, torch.tensor(1e-3)], ids=["number", "tensor"])
+def test_the_regulariser_in_the_loss_and_in_the_optimizer(alpha):
+    model, _ = linear()
+    optimizer = DSTSGD(model, alpha=alpha)
+    sparse_regularization(model).mul(0).backward()
+    with pytest.raises(RuntimeError, match=r"counts twice: .*given alpha; leave one of them out"):
+        sparse_regularization(model).backward()
+    for group in optimizer.param_groups:
+        group["alpha"] = 0.0
+    optimizer.step()
+    sparse_regularization(model).backward()
+    optimizer.release()
+    DSTSGD(model)
+    sparse_regularization(model).backward()
 
 
 def test_sparse_gradients(backend):

@@ -95,6 +95,10 @@ def test_gradients_beside_nan_and_infinity(granularity, device):
         options = threshold, surrogate, True
         expected = reference.masked_weight_backward(dense, weight, *options)
         close(run("masked_weight_backward", dense, weight, *options), expected)
+        for value in NON_FINITE:
+            diverged = torch.full_like(dense, value), weight, *options
+            expected_of_it = reference.masked_weight_backward(*diverged)
+            close(run("masked_weight_backward", *diverged), expected_of_it)
         close(run("masked_linear_grad_weight", dy, x, weight, *options), expected)
 
 

@@ -43,7 +43,10 @@ class Deferral:
     """The masked weights, which each step renews. Layers that share a weight share its own.
 
     Holds for the parameters that the layers have when it is made, not for what takes their place.
+    `regularizes` says whether the optimizer adds the gradient of the sparse regulariser.
     """
+
+    regularizes = False
 
     def __init__(self, layers: Iterable[MaskedLayer]) -> None:
         self._layers = {
