@@ -92,6 +92,7 @@ def test_public_names():
         "optim",
         "parameter_groups",
         "plan_sparsify",
+        "prune_",
         "remaining_ratio",
         "sparse_regularization",
         "sparsify_",
