@@ -1,43 +1,68 @@
-"""Write files completely or not at all, and read and write a run's checkpoint."""
+"""Read and write a run's checkpoint: what torch.save writes, and behind it a checksum."""
 
 from __future__ import annotations
 
-import os
+import hashlib
+import io
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
+from torch import Tensor
 
 from .errors import UsageError
+from .files import SECONDS, check_history, write_atomically
+from .rules import Form, Rule, check
 
-CHECKPOINT = "checkpoint.pt"
-_FORMAT = "dst_kernels.training/1"
-_CONTENTS = {"format", "config", "history", "seconds", "model", "optimizer", "rng"}
+_FORMAT = "dst_kernels.training/2"
+_UNCHECKED_FORMAT = "dst_kernels.training/1"  # the same contents, without a checksum
+_SEAL = b"\nsha256:"  # then the digest of all bytes before: the end of the file
+_SEAL_SIZE = len(_SEAL) + hashlib.sha256().digest_size
+_ACCEPTED = "Accepted: a folder written by dst-kernels train."
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call `write` on a temporary file beside `path`, then rename it to `path`.
-
-    At any time `path` holds either its old or its new contents, completely. Raises UsageError if
-    the file cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
+def _is_generator_state(value: Any) -> bool:
     try:
-        try:
-            with open(temporary, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"{path} cannot be written: {error.strerror or error}. "
-            "Accepted: an --out folder on a disk with space, where you may write."
-        ) from error
+        torch.Generator().set_state(value)
+        return True
+    except (RuntimeError, TypeError):
+        return False
+
+
+_MAPPING = Rule("a mapping", lambda value: isinstance(value, dict))
+_CONTENTS: dict[str, Form] = {
+    "format": Rule(
+        _FORMAT, lambda value: isinstance(value, str) and value in (_FORMAT, _UNCHECKED_FORMAT)
+    ),
+    "config": _MAPPING,
+    "history": Rule("a list of epochs", lambda value: isinstance(value, list) and value != []),
+    "seconds": SECONDS,
+    "model": _MAPPING,
+    "optimizer": {"state": _MAPPING, "param_groups": Rule("a list", lambda v: isinstance(v, list))},
+    "rng": _MAPPING,
+}
+_RNG = {
+    "cpu": Rule("the state of a generator of torch", _is_generator_state),
+    "cuda": Rule(
+        "the state of a generator on a GPU",
+        lambda value: isinstance(value, Tensor) and value.dtype == torch.uint8 and value.ndim == 1,
+    ),
+}
+
+
+class _Hashed:
+    """Write to a file, and hash what is written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.hash = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.hash.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
@@ -45,32 +70,57 @@ def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
 
     Raises ValueError for missing or unknown entries, UsageError if the file cannot be written.
     """
-    whole = {"format": _FORMAT, **contents}
-    if set(whole) != _CONTENTS:
+    whole = {**contents, "format": _FORMAT}
+    if set(whole) != set(_CONTENTS):
         raise ValueError(f"a checkpoint holds {sorted(_CONTENTS)}, but got {sorted(whole)}")
-    write_atomically(path, lambda file: torch.save(whole, file))
+
+    def write(file: BinaryIO) -> None:
+        hashed = _Hashed(file)
+        try:
+            torch.save(whole, cast(BinaryIO, hashed))
+        except RuntimeError as error:  # torch puts its own before a full disk's, or Ctrl-C
+            raise error.__context__ or error from None
+        file.write(_SEAL + hashed.hash.digest())
+
+    write_atomically(path, write)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
-    Only tensors and plain values are unpickled, so an untrusted file cannot run code. Raises
-    UsageError if the file is damaged or was not written by `dst-kernels train`.
+    Only tensors and plain values are unpickled, so an untrusted file cannot run code. Warns of a
+    checkpoint of an earlier version, which has no checksum. Raises UsageError if the file is
+    damaged, was not written by `dst-kernels train` or has contents that training never makes.
     """
-    accepted = "Accepted: a folder written by dst-kernels train."
+    damaged = f"--resume: {path} is damaged or not a checkpoint"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"--resume: {path} cannot be read: {error.strerror}. {_ACCEPTED}"
+        ) from error
+    seal, sealed = data[-_SEAL_SIZE:], memoryview(data)[:-_SEAL_SIZE]
+    has_checksum = seal.startswith(_SEAL)
+    if has_checksum and seal[len(_SEAL) :] != hashlib.sha256(sealed).digest():
+        raise UsageError(f"{damaged} (its checksum is not that of its contents). {_ACCEPTED}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the error below says the same
-            contents = torch.load(path, map_location="cpu", weights_only=True)
+            contents = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch.load raise many types
-        raise UsageError(
-            f"--resume: {path} is damaged or not a checkpoint ({type(error).__name__}). {accepted}"
-        ) from error
+        raise UsageError(f"{damaged} ({type(error).__name__}). {_ACCEPTED}") from error
     if not isinstance(contents, dict) or "format" not in contents:
-        raise UsageError(f"--resume: {path} is not a checkpoint of dst-kernels train. {accepted}")
-    if contents["format"] != _FORMAT or set(contents) != _CONTENTS:
-        raise UsageError(
-            f"--resume: {path} has the format {contents['format']!r}. "
-            f"Accepted: {_FORMAT!r}, which this version of dst_kernels writes."
+        raise UsageError(f"--resume: {path} is not a checkpoint of dst-kernels train. {_ACCEPTED}")
+    check(f"--resume: {path}:", contents, _CONTENTS)
+    if contents["format"] == _FORMAT and not has_checksum:
+        raise UsageError(f"{damaged} (its checksum is missing). {_ACCEPTED}")
+    check_history(f"--resume: {path}:", contents["history"])
+    rng = contents["rng"]
+    check(f"--resume: {path}: rng", rng, _RNG if "cuda" in rng else {"cpu": _RNG["cpu"]})
+    if contents["format"] == _UNCHECKED_FORMAT:
+        warnings.warn(
+            f"{path} is from an earlier version, without a checksum: "
+            "whether it is damaged was not checked",
+            stacklevel=2,
         )
     return contents

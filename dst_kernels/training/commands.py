@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ app = typer.Typer(
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(RunConfig)}
 _ON_RESUME = ("epochs", "device")
+_PATHS = ("out", "resume")
 _WIDTH_OF_A_PIPE = 120  # columns; rich's default of 80 is too narrow for the tables
 
 
@@ -37,7 +39,9 @@ def _opt(name: str, panel: str, help: str, default: str | None = None) -> Any:
     if default is None and _DEFAULTS.get(name) not in (None, False, ()):
         default = str(_DEFAULTS[name])
     # Numbers are read as text, so that our own error says what was given and what is accepted.
-    metavar = RULES[name].metavar if name in RULES and RULES[name] is not FLAG else None
+    metavar = "PATH" if name in _PATHS else None
+    if name in RULES and RULES[name] is not FLAG:
+        metavar = RULES[name].metavar
     return typer.Option(
         option(name),
         help=help,
@@ -159,11 +163,11 @@ class _TrainOptions:
         str | None, _opt("gamma", _RECIPE, "Factor for the learning rates at each milestone.")
     ] = None
     out: Annotated[
-        Path | None,
+        str | None,
         _opt("out", _RUN, "Folder to write, new or empty.", "runs/<preset>-<time>"),
     ] = None
     resume: Annotated[
-        Path | None,
+        str | None,
         _opt(
             "resume",
             _RUN,
@@ -226,7 +230,7 @@ app.command()(train)
 def _start(given: dict[str, Any]) -> None:
     """Train a new run from the options `given`."""
     compare, download = given.pop("compare", False), given.pop("download", False)
-    out = given.pop("out", None)
+    out = _path("--out", given.pop("out")) if "out" in given else None
     if compare and given.get("dense"):
         raise UsageError(
             "--compare and --dense contradict each other: --compare trains the dense twin too. "
@@ -246,7 +250,7 @@ def _start(given: dict[str, Any]) -> None:
 
 def _resume(given: dict[str, Any]) -> None:
     """Continue the run in the folder `given["resume"]`."""
-    directory = given.pop("resume")
+    directory = _path("--resume", given.pop("resume"))
     fixed = [option(name) for name in given if name not in _ON_RESUME]
     if fixed:
         raise UsageError(
@@ -263,19 +267,22 @@ def _resume(given: dict[str, Any]) -> None:
 @app.command()
 def report(
     directories: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="Folders that train has written.")
+        list[str], typer.Argument(metavar="DIR...", help="Folders that train has written.")
     ],
-    plot: Annotated[Path, typer.Option(help="Picture file to write.")] = Path("report.png"),
+    plot: Annotated[
+        str, typer.Option(help="Picture file to write.", metavar="PATH")
+    ] = "report.png",
 ) -> None:
     """Compare runs in one table and one plot; average those that differ only in the seed."""
     with _messages():
         from .report import report as compare_runs
 
-        compare_runs(directories, plot, _console())
+        paths = [_path("DIR", directory) for directory in directories]
+        compare_runs(paths, _path("--plot", plot), _console())
 
 
 def _console() -> Console:
-    console = Console()
+    console = Console(emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _WIDTH_OF_A_PIPE
     return console
@@ -283,10 +290,16 @@ def _console() -> Console:
 
 @contextmanager
 def _messages() -> Iterator[None]:
-    """Turn errors that a user can correct, and Ctrl-C, into a message and an exit code."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    """Show warnings, and errors that a user can correct, as messages; end errors with a code."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+
+    def warn(message: Warning | str, *where: object) -> None:
+        console.print(f"[bold yellow]Warning:[/] {escape(str(message))}")
+
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = warn  # type: ignore[assignment]
+            yield
     except UsageError as error:
         console.print(f"[bold red]Error:[/] {escape(str(error))}")
         raise typer.Exit(error.exit_code) from None
@@ -298,3 +311,17 @@ def _messages() -> Iterator[None]:
 
 def _parsed(name: str, value: Any) -> Any:
     return RunConfig.parse(name, value) if isinstance(value, str) else value
+
+
+def _path(argument: str, text: str) -> Path:
+    """Return the path that an argument gives; raise UsageError if there can be none."""
+    accepted = "Accepted: a path."
+    if not text:
+        raise UsageError(
+            f"{argument} is '', which a variable of the shell gives that is not set. {accepted}"
+        )
+    try:
+        Path(text).exists()
+    except OSError as error:
+        raise UsageError(f"{argument} is {text!r:.80}: {error.strerror}. {accepted}") from error
+    return Path(text)

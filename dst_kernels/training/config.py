@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .errors import UsageError, require_one_of
-from .rules import FLAG, MILESTONES, TEXT, integer, number, or_none
+from .rules import FLAG, MILESTONES, MOST, TEXT, check, integer, number, or_none
 
 # The preset of each data set, if none is given. An alpha that suits 23 steps per epoch would prune
 # nearly everything in a run of 938 steps per epoch.
@@ -68,9 +69,13 @@ class RunConfig:
         require_one_of("--surrogate", self.surrogate, SURROGATES)
         require_one_of("--amp", self.amp, ("none", "bf16"))
         for name, rule in RULES.items():
-            value = getattr(self, name)
-            if not rule.holds(value):
-                raise UsageError(f"{option(name)} is {value!r}. Accepted: {rule.accepted}.")
+            check(option(name), getattr(self, name), rule)
+        drops, highest = len(self.milestones), max(self.lr, self.threshold_lr or 0)
+        if math.log10(highest) + drops * math.log10(self.gamma) > math.log10(MOST):
+            raise UsageError(
+                f"--gamma is {self.gamma!r}, which {drops} milestones raise to a learning rate "
+                f"above {MOST:g}. Accepted: a smaller factor or fewer milestones."
+            )
 
     @staticmethod
     def parse(field: str, text: str) -> Any:
@@ -98,10 +103,12 @@ class RunConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
         """Return the configuration that `to_dict` described; raise UsageError for anything else."""
         expected = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(values, Mapping) or set(values) != expected:
-            odd = sorted(expected.symmetric_difference(values), key=str)
+        if not isinstance(values, Mapping):
+            raise UsageError(f"it is {values!r:.80}. Accepted: a mapping of options.")
+        if set(values) != expected:
+            odd = [str(name) for name in expected.symmetric_difference(values)]
             raise UsageError(
-                f"missing or unknown are {', '.join(odd)}. "
+                f"missing or unknown are {', '.join(sorted(odd))!r:.300}. "
                 "Accepted: a configuration written by dst-kernels train."
             )
         values = dict(values)
@@ -115,8 +122,8 @@ def option(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-_AT_LEAST_0 = number("a number of at least 0", lambda value: value >= 0)
-_ABOVE_0 = number("a number above 0", lambda value: value > 0)
+_AT_LEAST_0 = number("a number of at least 0 and at most 1e30", lambda value: value >= 0)
+_ABOVE_0 = number("a number above 0 and at most 1e30", lambda value: value > 0)
 
 RULES = {
     "model": TEXT,
@@ -125,10 +132,10 @@ RULES = {
     "dense": FLAG,
     "skip_first": FLAG,
     "skip_last": FLAG,
-    "image_size": integer(8),
+    "image_size": integer(8, 4096),
     "alpha": _AT_LEAST_0,
-    "epochs": integer(1),
-    "batch_size": integer(2),
+    "epochs": integer(1, 1_000_000),
+    "batch_size": integer(2, 1_048_576),
     "lr": _ABOVE_0,
     "momentum": number("a number from 0 up to, but below, 1", lambda value: 0 <= value < 1),
     "weight_decay": _AT_LEAST_0,
@@ -138,8 +145,8 @@ RULES = {
     "gamma": _ABOVE_0,
     "reset_ratio": or_none(number("a number from 0 to 1", lambda value: 0 <= value <= 1)),
     "seed": integer(0, 2**63 - 1),
-    "workers": integer(0),
-    "threads": integer(0),
+    "workers": integer(0, 256),
+    "threads": integer(0, 1024),
 }
 
 

@@ -23,9 +23,9 @@ class DivergedError(UsageError):
 
 def require_one_of(argument: str, given: object, accepted: Collection[str], note: str = "") -> None:
     """Raise UsageError unless `given` is among the accepted names."""
-    if given in accepted:
+    if isinstance(given, str) and given in accepted:
         return
     near = difflib.get_close_matches(str(given), accepted, n=3)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     listing = note or ", ".join(accepted)
-    raise UsageError(f"{argument} {given!r} is unknown.{hint} Accepted: {listing}.")
+    raise UsageError(f"{argument} {given!r:.200} is unknown.{hint} Accepted: {listing}.")

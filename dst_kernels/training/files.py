@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import hashlib
 import io
 import json
-from collections.abc import Sequence
+import os
+import secrets
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from .checkpoint import CHECKPOINT, write_atomically
 from .config import RunConfig
 from .errors import UsageError
+from .rules import TEXT, Rule, check, integer, number
 
 CONFIG = "config.json"
 METRICS = "metrics.csv"
 SUMMARY = "summary.json"
 MODEL = "model.safetensors"
+CHECKPOINT = "checkpoint.pt"
+PLOT, PLOT_OF_LAYERS, PLOT_OF_THRESHOLDS = (
+    "accuracy_and_ratio.png",
+    "layer_ratios.png",
+    "thresholds.png",
+)
+SUMS = "SHA256SUMS"
 COMPARISON = "comparison.json"
+PLOT_OF_COMPARISON = "comparison.png"
+LOCK = ".lock"
 TWINS = ("dense", "sparse")
+
+_RESULTS = (CONFIG, METRICS, MODEL, PLOT, PLOT_OF_LAYERS, PLOT_OF_THRESHOLDS, SUMMARY)
+_FILES = (*_RESULTS, CHECKPOINT, SUMS, COMPARISON, PLOT_OF_COMPARISON)
+_ACCEPTED = "Accepted: a folder written by dst-kernels train"
 
 Record = dict[str, Any]
 """One finished epoch: `epoch`, the columns below, and `layers`, a ratio for each layer's name."""
@@ -26,11 +44,107 @@ Record = dict[str, Any]
 _COLUMNS = ("lr", "train_loss", "test_loss", "test_accuracy", "remaining_ratio")
 _LAYER = "remaining_ratio/"
 
+SECONDS = number("a number of at least 0", lambda value: value >= 0)
+_LOSS = number("a finite number", lambda value: True)
+_SHARE = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
+_COUNT = integer(0)
+_SHARES = Rule(
+    "a number from 0 to 1 for each layer's name",
+    lambda value: (
+        isinstance(value, dict)
+        and all(isinstance(name, str) and _SHARE.holds(share) for name, share in value.items())
+    ),
+)
+_RECORD = {
+    "epoch": integer(1),
+    "lr": SECONDS,
+    "train_loss": _LOSS,
+    "test_loss": _LOSS,
+    "test_accuracy": _SHARE,
+    "remaining_ratio": _SHARE,
+    "layers": _SHARES,
+}
+_SUMMARY = {
+    "test_accuracy": _SHARE,
+    "remaining_ratio": _SHARE,
+    "test_loss": _LOSS,
+    "train_loss": _LOSS,
+    "epochs": integer(1),
+    "seconds": SECONDS,
+    "seed": _COUNT,
+    "preset": TEXT,
+    "model": TEXT,
+    "dataset": TEXT,
+    "dense": Rule("true or false", lambda value: isinstance(value, bool)),
+    "alpha": SECONDS,
+    "layers": _SHARES,
+    "masked_weights": _COUNT,
+    "kept_weights": _COUNT,
+    "thresholds": _COUNT,
+    "parameters": _COUNT,
+    "input_shape": Rule(
+        "three sizes: channels, height, width",
+        lambda value: (
+            isinstance(value, list)
+            and len(value) == 3
+            and all(integer(1).holds(size) for size in value)
+        ),
+    ),
+    "classes": integer(1),
+    "device": TEXT,
+    "threads": _COUNT,
+    "versions": Rule("versions by package", lambda value: isinstance(value, dict)),
+}
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Call `write` on a temporary file of this process beside `path`, then rename it to `path`.
+
+    At any time `path` holds either its old or its new contents, completely. Raises UsageError if
+    the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        try:
+            with open(temporary, "xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    with contextlib.suppress(OSError):  # the new name is only safe with its folder; not everywhere
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def cannot_write(path: Path, error: OSError) -> UsageError:
+    """Return the error for a file that the system does not let us write."""
+    return UsageError(
+        f"{path} cannot be written: {error.strerror or error}. "
+        "Accepted: a folder (--out, --plot) on a disk with space, where you may write."
+    )
+
 
 def holds_run(directory: Path) -> bool:
     """Return whether a run (or a comparison) has written into the directory before."""
-    names = (CONFIG, METRICS, SUMMARY, MODEL, CHECKPOINT, COMPARISON, *TWINS)
-    return any((directory / name).exists() for name in names)
+    return any((directory / name).exists() for name in _FILES) or any(
+        (directory / twin).is_dir() and holds_run(directory / twin) for twin in TWINS
+    )
+
+
+def is_leftover(path: Path) -> bool:
+    """Return whether a run that was killed may have left this without having written anything."""
+    if path.name in TWINS and path.is_dir():
+        return all(map(is_leftover, path.iterdir()))
+    return path.name == LOCK or (
+        path.suffix == ".tmp" and any(path.name.startswith(f".{name}.") for name in _FILES)
+    )
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -52,24 +166,38 @@ def write_metrics(directory: Path, history: Sequence[Record]) -> None:
 
 
 def read_metrics(directory: Path) -> list[Record]:
-    """Return the history that `write_metrics` wrote; raise UsageError if it is unreadable."""
+    """Return the history that `write_metrics` wrote; raise UsageError if it is damaged."""
     path = directory / METRICS
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            return [
-                {
-                    "epoch": int(row.pop("epoch")),
-                    **{name: float(row.pop(name)) for name in _COLUMNS},
-                    "layers": {key.removeprefix(_LAYER): float(row[key]) for key in row},
-                }
-                for row in csv.DictReader(file)
-            ]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+            header, *rows = csv.reader(file)
+        known = ["epoch", *_COLUMNS]
+        layers = [name.removeprefix(_LAYER) for name in header[len(known) :]]
+        if header != known + [_LAYER + name for name in layers]:
+            raise ValueError(f"its first line is not {','.join(known)},{_LAYER}<layer>,...")
+        history = []
+        for row in rows:
+            epoch, *values = row
+            numbers = dict(zip(header[1:], map(float, values), strict=True))
+            ratios = {name: numbers.pop(_LAYER + name) for name in layers}
+            history.append({"epoch": int(epoch), **numbers, "layers": ratios})
+    except (OSError, ValueError, csv.Error) as error:
         raise _unreadable(path, error) from error
+    check_history(f"{path}:", history)
+    return history
+
+
+def check_history(name: str, history: Any) -> None:
+    """Raise UsageError unless the history is one that training makes: epochs 1, 2, 3, ..."""
+    check(f"{name} history", history, [_RECORD])
+    for index, record in enumerate(history):
+        where = f"{name} history[{index}]"
+        check(f"{where}.epoch", record["epoch"], integer(index + 1, index + 1))
+        check(f"{where}.layers", record["layers"], dict.fromkeys(history[0]["layers"], _SHARE))
 
 
 def read_config(directory: Path) -> RunConfig:
-    """Return the configuration in config.json; raise UsageError if it is unreadable."""
+    """Return the configuration in config.json; raise UsageError if it is damaged."""
     values = _read_json(directory / CONFIG)
     try:
         return RunConfig.from_dict(values)
@@ -78,8 +206,29 @@ def read_config(directory: Path) -> RunConfig:
 
 
 def read_summary(directory: Path) -> dict[str, Any]:
-    """Return the contents of summary.json; raise UsageError if it is unreadable."""
-    return _read_json(directory / SUMMARY)
+    """Return the contents of summary.json; raise UsageError if it is damaged."""
+    summary = _read_json(directory / SUMMARY)
+    try:
+        check(f"{directory / SUMMARY}:", summary, _SUMMARY)
+    except UsageError as error:
+        raise UsageError(f"{error} {_made_again(directory)}") from error
+    return summary
+
+
+def checksums(directory: Path) -> str:
+    """Return the SHA-256 of every result in the directory, in the format of `sha256sum -c`."""
+    paths = [directory / name for name in _RESULTS if (directory / name).is_file()]
+    return "".join(
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in paths
+    )
+
+
+def is_finished(directory: Path) -> bool:
+    """Return whether the results in the directory are those which a run wrote at its end."""
+    try:
+        return (directory / SUMS).read_bytes() == checksums(directory).encode()
+    except OSError:
+        return False
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -88,12 +237,16 @@ def _read_json(path: Path) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise ValueError("it is not a JSON object")
         return values
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, error) from error
 
 
 def _unreadable(path: Path, error: Exception) -> UsageError:
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return UsageError(
-        f"{path} cannot be read: {reason}. Accepted: a folder written by dst-kernels train."
-    )
+    again = "" if path.name == CONFIG else f" {_made_again(path.parent)}"
+    return UsageError(f"{path} cannot be read: {reason}. {_ACCEPTED}.{again}")
+
+
+def _made_again(directory: Path) -> str:
+    command = f"dst-kernels train --resume {shlex.quote(str(directory))}"
+    return f"If its checkpoint is whole, this makes the file again:\n  {command}"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +15,13 @@ from torch.nn.functional import cross_entropy
 
 import dst_kernels
 
+from ..nn.find import named_masked_weights
 from .config import RunConfig
 from .data import Data
 from .errors import DivergedError, UsageError
 from .files import Record
 from .models import build_model
+from .rules import Form, Rule, check
 
 
 class Observer:
@@ -69,6 +73,73 @@ def new_state(config: RunConfig, data: Data, device: torch.device) -> State:
     else:
         optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     return State(model, optimizer, _rng_states(device))
+
+
+def check_masks(state: State, config: RunConfig, data: Data) -> None:
+    """Warn of masks that do not act on the first batch; raise UsageError if none of them does."""
+    if config.dense:
+        return
+    images, _ = next(iter(data.train.epoch(torch.Generator())))
+    with _precision(config, images.device):
+        problems = dst_kernels.check_masks(state.model, images, optimizers=[state.optimizer])
+    if problems:
+        found = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
+        if len(problems) == len(list(named_masked_weights(state.model))):
+            raise UsageError(
+                f"--model {config.model!r}: no mask acts ({found}). Accepted: a model whose masks "
+                "change its output, or --dense."
+            )
+        warnings.warn(f"masks that do not act: {found}", stacklevel=2)
+
+
+def restore(state: State, config: RunConfig, checkpoint: Mapping[str, Any]) -> None:
+    """Give a new state what a checkpoint holds; raise UsageError if that does not fit it.
+
+    The optimizer's groups follow from the configuration, so only its state is taken.
+    """
+    model, optimizer = checkpoint["model"], checkpoint["optimizer"]["state"]
+    check("model", model, {name: _like(t) for name, t in state.model.state_dict().items()})
+    groups = state.optimizer.param_groups
+    check(
+        "optimizer.state",
+        optimizer,
+        {
+            index: _optimizer_state(config, parameter)
+            for index, parameter in enumerate(p for group in groups for p in group["params"])
+            if config.optimizer == "adam" or config.momentum
+        },
+    )
+    if not config.dense:
+        names = {name: _ANY for name, _ in named_masked_weights(state.model)}
+        check("history[0].layers", checkpoint["history"][0]["layers"], names)
+    state.model.load_state_dict(model)
+    state.optimizer.load_state_dict(
+        {"state": optimizer, "param_groups": state.optimizer.state_dict()["param_groups"]}
+    )
+    state.history, state.seconds = checkpoint["history"], checkpoint["seconds"]
+    state.rng = checkpoint["rng"]
+
+
+_ANY = Rule("anything", lambda value: True)
+
+
+def _optimizer_state(config: RunConfig, parameter: Tensor) -> Form:
+    if config.optimizer == "sgd":
+        return {"momentum_buffer": _like(parameter)}
+    moments = {"exp_avg": _like(parameter), "exp_avg_sq": _like(parameter)}
+    return {"step": _like(torch.tensor(0.0)), **moments}
+
+
+def _like(tensor: Tensor) -> Rule:
+    """Accept tensors on the CPU with the shape and dtype of this one."""
+    return Rule(
+        f"a tensor of {tensor.dtype} {list(tensor.shape)} on cpu",
+        lambda value: (
+            isinstance(value, Tensor)
+            and (value.dtype, value.shape) == (tensor.dtype, tensor.shape)
+            and (value.layout, value.device.type) == (torch.strided, "cpu")
+        ),
+    )
 
 
 @torch.no_grad()

@@ -19,8 +19,7 @@ from matplotlib.ticker import (
     NullFormatter,
 )
 
-from .checkpoint import write_atomically
-from .files import Record
+from .files import Record, write_atomically
 
 _FEW = 8  # at most so many lines get a hue each
 _MOST_NAMED = 27  # at most so many lines are in the legend

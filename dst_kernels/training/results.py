@@ -16,17 +16,22 @@ from dst_kernels.nn import MaskedModule
 from ..nn.find import named_masked_weights
 from ..nn.weight import MaskedWeight
 from . import plots
-from .checkpoint import write_atomically
 from .config import RunConfig
 from .data import Data
 from .device import device_name, select_device
 from .files import (
     COMPARISON,
     MODEL,
+    PLOT,
+    PLOT_OF_COMPARISON,
+    PLOT_OF_LAYERS,
+    PLOT_OF_THRESHOLDS,
     SUMMARY,
+    SUMS,
     TWINS,
+    checksums,
     read_metrics,
-    read_summary,
+    write_atomically,
     write_json,
     write_metrics,
 )
@@ -36,7 +41,7 @@ from .loop import State
 def write_results(
     config: RunConfig, directory: Path, data: Data, state: State
 ) -> tuple[dict[str, Any], dst_kernels.SparsityReport | None]:
-    """Write the model, the plots and, last, the summary, which marks the run as finished.
+    """Write the model, plots, summary and, last, checksums, which mark the run as finished.
 
     Return the summary and, for a sparse model, the report.
     """
@@ -53,10 +58,10 @@ def write_results(
     }
     kind = "dense" if config.dense else f"alpha {config.alpha:g}"
     title = f"{config.model} on {config.dataset}, {kind}, seed {config.seed}"
-    plots.plot_accuracy_and_ratio(directory / "accuracy_and_ratio.png", state.history, title)
+    plots.plot_accuracy_and_ratio(directory / PLOT, state.history, title)
     if report is not None:
-        plots.plot_layer_ratios(directory / "layer_ratios.png", state.history, title)
-        plots.plot_thresholds(directory / "thresholds.png", thresholds, title)
+        plots.plot_layer_ratios(directory / PLOT_OF_LAYERS, state.history, title)
+        plots.plot_thresholds(directory / PLOT_OF_THRESHOLDS, thresholds, title)
 
     last = state.history[-1]
     summary = {
@@ -84,12 +89,15 @@ def write_results(
         "versions": _versions(),
     }
     write_json(directory / SUMMARY, summary)
+    sums = checksums(directory).encode()
+    write_atomically(directory / SUMS, lambda file: file.write(sums))
     return summary, report
 
 
-def write_comparison(directory: Path) -> dict[str, Any]:
-    """Write and return the comparison of the two finished twins in `directory`, and plot it."""
-    dense, sparse = (read_summary(directory / name) for name in TWINS)
+def write_comparison(
+    directory: Path, dense: dict[str, Any], sparse: dict[str, Any]
+) -> dict[str, Any]:
+    """Write and return the comparison of two finished twins by their summaries, and plot it."""
     comparison = {
         "accuracy_difference": sparse["test_accuracy"] - dense["test_accuracy"],
         "dense": dense,
@@ -98,7 +106,7 @@ def write_comparison(directory: Path) -> dict[str, Any]:
     write_json(directory / COMPARISON, comparison)
     curves = [plots.Curve(name, read_metrics(directory / name), name == "dense") for name in TWINS]
     title = f"{sparse['model']} on {sparse['dataset']}, alpha {sparse['alpha']:g}"
-    plots.plot_runs(directory / "comparison.png", curves, f"{title}, seed {sparse['seed']}")
+    plots.plot_runs(directory / PLOT_OF_COMPARISON, curves, f"{title}, seed {sparse['seed']}")
     return comparison
 
 

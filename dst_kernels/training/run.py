@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import shlex
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,22 +15,27 @@ from rich.console import Console
 from rich.markup import escape
 
 from . import display
-from .checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
-from .config import RunConfig
+from .checkpoint import load_checkpoint, save_checkpoint
+from .config import RunConfig, option
 from .data import Data, load_data
 from .device import device_name, select_device
 from .errors import UsageError
 from .files import (
+    CHECKPOINT,
     CONFIG,
-    SUMMARY,
+    METRICS,
     TWINS,
+    cannot_write,
     holds_run,
+    is_finished,
+    is_leftover,
     read_config,
     read_summary,
     write_json,
     write_metrics,
 )
-from .loop import State, new_state, train
+from .lock import locked
+from .loop import State, check_masks, new_state, restore, train
 from .models import input_channels
 from .results import count_parameters, weights_by_layer, write_comparison, write_results
 
@@ -39,103 +47,132 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, directory: Path, finished: int, epochs: int) -> None:
         kept = f"{finished} of {epochs} epochs are kept" if finished else "no epoch was finished"
-        super().__init__(
-            f"Interrupted: {kept}. To go on:\n  dst-kernels train --resume {directory}"
-        )
+        super().__init__(f"Interrupted: {kept}. To go on:\n  {_resume_command(directory)}")
 
 
 def start(
     config: RunConfig, out: Path | None, console: Console, *, download: bool = False
 ) -> dict[str, Any]:
     """Train one model into a new directory and return its summary; raises UsageError."""
-    _refuse_old_run(out)
+    _refuse_used(out)
     data = _load(config, download)
     state = new_state(config, data, select_device(config.device))
+    check_masks(state, config, data)
     # All input is checked by now, so that wrong input leaves no directory behind.
     directory = _new_directory(config.preset, out)
-    return _run(config, directory, data, state, console, directory)
+    with locked(directory):
+        _refuse_used(directory)  # another process may have been here since
+        with _resumable(directory, directory, config.epochs):
+            write_json(directory / CONFIG, config.to_dict())
+        return _run(config, directory, data, state, console, directory)
 
 
 def compare(
     config: RunConfig, out: Path | None, console: Console, *, download: bool = False
 ) -> dict[str, Any]:
     """Train the dense twin and the sparse model into a new directory; return the comparison."""
-    _refuse_old_run(out)
+    _refuse_used(out)
     data = _load(config, download)
-    configs = {name: dataclasses.replace(config, dense=name == "dense") for name in TWINS}
+    configs = _twins(config)
     device = select_device(config.device)
     states = {name: new_state(twin, data, device) for name, twin in configs.items()}
+    check_masks(states["sparse"], configs["sparse"], data)
     directory = _new_directory(config.preset, out)
-    for name, twin in configs.items():  # both before training: resuming needs both
-        (directory / name).mkdir()
-        write_json(directory / name / CONFIG, twin.to_dict())
-    for name, twin in configs.items():
-        _run(twin, directory / name, data, states[name], console, directory)
-    return _show_comparison(directory, console)
+    with locked(directory):
+        _refuse_used(directory)
+        with _resumable(directory, directory / TWINS[0], config.epochs):
+            _write_twins(directory, configs)
+        with locked(*(directory / name for name in TWINS)):
+            dense, sparse = (
+                _run(twin, directory / name, data, states[name], console, directory)
+                for name, twin in configs.items()
+            )
+            return _show_comparison(directory, dense, sparse, console)
 
 
 def resume(
     directory: Path, console: Console, *, epochs: int | None = None, device: str | None = None
 ) -> dict[str, Any]:
     """Continue an interrupted run or comparison, or train a finished one for more epochs."""
-    if all((directory / name / CONFIG).is_file() for name in TWINS):
-        for name in TWINS:
-            _resume_one(directory / name, console, epochs, device, directory)
-        return _show_comparison(directory, console)
-    return _resume_one(directory, console, epochs, device, directory)
+    given = {"epochs": epochs, "device": device}
+    given = {name: value for name, value in given.items() if value is not None}
+    if (directory / CONFIG).is_file():
+        with locked(directory):
+            return _Resumed(directory, given).go_on(console, directory)
+    begun = [directory / name for name in TWINS if (directory / name / CONFIG).is_file()]
+    if not begun:
+        raise UsageError(f"--resume {str(directory)!r} {_no_run(directory)}")
+    with locked(directory):
+        # A comparison that was killed at its start has only one; that says the other.
+        _write_twins(directory, _twins(read_config(begun[0])))
+        with locked(*(directory / name for name in TWINS)):
+            # Both take the new options before one trains, so that both keep them.
+            twins = [_Resumed(directory / name, given) for name in TWINS]
+            dense, sparse = (twin.go_on(console, directory) for twin in twins)
+            return _show_comparison(directory, dense, sparse, console)
 
 
-def _resume_one(
-    directory: Path, console: Console, epochs: int | None, device: str | None, root: Path
-) -> dict[str, Any]:
-    if not (directory / CONFIG).is_file():
-        problem = "holds no run" if directory.is_dir() else "is not a folder"
-        raise UsageError(
-            f"--resume {str(directory)!r} {problem}. Accepted: a folder written by "
-            "dst-kernels train."
-        )
-    config, checkpoint, finished = read_config(directory), None, 0
-    if (directory / CHECKPOINT).exists():
-        checkpoint = load_checkpoint(directory / CHECKPOINT)
-        finished = len(checkpoint["history"])
-        _refuse_edited(directory, config, RunConfig.from_dict(checkpoint["config"]))
-    given: dict[str, Any] = {"epochs": epochs, "device": device}
-    config = dataclasses.replace(
-        config, **{name: value for name, value in given.items() if value is not None}
-    )
-    if config.epochs < finished:
-        raise UsageError(
-            f"--epochs {config.epochs} is less than the {finished} epochs which "
-            f"{directory} has already trained. Accepted: {finished} or more."
-        )
-    if config.epochs == finished and (directory / SUMMARY).exists():
-        summary = read_summary(directory)
-        if summary.get("epochs") == finished:
+class _Resumed:
+    """Read a run that stopped or finished; write down the options that are `given` anew.
+
+    Raises UsageError if its files are damaged or contradict each other.
+    """
+
+    def __init__(self, directory: Path, given: dict[str, Any]) -> None:
+        self.directory, self.checkpoint = directory, None
+        config = dataclasses.replace(read_config(directory), **given)
+        if not (directory / CHECKPOINT).exists():
+            if (directory / METRICS).exists():
+                raise UsageError(
+                    f"--resume: {directory / CHECKPOINT} is missing, but {directory / METRICS} has "
+                    "epochs. Accepted: a folder with its checkpoint, or a new run."
+                )
+            self.config, self.finished = config, False
+            write_json(directory / CONFIG, config.to_dict())
+            return
+        self.checkpoint = load_checkpoint(directory / CHECKPOINT)
+        try:
+            trained = RunConfig.from_dict(self.checkpoint["config"])
+        except UsageError as error:
+            raise UsageError(f"--resume: {directory / CHECKPOINT}: config: {error}") from error
+        _refuse_edited(directory, config, trained, given)
+        epochs = len(self.checkpoint["history"])
+        if config.epochs < epochs:
+            raise UsageError(
+                f"--epochs {config.epochs} is less than the {epochs} epochs which "
+                f"{directory} has already trained. Accepted: {epochs} or more."
+            )
+        self.config = config
+        self.finished = config.epochs == epochs and is_finished(directory)
+        if not self.finished and config != trained:
+            new = {**self.checkpoint, "config": config.to_dict()}
+            save_checkpoint(directory / CHECKPOINT, new)
+            write_json(directory / CONFIG, config.to_dict())
+
+    def go_on(self, console: Console, root: Path) -> dict[str, Any]:
+        """Train to the last epoch and return the summary; `root` is the folder for --resume."""
+        directory, config = self.directory, self.config
+        if self.finished:
             console.print(
-                f"{escape(str(directory))} is finished: {finished} of {finished} epochs. "
+                f"{escape(str(directory))} is finished: {config.epochs} of {config.epochs} epochs. "
                 "To train on, give a larger --epochs.",
                 highlight=False,
                 soft_wrap=True,
             )
-            return summary
-    data = _load(config)
-    state = new_state(config, data, select_device(config.device))
-    if checkpoint is not None:
-        try:
-            # Masked layers also load dense checkpoints, but here a missing threshold is damage.
-            if set(checkpoint["model"]) != set(state.model.state_dict()):
-                raise ValueError("it holds other parameters.")
-            state.model.load_state_dict(checkpoint["model"])
-            state.optimizer.load_state_dict(checkpoint["optimizer"])
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"--resume: {directory / CHECKPOINT} does not fit the model {config.model!r} which "
-                f"its configuration describes: {str(error).splitlines()[0]} "
-                "Accepted: a folder written by dst-kernels train."
-            ) from error
-        state.history, state.seconds = checkpoint["history"], checkpoint["seconds"]
-        state.rng = checkpoint["rng"]
-    return _run(config, directory, data, state, console, root)
+            return read_summary(directory)
+        data = _load(config)
+        state = new_state(config, data, select_device(config.device))
+        if self.checkpoint is None:
+            check_masks(state, config, data)
+        else:
+            try:
+                restore(state, config, self.checkpoint)
+            except UsageError as error:
+                raise UsageError(
+                    f"--resume: {directory / CHECKPOINT} does not fit the model {config.model!r} "
+                    f"which its configuration describes: {error}"
+                ) from error
+        return _run(config, directory, data, state, console, root)
 
 
 def _run(
@@ -157,8 +194,7 @@ def _run(
 
     if config.threads:
         torch.set_num_threads(config.threads)
-    try:
-        write_json(directory / CONFIG, config.to_dict())
+    with _resumable(root, directory, config.epochs):
         device, parameters = select_device(config.device), count_parameters(state.model)
         display.show_header(console, config, parameters, directory, device_name(device))
         shapes = {
@@ -169,18 +205,50 @@ def _run(
         summary, report = write_results(config, directory, data, state)
         display.show_result(console, summary, report, directory)
         return summary
+
+
+@contextlib.contextmanager
+def _resumable(root: Path, directory: Path, epochs: int) -> Iterator[None]:
+    """Turn Ctrl-C in the run in `directory` into what is kept, and how to resume `root`."""
+    try:
+        yield
     except KeyboardInterrupt:
+        if not (directory / CONFIG).exists():
+            raise KeyboardInterrupt(
+                "Interrupted: nothing was written yet. To start again, give the same command."
+            ) from None
         finished = 0
         if (directory / CHECKPOINT).exists():
             history = load_checkpoint(directory / CHECKPOINT)["history"]
             write_metrics(directory, history)
             finished = len(history)
-        raise Interrupted(root, finished, config.epochs) from None
+        raise Interrupted(root, finished, epochs) from None
 
 
-def _show_comparison(directory: Path, console: Console) -> dict[str, Any]:
-    comparison = write_comparison(directory)
-    display.show_comparison(console, comparison["dense"], comparison["sparse"], directory)
+def _resume_command(directory: Path) -> str:
+    return f"dst-kernels train --resume {shlex.quote(str(directory))}"
+
+
+def _twins(config: RunConfig) -> dict[str, RunConfig]:
+    return {name: dataclasses.replace(config, dense=name == "dense") for name in TWINS}
+
+
+def _write_twins(directory: Path, configs: dict[str, RunConfig]) -> None:
+    """Write the configurations of both twins that are missing; raise UsageError if it cannot."""
+    for name, config in configs.items():
+        try:
+            (directory / name).mkdir(exist_ok=True)
+        except OSError as error:
+            raise cannot_write(directory / name, error) from error
+        if not (directory / name / CONFIG).exists():
+            write_json(directory / name / CONFIG, config.to_dict())
+
+
+def _show_comparison(
+    directory: Path, dense: dict[str, Any], sparse: dict[str, Any], console: Console
+) -> dict[str, Any]:
+    comparison = write_comparison(directory, dense, sparse)
+    display.show_comparison(console, dense, sparse, directory)
     return comparison
 
 
@@ -190,22 +258,55 @@ def _load(config: RunConfig, download: bool = False) -> Data:
     return load_data(config, select_device(config.device), channels, download)
 
 
-def _refuse_old_run(out: Path | None) -> None:
-    if out is not None and holds_run(out):
+def _refuse_used(out: Path | None) -> None:
+    """Raise UsageError if the folder has anything in it but what a killed start leaves."""
+    try:
+        names = sorted(path.name for path in out.iterdir() if not is_leftover(path)) if out else []
+    except (FileNotFoundError, NotADirectoryError):
+        return  # it can be made, or the error comes with that
+    except OSError as error:
+        raise UsageError(
+            f"--out {str(out)!r} cannot be read: {error.strerror}. {_FOLDER}"
+        ) from error
+    if out is None or not names:
+        return
+    if holds_run(out):
         raise UsageError(
             f"--out {str(out)!r} already holds a run, which would be overwritten. {_FOLDER} "
-            f"To go on with the old run: --resume {out}"
+            f"To go on with the old run:\n  {_resume_command(out)}"
         )
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    raise UsageError(
+        f"--out {str(out)!r} is not empty: it has {', '.join(map(repr, names[:3]))}{more}. "
+        f"{_FOLDER}"
+    )
 
 
-def _refuse_edited(directory: Path, config: RunConfig, trained: RunConfig) -> None:
-    """Raise UsageError if config.json differs from the configuration that was trained."""
+def _no_run(directory: Path) -> str:
+    """Say why a folder cannot be resumed, and what can be done."""
+    accepted = "Accepted: a folder written by dst-kernels train."
+    if not directory.is_dir():
+        return f"is not a folder. {accepted}"
+    if any(directory.iterdir()) and all(map(is_leftover, directory.iterdir())):
+        return (
+            "holds no run: it was stopped before its configuration was written. "
+            f"{accepted} To start it again, give its options with "
+            f"--out {shlex.quote(str(directory))}"
+        )
+    return f"holds no run. {accepted}"
+
+
+def _refuse_edited(
+    directory: Path, config: RunConfig, trained: RunConfig, given: dict[str, Any]
+) -> None:
+    """Raise UsageError if config.json differs from what was trained in options not `given`."""
     was, now = trained.to_dict(), config.to_dict()
-    for name in sorted(set(was) - {"epochs", "device"}):
+    for name in sorted(set(was) - set(given)):
         if now[name] != was[name]:
+            also = f", {option(name)}" if name in ("epochs", "device") else ""
             raise UsageError(
                 f"--resume: {directory / CONFIG} says {name} {now[name]!r}, but the run was "
-                f"trained with {was[name]!r}. Accepted: the old value, or a new run."
+                f"trained with {was[name]!r}. Accepted: the old value{also}, or a new run."
             )
 
 

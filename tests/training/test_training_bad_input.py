@@ -45,6 +45,13 @@ def refusal(result):
         (("--epochs", "many"), ["an integer of at least 1"]),
         (("--alpha", "4e-3x"), ["a number"]),
         (("--reset-ratio", ""), ["0 to 1, or none"]),
+        (("--threads", "100000"), ["at least 0 and at most 1024"]),
+        (("--workers", "100000"), ["at least 0 and at most 256"]),
+        (("--epochs", "1000000000"), ["at least 1 and at most 1000000"]),
+        (("--batch-size", "1000000000000"), ["at least 2 and at most 1048576"]),
+        (("--image-size", "1000000"), ["at least 8 and at most 4096"]),
+        (("--lr", "1e+300"), ["above 0 and at most 1e30"]),
+        (("--weight-decay", "1e+300"), ["at least 0 and at most 1e30"]),
     ],
 )
 def test_bad_values_are_named_with_what_is_accepted(cli, tmp_path, given, accepted):
@@ -56,6 +63,11 @@ def test_bad_values_are_named_with_what_is_accepted(cli, tmp_path, given, accept
     for text in accepted:
         assert text in message
     assert not (tmp_path / "run").exists()
+
+
+def test_a_learning_rate_that_milestones_raise_beyond_float32_is_refused(cli):
+    message = refusal(cli("train", "--gamma", 1e20, "--milestones", "1,2"))
+    assert "--gamma is 1e+20, which 2 milestones raise" in message
 
 
 def test_mixed_precision_that_torch_has_not_is_named(cli, tmp_path, monkeypatch):
@@ -152,11 +164,23 @@ def test_a_part_of_a_run_is_not_overwritten_either(cli, tmp_path, lone):
     assert (tmp_path / "run" / lone).read_text() == "precious"
 
 
-def test_other_files_in_the_directory_stay(cli, tmp_path):
+def test_a_folder_with_other_files_is_refused(cli, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "notes.txt").write_text("mine")
-    assert cli("train", "--epochs", 1, "--out", "run").exit_code == 0
-    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    for name in ("a", "layer_ratio.png", "c", "d"):
+        (tmp_path / "run" / name).write_text("mine")
+    for extra in ((), ("--compare",)):
+        message = refusal(cli("train", "--epochs", 1, "--out", "run", *extra))
+        assert "'run' is not empty: it has 'a', 'c', 'd' and 1 more" in message
+    assert {path.read_text() for path in (tmp_path / "run").iterdir()} == {"mine"}
+    assert len(list((tmp_path / "run").iterdir())) == 4
+
+
+def test_a_path_from_a_variable_that_is_not_set_is_refused(cli, tmp_path):
+    for command in (("train", "--out"), ("train", "--resume"), ("report", "--plot", "x.png")):
+        assert " is ''" in refusal(cli(*command, ""))
+    assert " is ''" in refusal(cli("report", "run", "--plot", ""))
+    assert "File name too long" in refusal(cli("train", "--out", "x" * 999))
+    assert not list(tmp_path.iterdir())
 
 
 def test_unwritable_directories_are_refused(cli, tmp_path):

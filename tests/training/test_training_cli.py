@@ -49,6 +49,7 @@ def test_a_run_writes_config_metrics_summary_model_and_plots(finished):
         "summary.json",
         "model.safetensors",
         "checkpoint.pt",
+        "SHA256SUMS",
         *PLOTS,
     }
     config = json.loads((directory / "config.json").read_text())

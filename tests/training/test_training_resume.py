@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from dst_kernels.training import display, run
+from dst_kernels.training.checkpoint import save_checkpoint
 from dst_kernels.training.config import RunConfig
 
 SAME = ("model.safetensors", "metrics.csv", "config.json", "layer_ratios.png", "thresholds.png")
@@ -256,8 +257,9 @@ def test_checkpoints_of_another_model_are_refused(cli, stopped):
     path = stopped / "checkpoint.pt"
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint["model"]["fc3.threshold"]
-    torch.save(checkpoint, path)
+    save_checkpoint(path, checkpoint)
     message = refusal(cli("train", "--resume", "run"))
+    assert "model lacks 'fc3.threshold'" in message
     assert "does not fit the model 'lenet-300-100'" in message
 
 
