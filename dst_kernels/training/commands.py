@@ -314,14 +314,20 @@ def _parsed(name: str, value: Any) -> Any:
 
 
 def _path(argument: str, text: str) -> Path:
-    """Return the path that an argument gives; raise UsageError if there can be none."""
-    accepted = "Accepted: a path."
-    if not text:
-        raise UsageError(
-            f"{argument} is '', which a variable of the shell gives that is not set. {accepted}"
-        )
+    """Return the path that an argument gives; raise UsageError if it cannot be used."""
+    path, problem = Path(text), None
     try:
-        Path(text).exists()
+        text.encode()  # a command that we print must name it
+        if not text.strip():
+            problem = "is a variable not set?"
+        elif path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+            problem = "you may not read it"
+    except UnicodeEncodeError:
+        problem = "it is no text"
     except OSError as error:
-        raise UsageError(f"{argument} is {text!r:.80}: {error.strerror}. {accepted}") from error
-    return Path(text)
+        problem = str(error.strerror)
+    if problem is not None:
+        raise UsageError(
+            f"{argument} is {text!r:.80}: {problem}. Accepted: the path of a file or folder."
+        )
+    return path

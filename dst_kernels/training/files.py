@@ -31,7 +31,7 @@ PLOT, PLOT_OF_LAYERS, PLOT_OF_THRESHOLDS = (
 SUMS = "SHA256SUMS"
 COMPARISON = "comparison.json"
 PLOT_OF_COMPARISON = "comparison.png"
-LOCK = ".lock"
+LOCK = ".dst-kernels.lock"
 TWINS = ("dense", "sparse")
 
 _RESULTS = (CONFIG, METRICS, MODEL, PLOT, PLOT_OF_LAYERS, PLOT_OF_THRESHOLDS, SUMMARY)
@@ -132,10 +132,8 @@ def cannot_write(path: Path, error: OSError) -> UsageError:
 
 
 def holds_run(directory: Path) -> bool:
-    """Return whether a run (or a comparison) has written into the directory before."""
-    return any((directory / name).exists() for name in _FILES) or any(
-        (directory / twin).is_dir() and holds_run(directory / twin) for twin in TWINS
-    )
+    """Return whether the directory has a run, or a comparison, that can be resumed."""
+    return any((directory / name / CONFIG).is_file() for name in (".", *TWINS))
 
 
 def is_leftover(path: Path) -> bool:

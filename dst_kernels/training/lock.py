@@ -53,8 +53,7 @@ def _lock(directory: Path) -> Iterator[None]:
                 holder = file.read().decode(errors="replace").strip() or "another process"
                 raise UsageError(
                     f"{directory} is in use: {holder} writes there. "
-                    " Accepted: a folder of its own for each process; wait for that one, or "
-                    "stop it."
+                    "Accepted: another folder, or this one when that process has ended."
                 ) from error
             except OSError as error:
                 warnings.warn(

@@ -23,6 +23,8 @@ from .files import Record
 from .models import build_model
 from .rules import Form, Rule, check
 
+_CHECKED = 8  # images for check_masks: enough to reach every layer, and quick
+
 
 class Observer:
     """Receive the events of training; this base class ignores them."""
@@ -76,10 +78,11 @@ def new_state(config: RunConfig, data: Data, device: torch.device) -> State:
 
 
 def check_masks(state: State, config: RunConfig, data: Data) -> None:
-    """Warn of masks that do not act on the first batch; raise UsageError if none of them does."""
+    """Warn of masks that do not act on the first images; raise UsageError if none of them does."""
     if config.dense:
         return
-    images, _ = next(iter(data.train.epoch(torch.Generator())))
+    batch, _ = next(iter(data.train.epoch(torch.Generator())))
+    images = batch[:_CHECKED]
     with _precision(config, images.device):
         problems = dst_kernels.check_masks(state.model, images, optimizers=[state.optimizer])
     if problems:

@@ -124,7 +124,7 @@ def plot_thresholds(path: Path, thresholds: Mapping[str, np.ndarray], title: str
 def plot_runs(path: Path, curves: Sequence[Curve], title: str) -> None:
     """Draw accuracy and ratio of several runs over the epochs, and final accuracy over ratio."""
     figure = Figure(figsize=(12.5, 4.6), layout="constrained", dpi=140)
-    figure.suptitle(title, x=0.01, ha="left", weight="bold")
+    figure.suptitle(_plain(title), x=0.01, ha="left", weight="bold")
     accuracy, ratio, end = figure.subplots(1, 3)
     for curve, color in zip(curves, _colors(len(curves)), strict=True):
         if not curve.history:
@@ -134,7 +134,7 @@ def plot_runs(path: Path, curves: Sequence[Curve], title: str) -> None:
         ratios = _shown([record["remaining_ratio"] for record in curve.history])
         style = "--" if curve.dense else "-"
         accuracy.plot(epochs, accuracies, style, color=color, **_marker(epochs))
-        ratio.plot(epochs, ratios, style, color=color, label=curve.label, **_marker(epochs))
+        ratio.plot(epochs, ratios, style, color=color, label=_plain(curve.label), **_marker(epochs))
         end.plot(
             ratios[-1],
             accuracies[-1],
@@ -233,6 +233,10 @@ def _accuracy_axis(axis: Axes, histories: Sequence[Sequence[Record]]) -> None:
     axis.set_ylabel("test accuracy")
     axis.yaxis.set_major_formatter(FuncFormatter(_percent))
     _tidy(axis)
+
+
+def _plain(text: str) -> str:
+    return text.replace("$", r"\$")  # or matplotlib reads what is between two as mathematics
 
 
 def _save(figure: Figure, path: Path) -> None:

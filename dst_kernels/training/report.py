@@ -53,8 +53,8 @@ def read_runs(directories: Iterable[Path]) -> list[Run]:
             seconds = None
             if (path / SUMMARY).exists():
                 summary = read_summary(path)
-                if summary.get("epochs") == len(history):
-                    seconds = summary.get("seconds")
+                if summary["epochs"] == len(history):
+                    seconds = summary["seconds"]
             runs.append(Run(path, config, history, seconds))
     return runs
 
@@ -63,6 +63,8 @@ def report(directories: Sequence[Path], plot: Path, console: Console) -> list[Ru
     """Print the table, draw the plot and return the runs; raises what `read_runs` does."""
     from . import plots
 
+    if plot.suffix.lower() != ".png":
+        raise UsageError(f"--plot is {str(plot)!r}. Accepted: a name that ends in .png.")
     runs = read_runs(directories)
     console.print(_table(runs))
     curves = [plots.Curve(str(run.directory), run.history, run.config.dense) for run in runs]

@@ -303,7 +303,7 @@ def _refuse_edited(
     was, now = trained.to_dict(), config.to_dict()
     for name in sorted(set(was) - set(given)):
         if now[name] != was[name]:
-            also = f", {option(name)}" if name in ("epochs", "device") else ""
+            also = f", a new one by {option(name)}" if name in ("epochs", "device") else ""
             raise UsageError(
                 f"--resume: {directory / CONFIG} says {name} {now[name]!r}, but the run was "
                 f"trained with {was[name]!r}. Accepted: the old value{also}, or a new run."

@@ -178,7 +178,9 @@ def test_a_folder_with_other_files_is_refused(cli, tmp_path):
 def test_a_path_from_a_variable_that_is_not_set_is_refused(cli, tmp_path):
     for command in (("train", "--out"), ("train", "--resume"), ("report", "--plot", "x.png")):
         assert " is ''" in refusal(cli(*command, ""))
-    assert " is ''" in refusal(cli("report", "run", "--plot", ""))
+    assert "--plot is ''" in refusal(cli("report", "run", "--plot", ""))
+    assert "--out is ' '" in refusal(cli("train", "--out", " "))
+    assert "--out is 'a\\udcff': it is no text" in refusal(cli("train", "--out", "a\udcff"))
     assert "File name too long" in refusal(cli("train", "--out", "x" * 999))
     assert not list(tmp_path.iterdir())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -42,14 +44,10 @@ def assert_same_end(one: Path, other: Path, names=NAMES):
     assert summaries[0] == summaries[1]
 
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from dst_kernels.training.lock import locked
-with locked(*map(Path, sys.argv[1:])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
+def hold(folders, held):
+    with locked(*folders):
+        held.set()
+        time.sleep(60)
 
 
 def test_two_processes_cannot_write_one_folder_and_a_killed_one_leaves_nothing(
@@ -57,19 +55,22 @@ def test_two_processes_cannot_write_one_folder_and_a_killed_one_leaves_nothing(
 ):
     run_of("--epochs", 1, to=tmp_path / "run")
     (tmp_path / "new").mkdir()
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, "run", "new"], cwd=tmp_path, stdout=subprocess.PIPE
-    )
+    # Forked, as importing torch anew takes seconds; the child only opens two files.
+    fork = multiprocessing.get_context("fork")
+    held = fork.Event()
+    holder = fork.Process(target=hold, args=((tmp_path / "run", tmp_path / "new"), held))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        holder.start()
     try:
-        assert holder.stdout.readline() == b"held\n"
+        assert held.wait(30)
         for arguments in (("--resume", "run", "--epochs", 2), ("--out", "new", "--epochs", 1)):
             message = refusal(cli("train", *arguments))
             assert f"{arguments[1]} is in use: process {holder.pid} on " in message
-        assert [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
+        assert [path.name for path in (tmp_path / "new").iterdir()] == [lock.LOCK]
     finally:
         holder.kill()
-        holder.wait()
-        holder.stdout.close()
+        holder.join()
     (tmp_path / "run" / ".checkpoint.pt.0123abcd.tmp").write_bytes(b"half")
     (tmp_path / "run" / ".mine.tmp").write_bytes(b"half")
     assert cli("train", "--resume", "run", "--epochs", 2).exit_code == 0
@@ -82,7 +83,7 @@ def test_a_system_without_locks_is_warned_of(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "fcntl", None)
     warned = pytest.warns(UserWarning, match="cannot be locked .*let no other process write there")
     with warned, locked(tmp_path):
-        assert (tmp_path / ".lock").exists()
+        assert (tmp_path / lock.LOCK).exists()
     assert not list(tmp_path.iterdir())
 
 
@@ -303,7 +304,7 @@ def test_a_run_that_is_killed_again_and_again_ends_the_same(cli, tmp_path):
             stderr=subprocess.PIPE,
         )
         folder = tmp_path / "killed"
-        while process.poll() is None and not (folder / ".lock").exists():
+        while process.poll() is None and not (folder / lock.LOCK).exists():
             time.sleep(0.002)
         time.sleep(draw.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)

@@ -26,7 +26,8 @@ def test_runs_are_compared_in_a_table_and_a_plot(cli, two_runs):
     assert [float(value) for value in shown.groups()] == pytest.approx(means, abs=0.011)
     assert_is_a_picture(two_runs / "report.png")
     assert "plot written: report.png" in result.output
-    again = cli("report", "seed-0", "seed-1", "--plot", "report.png")
+    (two_runs / "seed-1").rename(two_runs / "$^$")  # which matplotlib would read as mathematics
+    again = cli("report", "seed-0", "$^$", "--plot", "report.png")
     assert "plot replaced: report.png" in again.output
 
 
@@ -54,7 +55,7 @@ def test_runs_of_different_recipes_are_not_averaged(cli, run_of, two_runs):
     assert "mean of" not in result.output
 
 
-@pytest.mark.parametrize("broken", ["missing", "empty", "config", "metrics", "plot"])
+@pytest.mark.parametrize("broken", ["missing", "empty", "config", "metrics", "plot", "no picture"])
 def test_bad_input(cli, two_runs, broken):
     arguments = ["seed-0", "seed-1"]
     if broken == "missing":
@@ -66,13 +67,16 @@ def test_bad_input(cli, two_runs, broken):
         (two_runs / "seed-1" / "config.json").write_text("{}")
     elif broken == "metrics":
         (two_runs / "seed-1" / "metrics.csv").write_text("epoch,lr\n1,x\n")
-    else:
+    elif broken == "plot":
         arguments += ["--plot", "no/such/folder/report.png"]
+    else:
+        arguments += ["--plot", "seed-0/config.json"]
     result = cli("report", *arguments)
     assert result.exit_code == 2, result.output
     assert "Traceback" not in result.output
     assert "Accepted" in result.output
     culprit = {"missing": "nowhere", "empty": "hollow", "plot": "report.png"}
+    culprit["no picture"] = "--plot is 'seed-0/config.json'"
     assert culprit.get(broken, "seed-1") in result.output
 
 
