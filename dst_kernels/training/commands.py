@@ -319,7 +319,7 @@ def _path(argument: str, text: str) -> Path:
     try:
         text.encode()  # a command that we print must name it
         if not text.strip():
-            problem = "is a variable not set?"
+            problem = "it is blank (a variable that is not set?)"
         elif path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
             problem = "you may not read it"
     except UnicodeEncodeError:

@@ -9,20 +9,21 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from typer.testing import CliRunner
 
 import dst_kernels
 from dst_kernels.training import lock, run
 from dst_kernels.training.checkpoint import load_checkpoint, save_checkpoint
+from dst_kernels.training.commands import app
 from dst_kernels.training.errors import UsageError
-from dst_kernels.training.files import write_json
+from dst_kernels.training.files import TWINS, write_json
 from dst_kernels.training.lock import locked
 
 NAMES = ("config.json", "metrics.csv", "model.safetensors", "layer_ratios.png", "thresholds.png")
@@ -234,7 +235,7 @@ def test_a_comparison_that_was_killed_at_its_start_goes_on(cli, run_of, tmp_path
     assert "no epoch was finished" in result.output
     assert cli("train", "--resume", "late").exit_code == 0
     for name in ("early", "late"):
-        for twin in ("dense", "sparse"):
+        for twin in TWINS:
             names = ("config.json", "metrics.csv", "model.safetensors")
             assert_same_end(
                 run_of("--epochs", 2, "--compare") / twin, tmp_path / name / twin, names
@@ -291,29 +292,39 @@ def test_a_damaged_run_ends_the_same_or_is_named(cli, run_of, tmp_path):
                 assert name in refusal(result)
 
 
+def train(folder, arguments):
+    """Run the command in this process, which is the test's own and may be killed."""
+    os.chdir(folder)
+    Figure.savefig = lambda figure, file, **options: file.write(b"drawing takes long")
+    raise SystemExit(CliRunner().invoke(app, ["train", *arguments]).exit_code)
+
+
 @pytest.mark.slow
-def test_a_run_that_is_killed_again_and_again_ends_the_same(cli, tmp_path):
-    assert cli("train", "--epochs", 12, "--out", "straight").exit_code == 0
-    command, draw = "from dst_kernels.training.cli import main; main()", random.Random(0)
-    arguments, kills = ["--epochs", "12", "--out", "killed"], 0
-    while True:
-        process = subprocess.Popen(
-            [sys.executable, "-c", command, "train", *arguments],
-            cwd=tmp_path,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        folder = tmp_path / "killed"
-        while process.poll() is None and not (folder / lock.LOCK).exists():
-            time.sleep(0.002)
-        time.sleep(draw.uniform(0, 0.5))
-        process.send_signal(signal.SIGKILL)
-        errors = process.communicate()[1]
-        if process.returncode == 0:
-            break
-        assert process.returncode == -signal.SIGKILL, errors
-        kills += 1
-        if (folder / "config.json").exists():
-            arguments = ["--resume", "killed"]
-    assert kills
-    assert_same_end(tmp_path / "straight", folder)
+def test_a_comparison_that_is_killed_again_and_again_ends_the_same(run_of, tmp_path):
+    whole, folder, draw = run_of("--epochs", 4, "--compare"), tmp_path / "killed", random.Random(0)
+    fork = multiprocessing.get_context("forkserver")  # imports what takes seconds only once
+    modules = ("pytest", "torch._dynamo", "sklearn.datasets", "dst_kernels.training.plots")
+    fork.set_forkserver_preload([*modules, "dst_kernels.training.run"])
+    for kills in range(9):
+        begun = any((folder / name / "config.json").exists() for name in TWINS)
+        start = ("--resume",) if begun else ("--epochs", "4", "--compare", "--out")
+        process = fork.Process(target=train, args=(tmp_path, (*start, "killed")))
+        process.start()
+        while process.is_alive() and f"process {process.pid} " not in read(folder / lock.LOCK):
+            time.sleep(0.001)
+        if kills < 8:
+            time.sleep(draw.uniform(0, 0.05 * (kills + 1)))
+            process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+    assert process.exitcode == 0
+    for twin in TWINS:
+        names = ("config.json", "metrics.csv", "model.safetensors")
+        assert_same_end(whole / twin, folder / twin, names)
+
+
+def read(path):
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return ""
