@@ -241,6 +241,13 @@ def test_a_released_optimizer_is_a_plain_one(backend):
     assert all(layer.threshold.grad is not None for layer in masked_layers(twins.ours.model))
 
 
+def test_a_layer_that_becomes_dense_trains_on(backend):
+    twins, data = trained(backend)
+    twins.on_models(lambda model: dst_kernels.densify_(masked_layers(model)[0]))
+    go_on(twins, data)
+    assert len(masked_layers(twins.ours.model)) == 2
+
+
 def test_a_second_optimizer_is_refused_and_changes_nothing(backend):
     twins, data = trained(backend)
     for second in (DSTSGD, DSTAdamW):

@@ -68,19 +68,27 @@ class Deferral:
 
         FSDP2 and DataParallel do swap parameters, and hand their gradients on.
         """
-        if layer._sharded_thresholds or layer._is_replica:
+        mine = self._layers.get(layer)
+        if mine is None:  # a replica, or released meanwhile, and perhaps dense
+            return getattr(layer, "_is_replica", False)
+        if layer._sharded_thresholds:
             return True
-        mine, now = self._layers.get(layer), layer._parameters
-        if mine is None or now.get("weight") is not mine[0] or now.get("threshold") is not mine[1]:
+        now = layer._parameters
+        if now.get("weight") is not mine[0] or now.get("threshold") is not mine[1]:
             return False
         return layer not in self._tied or alike(self._tied[layer])
 
     def release(self, layers: Iterable[MaskedLayer] | None = None) -> None:
-        """Give `layers` (None: all) gradients of their own again, in their own dtype.
+        """Give `layers` (None: all), and those tied to them, gradients of their own again.
+
+        These are in the weight's dtype.
 
         A G that waits in `.grad` for a step is dropped: another optimizer would mistake it for dW.
         """
-        for layer in list(self._layers if layers is None else layers):
+        chosen = list(self._layers if layers is None else layers)
+        for layer in {tied: None for each in chosen for tied in self._tied.get(each, [each])}:
+            if layer not in self._layers:
+                continue
             dense = self.serves(layer)
             weight, _ = self._layers.pop(layer)
             self._made.pop(id(weight), None)
