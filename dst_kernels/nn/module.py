@@ -10,7 +10,6 @@ import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -53,8 +52,9 @@ class MaskedModule(nn.Module):
     _own_reads: ClassVar[frozenset[str]] = frozenset()
 
     _parameters: dict[str, Any]  # a Parameter, or None
-    # By name, those that FSDP2 keeps sharded.
-    _sharded_thresholds: Mapping[str, DTensor] = MappingProxyType({})
+    # By name, those that FSDP2 keeps sharded. Replaced, never written to; an empty MappingProxyType
+    # would be true to the compiler.
+    _sharded_thresholds: Mapping[str, DTensor] = {}
 
     def __init__(
         self,

@@ -55,6 +55,14 @@ def assert_same_trajectory(model, inputs, *, backend, tolerance):
     torch.testing.assert_close(compiled(inputs[0]), eager(inputs[0]), **tolerance)
 
 
+def test_the_product_in_a_graph_is_that_of_torch():
+    """Which the compiler can tune and give an epilogue."""
+    recorder = torch._dynamo.testing.EagerAndRecordGraphs()
+    torch.compile(MaskedLinear(4, 3), backend=recorder, fullgraph=True)(torch.ones(2, 4))
+    targets = [node.target for graph in recorder.graphs for node in graph.graph.nodes]
+    assert torch._C._nn.linear in targets
+
+
 # Every layer, and every granularity with a linear layer, a convolution and a transposed one.
 GRANULARITY = dict(zip(CASES, itertools.cycle(GRANULARITIES)))
 PAIRS = [*GRANULARITY.items(), *itertools.product([CASES[0], CASES[2], CASES[5]], GRANULARITIES)]
