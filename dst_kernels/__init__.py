@@ -15,6 +15,7 @@ from .model import (
     check_masks,
     densify_,
     finalize_,
+    freeze_masks_,
     parameter_groups,
     plan_sparsify,
     prune_,
@@ -22,6 +23,7 @@ from .model import (
     sparse_regularization,
     sparsify_,
     sparsity_report,
+    unfreeze_masks_,
 )
 from .nn import group_, mask_parameter_, ungroup_, weights_unchanged
 
@@ -35,6 +37,7 @@ __all__ = [
     "check_masks",
     "densify_",
     "finalize_",
+    "freeze_masks_",
     "functional",
     "group_",
     "mask_parameter_",
@@ -47,6 +50,7 @@ __all__ = [
     "sparse_regularization",
     "sparsify_",
     "sparsity_report",
+    "unfreeze_masks_",
     "ungroup_",
     "weights_unchanged",
 ]

@@ -9,19 +9,22 @@ derivative, so there is no second one.
 from ._function import product_dtype
 from .conv import masked_conv
 from .conv_transpose import masked_conv_transpose, masked_conv_transpose_weight
+from .fixed import fixed_weight
 from .linear import masked_linear
 from .options import GRANULARITIES, MaskOptions, check_options
 from .regularization import sparse_regularization
-from .weight import FRESH, Packed, WeightSource, masked_weight, pack
+from .weight import FRESH, MADE, Packed, WeightSource, masked_weight, pack
 from .weights import mask_weights, pack_weights, with_dense_gradients
 
 __all__ = [
     "FRESH",
     "GRANULARITIES",
+    "MADE",
     "MaskOptions",
     "Packed",
     "WeightSource",
     "check_options",
+    "fixed_weight",
     "mask_weights",
     "masked_conv",
     "masked_conv_transpose",

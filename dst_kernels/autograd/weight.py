@@ -40,6 +40,13 @@ class WeightSource(NamedTuple):
 FRESH = WeightSource()
 
 
+def _cast(weight: Tensor, threshold: Tensor, options: MaskOptions, dtype: torch.dtype) -> Packed:
+    return Packed(weight.to(dtype), threshold)
+
+
+MADE = WeightSource(_cast)  # the weight is W * M already, with gradients of its own
+
+
 def pack(weight: Tensor, threshold: Tensor, options: MaskOptions, dtype: torch.dtype) -> Packed:
     """Mask and cast in one pass, outside autograd; the arguments have been checked."""
     arguments = weight.detach(), threshold.detach(), options.reset_ratio, dtype, options.backend
@@ -99,6 +106,8 @@ def masked_weight(
     masked = effective = None
     if source.recall is not None:
         masked, effective = source.recall(weight, threshold, options, dtype)
+        if source is MADE:
+            return Packed(masked, effective)
     outputs = _MaskedWeight.apply(
         weight, threshold, masked, effective, options.reset_ratio, dtype, options.surrogate,
         options.structure_gradient, options.backend, source.dense_gradient,

@@ -134,12 +134,17 @@ def mask_weights(
     `copied` are written into `copies`, cast to their dtype; these are returned after the masked
     weights, with gradients to `copied`. `in_backward` is called when gradients are made.
     """
-    made = pack_weights(weights, thresholds, options, commit, dtype, matrices, out)
+    made: tuple[Sequence[Tensor], Sequence[Tensor]] = (
+        pack_weights(weights, thresholds, options, commit, dtype, matrices, out)
+        if weights
+        else ((), ())
+    )
     if copied:
-        with without_autograd_and_autocast(weights[0].device.type):
+        with without_autograd_and_autocast(copied[0].device.type):
             torch._foreach_copy_(list(copies), list(copied))
-    rest = options, matrices, in_backward
-    return _MaskWeights.apply(made[0], copies, made[1], rest, *weights, *thresholds, *copied)
+    return _MaskWeights.apply(
+        made[0], copies, made[1], (options, matrices, in_backward), *weights, *thresholds, *copied
+    )
 
 
 class _WithDenseGradients(torch.autograd.Function):

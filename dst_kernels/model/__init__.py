@@ -4,6 +4,7 @@ from .check import check_masks
 from .config import SparsifyConfig
 from .convert import plan_sparsify, sparsify_
 from .finalize import densify_, finalize_
+from .freeze import freeze_masks_, unfreeze_masks_
 from .parameters import parameter_groups, sparse_regularization
 from .planning import ConversionPlan
 from .prune import prune_
@@ -16,6 +17,7 @@ __all__ = [
     "check_masks",
     "densify_",
     "finalize_",
+    "freeze_masks_",
     "parameter_groups",
     "plan_sparsify",
     "prune_",
@@ -23,4 +25,5 @@ __all__ = [
     "sparse_regularization",
     "sparsify_",
     "sparsity_report",
+    "unfreeze_masks_",
 ]

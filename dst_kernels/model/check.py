@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from ..arguments import require
 from ..nn.find import named_masked_weights
 from ..nn.weight import MaskedWeight
+from ..ops.dtensor import full_tensor
 
 
 def check_masks(
@@ -27,7 +28,7 @@ def check_masks(
     Found are weights that the forward does not use, weights that it reads past their mask (through
     a name or a method that masking does not know), masks that change no output, and, where
     `optimizers` are given, thresholds that none of them trains. A weight without gradients
-    (frozen) is not looked at.
+    (frozen) is not looked at. Fixed masks stay; their thresholds need no optimizer.
 
     Raises ValueError where the model has no masked layers or its output no floating-point tensor
     that depends on a parameter, and whatever the forward raises.
@@ -74,12 +75,16 @@ def thresholds_without_optimizer(
     return [
         name
         for name, part in parts
-        if part.threshold.requires_grad and id(part.threshold) not in trained
+        if part.threshold.requires_grad
+        and part.fixed_mask is None
+        and id(part.threshold) not in trained
     ]
 
 
 def _problem(part: MaskedWeight) -> str | None:
     of_weight, of_threshold = part.weight.grad, part.threshold.grad
+    if part.fixed_mask is not None:
+        return _problem_of_fixed(part)
     if of_threshold is None and of_weight is None and part.name in part.module._parameters:
         return "is not used by this forward"
     if of_threshold is None:
@@ -87,6 +92,17 @@ def _problem(part: MaskedWeight) -> str | None:
     if not part.threshold.requires_grad or of_threshold.any():
         return None
     return "its mask changes no output: the gradient of its threshold is 0"
+
+
+def _problem_of_fixed(part: MaskedWeight) -> str | None:
+    mask, grad = part.fixed_mask, part.weight.grad
+    if mask is None or part.name not in part.module._parameters:
+        return None
+    if grad is None:
+        return "is not used by this forward"
+    if not part.module._fixed[part.name].dense_gradient and full_tensor(grad)[~mask].any():
+        return "is read past its mask: it has a gradient where the mask is False"
+    return None
 
 
 @contextlib.contextmanager

@@ -16,12 +16,16 @@ def sparse_regularization(model: nn.Module) -> Tensor:
     """Return the sum of exp(-t) over every threshold of the model, a 0-dim tensor.
 
     Add it to the loss times alpha. A threshold that layers share counts once; that of a frozen
-    weight (`requires_grad` is False) counts, but gets no gradient. See
-    `functional.sparse_regularization` for very negative thresholds. Raises ValueError if the model
+    weight (`requires_grad` is False) counts, but gets no gradient; that of a fixed mask
+    (`freeze_masks_`) does not count. See `functional.sparse_regularization` for very negative
+    thresholds. Raises ValueError if the model
     has no masked layers; RuntimeError in the backward of a loss that contains the sum although an
     optimizer of `dst_kernels.optim` adds the same gradient, as its `alpha` says.
     """
-    parts = [part for _, part in named_masked_weights(model)]
+    everything = [part for _, part in named_masked_weights(model)]
+    parts = [part for part in everything if part.fixed_mask is None]
+    if not parts:
+        return torch.zeros((), device=everything[0].weight.device)
     trained = {id(part.threshold) for part in parts if not part.frozen}
     thresholds = {id(threshold): threshold for threshold in [part.threshold for part in parts]}
     value = F.sparse_regularization(

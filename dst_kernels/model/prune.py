@@ -34,7 +34,8 @@ def prune_(model: nn.Module, ratio: float, *, scope: str = "global") -> nn.Modul
     Raises:
         TypeError, ValueError: `ratio` or `scope` is not one of these; the model has no masked
             layers.
-        ValueError: the collapse guard would undo it, as so little of a layer would remain.
+        ValueError: a mask is fixed (`freeze_masks_`), or the collapse guard would undo it, as so
+            little of a layer would remain.
         RuntimeError: a weight is sharded. In each case nothing has changed.
     """
     require_number("ratio", ratio, positive=True)
@@ -44,6 +45,12 @@ def prune_(model: nn.Module, ratio: float, *, scope: str = "global") -> nn.Modul
         raise ValueError(f"scope must be one of {', '.join(SCOPES)}, but is {scope!r}")
     found = {id(part.threshold): (name, part) for name, part in named_masked_weights(model)}
     named = list(found.values())
+    fixed = [name or "the model" for name, part in named if part.fixed_mask is not None]
+    if fixed:
+        raise ValueError(
+            f"model: the mask of {fixed[0]} ({len(fixed)} such) is fixed, whatever its threshold: "
+            "call dst_kernels.unfreeze_masks_ before"
+        )
     for name, part in named:
         if is_dtensor(part.weight):
             raise RuntimeError(f"{name or 'the model'} is sharded: prune before fully_shard")

@@ -17,7 +17,7 @@ from ..reference import threshold_mask
 class LayerSparsity:
     """Describe one masked weight: a layer's, or one of a recurrent module with all its gates.
 
-    Thresholds are the effective ones, after the collapse guard.
+    Thresholds are the effective ones, after the collapse guard; NaN where the mask is fixed.
 
     dead_rows: output neurons or filters with no weight left; dead_columns: input features or
     channels that no remaining weight reads.
@@ -130,8 +130,11 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
 
 def _measure(part: MaskedWeight) -> Tensor:
     """Return [kept, dead rows, dead columns, threshold min, mean, max] in (exact) float64."""
-    weight, effective = part.effective()
-    rows = threshold_mask(weight, part.each_row(effective))
+    if part.fixed_mask is None:
+        weight, effective = part.effective()
+        rows = threshold_mask(weight, part.each_row(effective))
+    else:
+        rows, effective = part.rows(part.fixed_mask), torch.empty(0)
     groups = getattr(part.module, "groups", 1)
     columns = rows.reshape(groups, rows.shape[0] // groups, *rows.shape[1:])
     dead_rows = rows.shape[0] - rows.flatten(1).any(1).sum()

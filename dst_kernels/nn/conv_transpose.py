@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from .. import autograd
 from ..plan import CONV_TRANSPOSE_PATHS
 from .layer import MaskedLayer
-from .weight import MaskedWeight
 
 
 class _MaskedConvTranspose(MaskedLayer, nn.modules.conv._ConvTransposeNd):
@@ -23,7 +22,7 @@ class _MaskedConvTranspose(MaskedLayer, nn.modules.conv._ConvTransposeNd):
     """
 
     accepted_paths = CONV_TRANSPOSE_PATHS
-    rows_first = False
+    rows_first = False  # which would be copies
 
     def _rows(self, tensor: Tensor) -> Tensor:
         """[in, out/groups, *kernel] to [out, in/groups, *kernel] and back."""
@@ -31,9 +30,6 @@ class _MaskedConvTranspose(MaskedLayer, nn.modules.conv._ConvTransposeNd):
             return tensor
         by_group = tensor.unflatten(0, (self.groups, tensor.shape[0] // self.groups))
         return by_group.transpose(1, 2).flatten(0, 1)
-
-    def _operands(self) -> tuple[Tensor, Tensor]:
-        return MaskedWeight(self).weight, self.threshold  # with rows first they would be copies
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         own: Any = self  # torch declares lists for what are tuples, and strings for any padding

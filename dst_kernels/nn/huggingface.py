@@ -20,7 +20,7 @@ class MaskedTransformersConv1D(MaskedLayer, Conv1D):
     """
 
     dense_type = Conv1D
-    rows_first = False
+    rows_first = _as_stored = False
 
     def _rows(self, tensor: Tensor) -> Tensor:
         return tensor.t() if tensor.dim() == 2 else tensor

@@ -129,7 +129,10 @@ def unmask_module_(module: MaskedModule) -> nn.Module:
         deferral.release([module])
     for part in module.masked_weights():
         del module._parameters[part.threshold_name]
-    for name in ("masking", "_deferral", "_sharded_thresholds", "_is_read", "_reads", "_layouts"):
+        module._buffers.pop(part.fixed_mask_name, None)
+    for name in (
+        "masking", "_deferral", "_sharded_thresholds", "_fixed", "_is_read", "_reads", "_layouts",
+    ):  # fmt: skip
         module.__dict__.pop(name, None)
     dense = cast(nn.Module, module)
     dense.__class__ = module.dense_class

@@ -27,6 +27,7 @@ class MaskedLayer(MaskedModule):
 
     own_reads = ("weight",)
     weight = Readable("weight")
+    _as_stored = True  # whether operations take the weight as it is stored
     _deferral: Deferral | None = None
     _is_replica = False  # DataParallel sets it
 
@@ -45,6 +46,8 @@ class MaskedLayer(MaskedModule):
     @torch.no_grad()
     def remaining_ratio(self) -> Tensor:
         """Kept weights / all weights, a 0-dim float32 tensor on the layer's device."""
+        if self._fixed:
+            return self.mask().sum().to(torch.float32) / self.weight.numel()
         weight, threshold = MaskedWeight(self).gathered()
         return F.remaining_ratio(weight, threshold, reset_ratio=self.masking.reset_ratio)
 
@@ -53,9 +56,11 @@ class MaskedLayer(MaskedModule):
     def _operands(self) -> tuple[Tensor, Tensor]:
         """Return (weight, threshold) as the layer's operation takes them."""
         weight, threshold = self._parameters.get("weight"), self._parameters.get("threshold")
-        if weight is None or threshold is None or not self.rows_first:
-            return self._rows(MaskedWeight(self).weight), self._rows(self.threshold)
-        return weight, threshold
+        if weight is None or threshold is None:  # computed
+            weight, threshold = MaskedWeight(self).weight, self.threshold
+        if self._as_stored:
+            return weight, threshold
+        return self._rows(weight), self._rows(threshold)
 
     def _masked(self, operation: Callable) -> Tensor:
         """Return what `operation(weight, threshold, options, source)` makes of the layer's own.
@@ -64,6 +69,8 @@ class MaskedLayer(MaskedModule):
         threshold, a tensor of its own, so that a commit between a forward and its backward (a layer
         used twice, a second forward) does no harm.
         """
+        if self._fixed:
+            return self._under_fixed_mask(operation)
         weight, threshold = self._operands()
         if not weight.requires_grad:  # frozen: the mask stays as it is
             threshold = threshold.detach()
@@ -71,7 +78,7 @@ class MaskedLayer(MaskedModule):
         result, effective = operation(weight, threshold, self.masking, source)
         if self._commits():
             before = None if source.recall is None else stamp(self)
-            if self._sharded_thresholds or torch.compiler.is_compiling():
+            if not source.keep or torch.compiler.is_compiling():
                 self._commit(threshold, effective)
             else:  # as that does, without the cost of a context
                 try:
@@ -87,6 +94,14 @@ class MaskedLayer(MaskedModule):
         ):
             self._deferral.forward_commits_nothing(self)
         return result
+
+    def _under_fixed_mask(self, operation: Callable) -> Tensor:
+        """Return what `operation` makes of the weight under its fixed mask, by torch's product."""
+        part = MaskedWeight(self)
+        weight, threshold = part.under_fixed_mask(part.weight), self.threshold
+        if not self._as_stored:
+            weight, threshold = self._rows(weight), self._rows(threshold)
+        return operation(weight, threshold, self.masking._replace(path="packed"), autograd.MADE)[0]
 
     def _weight_to_compute_with(self, name: str, weight: Tensor) -> Tensor:
         """Return W * M in the weight's own dtype, for a forward of the user's own."""

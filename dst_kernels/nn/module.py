@@ -23,7 +23,7 @@ from ..ops.checks import check_effective_threshold
 from ..ops.dtensor import is_dtensor, reset_rows
 from ..plan import PATHS
 from .in_place import mask_module_, shallow_copy, unmask_module_
-from .weight import MaskedWeight
+from .weight import Fixed, MaskedWeight
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -52,9 +52,11 @@ class MaskedModule(nn.Module):
     _own_reads: ClassVar[frozenset[str]] = frozenset()
 
     _parameters: dict[str, Any]  # a Parameter, or None
-    # By name, those that FSDP2 keeps sharded. Replaced, never written to; an empty MappingProxyType
-    # would be true to the compiler.
+    _buffers: dict[str, Any]
+    # By name, thresholds that FSDP2 keeps sharded, and weights under a fixed mask. Replaced, never
+    # written to; an empty MappingProxyType would be true to the compiler.
     _sharded_thresholds: Mapping[str, DTensor] = {}
+    _fixed: Mapping[str, Fixed] = {}
 
     def __init__(
         self,
@@ -144,7 +146,10 @@ class MaskedModule(nn.Module):
         return f"{super().extra_repr()}, {self._masking_repr()}"
 
     def _masking_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.masking._asdict().items())
+        options = self.masking._asdict()
+        if self._fixed:
+            options["fixed"] = "+".join(self._fixed)
+        return ", ".join(f"{name}={value}" for name, value in options.items())
 
     def _rows(self, tensor: Tensor) -> Tensor:
         """Weight-shaped tensors with output rows first; layers that store them otherwise override.
@@ -223,6 +228,8 @@ class MaskedModule(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         """Conversions move thresholds, but never below float32: their updates would round away.
 
+        Fixed masks stay boolean.
+
         A threshold without memory beside a weight that has some belongs to a dense checkpoint that
         was loaded weight by weight: it becomes 0.
         """
@@ -232,9 +239,12 @@ class MaskedModule(nn.Module):
                 self._parameters[part.threshold_name] = nn.Parameter(zeros)
         thresholds = [part.threshold for part in self.masked_weights()]
         kept = [t for t in (*thresholds, *(t.grad for t in thresholds)) if t is not None]
+        masks = [part.fixed_mask for part in self.masked_weights()]
 
         def keep_precision(tensor: Tensor) -> Tensor:
             converted = fn(tensor)
+            if any(tensor is each for each in masks):
+                return converted.to(torch.bool)
             if any(tensor is each for each in kept):
                 dtype = torch.promote_types(converted.dtype, torch.float32)
                 if converted.dtype != dtype:
@@ -253,7 +263,11 @@ class MaskedModule(nn.Module):
         unexpected_keys,
         error_msgs,
     ) -> None:
-        """A dense checkpoint has no thresholds: they start at 0, which keeps every weight."""
+        """A dense checkpoint has no thresholds: they start at 0, which keeps every weight.
+
+        One with fixed masks fixes those of the module. Where one without meets a fixed mask, its
+        key is missing: an error by torch, or with strict=False the mask stays.
+        """
         found = {}
         for part in self.masked_weights():
             key = prefix + part.threshold_name
@@ -262,7 +276,16 @@ class MaskedModule(nn.Module):
                 found[key] = threshold.to(torch.promote_types(threshold.dtype, torch.float32))
             elif weight is not None:
                 found[key] = _zeros(part.threshold, weight)
-                _log_missing_once(missing_keys)
+                _log_once(missing_keys, _NO_THRESHOLDS)
+            key = prefix + part.fixed_mask_name
+            mask = state_dict.get(key)
+            if mask is not None and mask.shape == part.weight.shape:
+                if not hasattr(self, part.fixed_mask_name):  # nor a user's own
+                    part.set_fixed_mask(torch.ones_like(part.weight, dtype=torch.bool))
+                if part.fixed_mask is not None:
+                    found[key] = mask.to(torch.bool)
+            elif mask is None and weight is not None and part.fixed_mask is not None:
+                _log_once(missing_keys, _NO_FIXED_MASKS)
         super()._load_from_state_dict(
             {**state_dict, **found} if found else state_dict,
             prefix,
@@ -312,12 +335,16 @@ def _zeros(threshold: Tensor, weight: Tensor) -> Tensor:
     return torch.zeros_like(threshold, dtype=dtype, device=weight.device)
 
 
-_last_missing_keys: list[str] | None = None
+_NO_THRESHOLDS = "the state dict has no thresholds (a dense checkpoint?): they start at 0"
+_NO_FIXED_MASKS = (
+    "the state dict has no masks for layers whose masks are fixed: these stay (with strict=False). "
+    "Call dst_kernels.unfreeze_masks_ first to load a model without fixed masks"
+)
+_logged: dict[str, list[str]] = {}
 
 
-def _log_missing_once(missing_keys: list[str]) -> None:
+def _log_once(missing_keys: list[str], line: str) -> None:
     """One line per load_state_dict, however many layers: they all get the same list."""
-    global _last_missing_keys
-    if _last_missing_keys is not missing_keys:
-        _last_missing_keys = missing_keys
-        logger.warning("the state dict has no thresholds (a dense checkpoint?): they start at 0")
+    if _logged.get(line) is not missing_keys:
+        _logged[line] = missing_keys
+        logger.warning(line)

@@ -10,6 +10,7 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from .. import autograd
 from ..arguments import require_module
@@ -50,15 +51,22 @@ class MaskedParameters(MaskedModule):
 
     def _weight_to_compute_with(self, name: str, weight: Tensor) -> Tensor:
         part = MaskedWeight(self, name, threshold_name(name), *self._layouts[name])
+        if name in self._fixed:
+            return part.under_fixed_mask(weight)
         threshold = part.threshold_for(weight)
         rows, limits = part.rows(weight), part.rows(threshold)
-        plain = type(weight) in (Tensor, nn.Parameter) and weight.device.type in ("cpu", "cuda")
-        at_once = part.matrices > 1 and plain and not is_watched() and not self._sharded_thresholds
-        if at_once and limits.data_ptr() == threshold.data_ptr():  # where a reset is to be written
+        if (
+            part.matrices > 1
+            and type(weight) in (Tensor, Parameter)
+            and weight.device.type in ("cpu", "cuda")
+            and not is_watched()
+            and not self._sharded_thresholds
+            and limits.data_ptr() == threshold.data_ptr()  # where a reset is to be written
+        ):
             masked = autograd.mask_weights(
                 [rows], [limits], [self.masking], [self._commits()], rows.dtype,
                 matrices=[part.matrices],
-                out=[torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)],
+                out=[torch.empty_like(rows, memory_format=torch.contiguous_format)],
             )[0]  # fmt: skip
             return part.back(masked, weight)
         pairs = zip(rows.chunk(part.matrices), limits.chunk(part.matrices), strict=True)
@@ -147,9 +155,11 @@ def mask_parameter_(
         return mask_parameters_(module, {name: Layout(matrices, experts)}, MaskOptions(**options))
     masked = cast(MaskedParameters, module)
     thresholds = {part.threshold_name: part.threshold for part in masked.masked_weights()}
-    masking = masked.masking
+    masking, fixed, buffers = masked.masking, masked._fixed, dict(masked._buffers)
     unmask_module_(masked)
     mask_parameters_(module, {**known, name: Layout(matrices, experts)}, masking)
     for each, threshold in thresholds.items():
         setattr(module, each, threshold)
+    module.__dict__["_fixed"] = fixed
+    module._buffers.update(buffers)
     return module

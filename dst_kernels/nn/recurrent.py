@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -73,17 +74,27 @@ class MaskedRecurrent(MaskedModule, nn.RNNBase):
         """Return W * M of every weight, and the biases, in the dtype of the products."""
         parameters = [getattr(self, name) for name in self._flat_weights_names]
         parts = {part.name: part for part in self.masked_weights()}
+        if self._fixed:  # these are dense then, as biases are
+            for i, name in enumerate(self._flat_weights_names):
+                if name in self._fixed:
+                    parameters[i] = parts.pop(name).under_fixed_mask(parameters[i])
         dtype = _product_dtype(parameters[0])
+        is_masked = [name in parts for name in self._flat_weights_names]
         at_once = _is_plain(parameters) and not self._sharded_thresholds
         mask = self._mask_at_once if at_once else self._mask_one_by_one
-        masked, dense = mask(parts.values(), parameters, dtype)
-        weights, biases = iter(masked), iter(dense)
-        return [next(weights if name in parts else biases) for name in self._flat_weights_names]
+        masked, dense = mask([*parts.values()], parameters, is_masked, dtype)
+        weights, others = iter(masked), iter(dense)
+        return [next(weights if each else others) for each in is_masked]
 
     def _mask_at_once(
-        self, parts: Iterable[MaskedWeight], parameters: Sequence[Tensor], dtype: torch.dtype
+        self,
+        parts: Sequence[MaskedWeight],
+        parameters: Sequence[Tensor],
+        is_masked: Sequence[bool],
+        dtype: torch.dtype,
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        weights = [part.weight for part in parts]
+        weights = [*compress(parameters, is_masked)]
+        is_dense = [not each for each in is_masked]
         pairs = zip(parts, weights, strict=True)
         shapes = [parameter.shape for parameter in parameters]
         out = empty_parameters(self, shapes, dtype, parameters[0].device)
@@ -94,14 +105,18 @@ class MaskedRecurrent(MaskedModule, nn.RNNBase):
             [self._commits()] * len(weights),
             dtype,
             matrices=[part.matrices for part in parts],
-            out=[each for each in out if each.dim() == 2],
-            copied=_biases(parameters),
-            copies=_biases(out),
+            out=[*compress(out, is_masked)],
+            copied=[*compress(parameters, is_dense)],
+            copies=[*compress(out, is_dense)],
         )
         return made[: len(weights)], made[len(weights) :]
 
     def _mask_one_by_one(
-        self, parts: Iterable[MaskedWeight], parameters: Sequence[Tensor], dtype: torch.dtype
+        self,
+        parts: Sequence[MaskedWeight],
+        parameters: Sequence[Tensor],
+        is_masked: Sequence[bool],
+        dtype: torch.dtype,
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Mask with registered ops, which fake tensors, dispatch modes, torch.func, FSDP2 need."""
         masked = []
@@ -117,7 +132,8 @@ class MaskedRecurrent(MaskedModule, nn.RNNBase):
             if self._commits():
                 effective = torch.cat([effective for _, effective in made])
                 self._commit(part.threshold, effective, part.threshold_name)
-        return masked, [bias.to(dtype) for bias in _biases(parameters)]
+        dense = zip(parameters, is_masked, strict=True)
+        return masked, [each.to(dtype) for each, to_mask in dense if not to_mask]
 
     # -- torch.nn.RNNBase machinery ------------------------------------------------------------
 
@@ -130,10 +146,6 @@ class MaskedRecurrent(MaskedModule, nn.RNNBase):
     def __getstate__(self) -> dict[str, Any]:
         parameters = [self._parameters.get(name) for name in self._flat_weights_names]
         return {**super().__getstate__(), "_flat_weights": parameters}
-
-
-def _biases(parameters: Sequence[Tensor]) -> list[Tensor]:
-    return [parameter for parameter in parameters if parameter.dim() == 1]
 
 
 def _is_plain(parameters: Sequence[Tensor]) -> bool:

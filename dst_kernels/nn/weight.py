@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.parametrize import is_parametrized
 
 from .. import functional as F
-from ..ops.dtensor import full_tensor
+from ..arguments import require, require_flag, require_tensors
+from ..autograd import fixed_weight
+from ..ops.dtensor import full_tensor, is_dtensor
 from .reading import stored_weight
+from .sources.grouped import plan_again
 
 if TYPE_CHECKING:
     from .module import MaskedModule
 
 
 OUT_IN, TRANSPOSED = "out, in", "in, out"
+
+
+class Fixed(NamedTuple):
+    """How a weight under a fixed mask learns, and whether its threshold did before."""
+
+    dense_gradient: bool
+    threshold_trained: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +59,9 @@ class MaskedWeight:
 
     @property
     def frozen(self) -> bool:
-        """Whether nothing trains the weight now; then nothing moves its threshold either."""
+        """Whether nothing moves the threshold: its mask is fixed, or nothing trains the weight."""
+        if self.name in self.module._fixed:
+            return True
         if is_parametrized(self.module, self.name):  # computing it may change a buffer
             computed_by = self.module.parametrizations[self.name]
             return not any(parameter.requires_grad for parameter in computed_by.parameters())
@@ -58,6 +70,93 @@ class MaskedWeight:
     def threshold_for(self, weight: Tensor) -> Tensor:
         """The threshold for a forward with this weight: without a gradient if that is frozen."""
         return self.threshold if weight.requires_grad else self.threshold.detach()
+
+    # -- fixed masks ---------------------------------------------------------------------------
+
+    @property
+    def fixed_mask_name(self) -> str:
+        """Return the name that the fixed mask has among the module's buffers."""
+        return self.threshold_name.replace("threshold", "fixed_mask", 1)
+
+    @property
+    def fixed_mask(self) -> Tensor | None:
+        """Return the mask that was fixed, in the weight's shape; None where thresholds decide."""
+        fixed = self.name in self.module._fixed
+        return self.module._buffers[self.fixed_mask_name] if fixed else None
+
+    @torch.no_grad()
+    def set_fixed_mask(self, mask: Tensor, dense_gradient: bool = False) -> None:
+        """Compute with `mask` from now on, whatever the threshold, which no longer trains.
+
+        The layer uses the weight where the mask is True and 0 elsewhere, on the packed path. The
+        mask is copied into a buffer, `fixed_mask` for `threshold` (and so on), which is part of the
+        state dict. Call it again to replace mask and `dense_gradient`: the buffer stays the same
+        tensor. An optimizer of `dst_kernels.optim` then updates the weight as any other parameter;
+        a G that waits in its `.grad` is dropped. Layers that share a weight share its threshold:
+        fix the mask of each.
+
+        Args:
+            mask: boolean, of the weight's shape and on its device, True where a weight is kept.
+            dense_gradient: whether the weight's gradient is the dense one, dL/d(weight * mask), so
+                that a method can see where it would grow; else it is 0 where the mask is False.
+
+        Raises:
+            TypeError: `mask` is no dense boolean tensor, `dense_gradient` no bool.
+            ValueError: another shape or device, or an attribute of the module has the buffer's
+                name. In each case nothing has changed.
+        """
+        require_tensors(mask=mask)
+        require(mask.dtype is torch.bool, "mask", "a boolean tensor", mask.dtype)
+        require_flag("dense_gradient", dense_gradient)
+        module, weight, name = self.module, self.weight, self.fixed_mask_name
+        if mask.shape != weight.shape:
+            shapes = f"{list(weight.shape)}, but has {list(mask.shape)}"
+            raise ValueError(f"mask must have the shape of {self.name}, {shapes}")
+        if mask.device != weight.device:
+            raise ValueError(
+                f"mask must be where {self.name} is, on {weight.device}, but is on {mask.device}"
+            )
+        known = module._fixed.get(self.name)
+        if known is None:
+            if hasattr(module, name):
+                raise ValueError(
+                    f"module ({type(module).__name__}) has an attribute {name!r} of its own, "
+                    "a name that its fixed mask needs"
+                )
+            with torch.inference_mode(False):  # it will be saved for backward
+                like = full_tensor(mask) if is_dtensor(weight) else weight
+                module.register_buffer(name, torch.empty_like(like, dtype=torch.bool))
+            if (deferral := module.__dict__.get("_deferral")) is not None:
+                deferral.release([module])
+        module._buffers[name].copy_(full_tensor(mask))
+        threshold = self.threshold
+        trained = known.threshold_trained if known is not None else threshold.requires_grad
+        if threshold.is_leaf:  # DistributedDataParallel waits for all that want a gradient
+            threshold.requires_grad_(False).grad = None
+        module.__dict__["_fixed"] = {**module._fixed, self.name: Fixed(dense_gradient, trained)}
+        plan_again()
+
+    def drop_fixed_mask(self) -> None:
+        """Undo `set_fixed_mask`: the mask is |weight| > threshold again, and the threshold trains.
+
+        Does nothing where the mask is not fixed.
+        """
+        fixed = dict(self.module._fixed)
+        if self.name not in fixed:
+            return
+        trained = fixed.pop(self.name).threshold_trained
+        self.module.__dict__["_fixed"] = fixed
+        del self.module._buffers[self.fixed_mask_name]
+        if trained and self.threshold.is_leaf:
+            self.threshold.requires_grad_(True)
+        plan_again()
+
+    def under_fixed_mask(self, weight: Tensor) -> Tensor:
+        """Return the weight of a forward under its fixed mask."""
+        mask = self.module._buffers[self.fixed_mask_name]
+        return fixed_weight(weight, mask, self.module._fixed[self.name].dense_gradient)
+
+    # -- thresholds and masks ------------------------------------------------------------------
 
     def gathered(self) -> tuple[Tensor, Tensor]:
         """(weight, threshold), output rows first, whole where FSDP2 keeps them sharded."""
@@ -99,6 +198,9 @@ class MaskedWeight:
     @torch.no_grad()
     def mask(self) -> Tensor:
         """Boolean tensor of the weight's shape, True where a weight is kept; no synchronisation."""
+        fixed = self.fixed_mask
+        if fixed is not None:
+            return fixed.clone()
         weight, threshold = self.effective()
         mask = F.threshold_mask(weight, self.each_row(threshold), reset_ratio=None)
         return self.back(mask, self.weight)
@@ -106,6 +208,8 @@ class MaskedWeight:
     @torch.no_grad()
     def baked(self) -> Tensor:
         """weight * mask, in the weight's layout."""
+        if self.fixed_mask is not None:
+            return self.under_fixed_mask(self.weight)
         weight, threshold = self.effective()
         masked = F.masked_weight(weight, self.each_row(threshold), reset_ratio=None)
         # `_rows` may have lost the layout.

@@ -51,6 +51,7 @@ def deferrable_pairs(model: nn.Module, optimized: Container[int]) -> list[Pair]:
             and _rows_are_whole(weight)
             and users[id(weight)] == users[id(threshold)] == layers
             and alike(layers)
+            and not any(each._fixed for each in layers)
         ):
             pairs[id(weight)] = Pair(weight, threshold, tuple(layers))
     return list(pairs.values())

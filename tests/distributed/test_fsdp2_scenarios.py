@@ -173,6 +173,37 @@ def refusals_worker(rank):
     return {"messages": messages, "reasons": [layer.reason for layer in plan.layers]}
 
 
+def fixed_masks_worker(rank):
+    """Masks fixed before or after sharding, or by a checkpoint; and under DDP."""
+
+    def frozen():
+        model = dst_kernels.prune_(build(), 0.5)
+        return dst_kernels.freeze_masks_(model)
+
+    alone = frozen()
+    checkpoint = {name: value.clone() for name, value in alone.state_dict().items()}
+    loaded = dst_kernels.freeze_masks_(shard(build(), "layers"))
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(loaded, {**checkpoint}, options=options)
+    models = {
+        "before": shard(frozen(), "layers"),
+        "after": dst_kernels.freeze_masks_(
+            shard(dst_kernels.prune_(build(), 0.5), "layers"),
+        ),
+        "loaded": loaded,
+    }
+    losses = {name: train(model, model, steps=4) for name, model in models.items()}
+    wrapped = nn.parallel.DistributedDataParallel(frozen())
+    losses["DDP"] = train(wrapped.module, wrapped, steps=4)
+    return {
+        "losses": losses,
+        "expected": train(alone, alone, steps=4),
+        "masks": [full_state(model) for model in models.values()],
+        "expected_masks": checkpoint,
+        "reports": [dst_kernels.sparsity_report(model).kept for model in (alone, *models.values())],
+    }
+
+
 SCENARIOS = {
     function.__name__: function
     for function in (
@@ -183,6 +214,7 @@ SCENARIOS = {
         accumulate_worker,
         mixed_precision_worker,
         sharing_worker,
+        fixed_masks_worker,
         refusals_worker,
     )
 }
@@ -270,6 +302,18 @@ def test_shared_weights_under_sharding(scenarios):
         assert all(torch.count_nonzero(threshold) == 0 for threshold in result["thresholds"])
         torch.testing.assert_close(*result["gradients"], rtol=1e-12, atol=1e-12)
         assert result["totals"] == [25, 25]
+
+
+@pytest.mark.slow
+def test_fixed_masks_under_sharding_and_ddp(scenarios):
+    for rank, result in enumerate(results_of(scenarios, fixed_masks_worker)):
+        for losses in result["losses"].values():
+            assert losses == pytest.approx(result["expected"], rel=1e-10)
+        assert len(set(result["reports"])) == 1
+        masks = {n: m for n, m in result["expected_masks"].items() if "fixed_mask" in n}
+        assert len(masks) == 4 and sum(mask.sum() for mask in masks.values()) > 0
+        for state in result["masks"] if rank == 0 else ():  # only there
+            assert all(torch.equal(state[name], mask) for name, mask in masks.items())
 
 
 @pytest.mark.slow

@@ -85,6 +85,7 @@ def test_public_names():
         "check_masks",
         "densify_",
         "finalize_",
+        "freeze_masks_",
         "functional",
         "group_",
         "mask_parameter_",
@@ -97,6 +98,7 @@ def test_public_names():
         "sparse_regularization",
         "sparsify_",
         "sparsity_report",
+        "unfreeze_masks_",
         "ungroup_",
         "weights_unchanged",
     ]

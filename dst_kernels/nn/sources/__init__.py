@@ -4,6 +4,7 @@
 * reused: the layer keeps what it masked for several forwards, inside `weights_unchanged`.
 * grouped: a hook on the model masks many layers in one launch, before the model's forward.
 * deferred: an optimizer's step made it, and makes the gradients of W and t from that of W * M.
+* fixed: the layer takes W where a boolean mask is True (`MaskedWeight.set_fixed_mask`).
 
 `attached_weight` hands out what a group made for the call that runs; `source_of` says how the
 layer's own node makes W * M where there is nothing. `stamp.py` says what is stale.
@@ -18,7 +19,7 @@ import torch
 from ...autograd import FRESH, WeightSource
 from .deferred import Deferral, deferral_of
 from .grouped import attached_weight
-from .reused import copies_of
+from .reused import copies_of, open_scopes
 
 if TYPE_CHECKING:
     from ..layer import MaskedLayer
@@ -32,7 +33,7 @@ def source_of(layer: MaskedLayer) -> WeightSource:
     if layer._sharded_thresholds:
         return WeightSource(None, dense_gradient, keep=False)
     recall = None
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and open_scopes:
         copies = copies_of(layer)
         recall = None if copies is None else copies.recall
     if recall is None and not dense_gradient:

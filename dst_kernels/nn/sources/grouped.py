@@ -240,8 +240,15 @@ def _can_be_grouped(layer: MaskedLayer) -> bool:
         and layer.masking.path != "fused"
         and layer.rows_first
         and not layer._sharded_thresholds
+        and not layer._fixed
         and copies_of(layer) is None
     )
+
+
+def plan_again() -> None:
+    """Let every group choose its layers anew at its next forward."""
+    for group in _groups:
+        group._plan = [], []
 
 
 def _autocast(device_type: str) -> torch.dtype | None:

@@ -61,24 +61,24 @@ class Copies:
 
 
 # By layer, while a scope is open. Not an attribute of the layer: copies of it would have it too.
-_open: WeakKeyDictionary[MaskedLayer, Copies] = WeakKeyDictionary()
+open_scopes: WeakKeyDictionary[MaskedLayer, Copies] = WeakKeyDictionary()
 
 
 def copies_of(layer: MaskedLayer) -> Copies | None:
     """Return the copies of a layer in an open scope; None outside, and inside torch.func."""
-    if not _open or torch._C._are_functorch_transforms_active():
+    if not open_scopes or torch._C._are_functorch_transforms_active():
         return None
-    return _open.get(layer)
+    return open_scopes.get(layer)
 
 
 def open_for(layers: Iterable[MaskedLayer]) -> dict[MaskedLayer, Copies]:
     """Open a scope; layers of an outer scope go on with its copies, and are not in the result."""
-    opened = {layer: Copies(layer) for layer in layers if layer not in _open}
-    _open.update(opened)
+    opened = {layer: Copies(layer) for layer in layers if layer not in open_scopes}
+    open_scopes.update(opened)
     return opened
 
 
 def close(opened: Iterable[MaskedLayer]) -> None:
     """Close the scope that `open_for` opened."""
     for layer in opened:
-        _open.pop(layer, None)
+        open_scopes.pop(layer, None)

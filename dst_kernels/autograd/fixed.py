@@ -1,0 +1,37 @@
+"""A weight under a fixed mask: torch's own operations, which all of torch's transforms know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+class _WithDenseGradient(Function):
+    """Give the weight the gradient of the result, past the mask."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask, weight, 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def fixed_weight(weight: Tensor, mask: Tensor, dense_gradient: bool) -> Tensor:
+    """Return `weight` where the boolean `mask` is True, else 0, whatever the weight is there.
+
+    The weight's gradient is 0 where the mask is False, or with `dense_gradient` that of the result.
+    """
+    if dense_gradient:
+        return _WithDenseGradient.apply(weight, mask)
+    return torch.where(mask, weight, 0)
