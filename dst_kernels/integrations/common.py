@@ -41,7 +41,7 @@ def check_training(
                 "build it from dst_kernels.parameter_groups(model, ...), or give the thresholds a "
                 "param group of their own"
             )
-    if alpha and not any(part.threshold.requires_grad for _, part in named):
+    if alpha and all(part.frozen or not part.threshold.requires_grad for _, part in named):
         raise ValueError(
             f"alpha: every threshold is frozen, so it changes nothing: give the {owner} alpha=0"
         )
@@ -72,7 +72,7 @@ def add_regularization_(
     """
     if not alpha:
         return
-    known = {id(part.threshold) for _, part in named_masked_weights(model)}
+    known = {id(part.threshold) for _, part in named_masked_weights(model) if not part.frozen}
     thresholds = [
         p
         for group in optimizer.param_groups

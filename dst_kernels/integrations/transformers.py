@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedModel, Trainer
 from ..model import SparsifyConfig, sparsify_
 from ..model.note import NOTE
 from ..model.planning import FilterFn
+from ..nn import MaskedModule
 from ..nn.find import named_masked_weights
 from ..nn.in_place import reading_class
 from .accelerate import install_clipping_
@@ -94,7 +95,8 @@ def from_pretrained(
 
     `sparsify_` notes in a model's config what it has masked and how, and `save_pretrained` writes
     that to config.json; here it is read. Thresholds that the checkpoint lacks are zeros, so a dense
-    checkpoint gives what `sparsify_` would. Weights that are tied share their threshold.
+    checkpoint gives what `sparsify_` would. Weights that are tied share their threshold. Masks that
+    were fixed (`freeze_masks_`) are fixed here.
 
     Args:
         model_class: a model's class or one of the `Auto` classes.
@@ -102,7 +104,7 @@ def from_pretrained(
         sparsify, filter_fn: as for `dst_kernels.sparsify_`; needed where config.json has no note.
 
     Raises ValueError where there is neither a note nor `sparsify`, or where the checkpoint has
-    thresholds that the model made from these has no place for.
+    thresholds or fixed masks that the model made from these has no place for.
     """
     hub = {k: kwargs[k] for k in ("revision", "cache_dir", "token", "subfolder") if k in kwargs}
     config = kwargs.pop("config", None)
@@ -129,15 +131,24 @@ def from_pretrained(
         with torch.device("meta"):
             model_class = type(model_class.from_config(config))
 
+    fixed: set[str] = set()
+
     def build(self, *args, **kwargs):
         model_class.__init__(self, *args, **kwargs)
         sparsify_(self, sparsify, filter_fn)
+        for name, module in self.named_modules():
+            for part in module.masked_weights() if isinstance(module, MaskedModule) else ():
+                if f"{name}.{part.fixed_mask_name}".lstrip(".") in fixed:
+                    part.set_fixed_mask(torch.ones_like(part.weight, dtype=torch.bool))
 
     names = {"__module__": model_class.__module__, "__doc__": model_class.__doc__}
     loading: Any = type(model_class.__name__, (model_class,), {**names, "__init__": build})
     kwargs["output_loading_info"] = True
     model, info = loading.from_pretrained(path, *args, config=config, **kwargs)
-    lost = sorted(key for key in info["unexpected_keys"] if _is_threshold(key))
+    fixed.update(key for key in info["unexpected_keys"] if _is_of_mask(key, "fixed_mask"))
+    if fixed:  # which only the checkpoint knows
+        model, info = loading.from_pretrained(path, *args, config=config, **kwargs)
+    lost = sorted(key for key in info["unexpected_keys"] if _is_of_mask(key))
     if lost:
         raise ValueError(
             f"sparsify: the checkpoint's {lost[0]} ({len(lost)} such) has no place in this model: "
@@ -148,8 +159,8 @@ def from_pretrained(
     return model
 
 
-def _is_threshold(key: str) -> bool:
-    return key.rpartition(".")[2].startswith("threshold")
+def _is_of_mask(key: str, kinds: str | tuple[str, ...] = ("threshold", "fixed_mask")) -> bool:
+    return key.rpartition(".")[2].startswith(kinds)
 
 
 def _tie_thresholds_(model: nn.Module, missing: set[str]) -> None:

@@ -74,6 +74,21 @@ def test_round_trip(case, tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_fixed_masks_round_trip(case, tmp_path):
+    model = dst_kernels.freeze_masks_(trained(case))
+    with torch.no_grad():
+        for _, part in named_masked_weights(model):
+            part.threshold.zero_()  # it says nothing
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(CASES[case][0], tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    masks = {name: part.fixed_mask for name, part in named_masked_weights(loaded)}
+    assert not any(mask.all() for mask in masks.values())
+    for name, part in named_masked_weights(model):
+        assert torch.equal(masks[name], part.fixed_mask)
+
+
 def test_a_finalized_model_is_dense_again(tmp_path):
     model = trained("bert")
     want = logits(model)
