@@ -1,4 +1,4 @@
-"""Triton kernels for NVIDIA GPUs: kernel and launcher per file, the ops on top.
+"""Run Triton kernels on NVIDIA GPUs: one file per kernel and its launcher, the ops on top.
 
 `pack` and `post` serve any weight; `product` and `grad_weight` the linear layer, `conv_product` and
 `conv_grad_weight` convolutions. `python -m tests.compile_gate` compiles all without a GPU. Nothing

@@ -1,4 +1,4 @@
-"""Ops of the convolution over one and two dimensions, each masking the weight as it multiplies."""
+"""Convolve over one or two dimensions, with gradients, and mask the weight while multiplying."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def masked_conv(
     reset_ratio: float | None,
     geometry: Geometry,
 ) -> tuple[Tensor, Tensor]:
-    """As the reference's; RuntimeError over three dimensions, TypeError for float64."""
+    """Do as the reference; raise RuntimeError over three dimensions, TypeError for float64."""
     _check(input, weight, threshold)
     memory_format = conv_memory_format(input, weight)
     if memory_format == torch.channels_last and is_pointwise(weight, geometry, input):
@@ -88,7 +88,7 @@ def masked_conv_grad_input(
     threshold: Tensor,
     geometry: Geometry,
 ) -> Tensor:
-    """As the reference's; RuntimeError over three dimensions, TypeError for float64."""
+    """Do as the reference; raise RuntimeError over three dimensions, TypeError for float64."""
     _check(grad, weight, threshold)
     memory_format = conv_memory_format(grad, weight)
     if memory_format == torch.channels_last and is_pointwise(weight, geometry, grad):
@@ -126,7 +126,7 @@ def masked_conv_grad_input(
 def _taps_of_residue(
     residue: int, taps: int, stride: int, padding: int, dilation: int
 ) -> tuple[slice, Lattice]:
-    """Which taps reach the inputs at residue, residue + stride, ..., and from which outputs.
+    """Return the taps that reach inputs residue, residue + stride, ..., and from which outputs.
 
     Tap k and output u meet at input u * stride - padding + k * dilation.
     """
@@ -179,7 +179,7 @@ def masked_conv_grad_weight(
     surrogate: str,
     structure_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As the reference's; RuntimeError over three dimensions, TypeError for float64."""
+    """Do as the reference; raise RuntimeError over three dimensions, TypeError for float64."""
     _check(input, weight, threshold)
     if is_pointwise(weight, geometry, grad, input):
         of_weight, of_threshold = masked_linear_grad_weight(
@@ -194,7 +194,7 @@ def masked_conv_grad_weight(
     element_wise = threshold.shape == weight.shape
     seen = as_matrices(weight, threshold) if element_wise else as_matrices(weight)
     if seen is None:
-        # Rows in pieces: once more on a dense copy of the arguments.
+        # A row is not one piece of memory: call this again with dense copies.
         dense = threshold.contiguous() if element_wise else threshold
         results = masked_conv_grad_weight(
             grad, input, weight.contiguous(), dense, geometry, surrogate, structure_gradient

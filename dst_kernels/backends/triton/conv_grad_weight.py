@@ -1,9 +1,9 @@
-"""dW and dt of a convolution in one pass: G never leaves the accumulator.
+"""Compute dW and dt of a convolution in one pass: G never leaves the accumulator.
 
-As `grad_weight.py`, whose epilogue this is: a program owns filters x channels of one tap, and the
-sum goes over positions of the output, beside which the input is gathered as the tap sees it. A
-weight has few tiles and an image many positions, so that these are split more often than not:
-programs then write slabs of G in the weight's own layout, and `post` takes it from there.
+This works as `grad_weight.py` and shares its epilogue. A program owns a tile of filters x channels
+of one tap and sums over positions of the output; for each it gathers the input that the tap reads.
+A weight has few tiles and an image many positions, so positions are split most of the time:
+programs then write slabs of G in the weight's own layout, and `post` computes dW and dt from them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .tiles import GradWeightTile
 def _dense_tile(
     grad, x, geometry, first_r, first_c, in_r, in_c, kh, kw, begin, end, TILE: tl.constexpr
 ):  # fmt: skip
-    """G of tap (kh, kw) from channels `first_r` and `first_c`, over positions begin to end."""
+    """Return G of tap (kh, kw), from channels `first_r`, `first_c`, over positions begin to end."""
     INDEX: tl.constexpr = TILE.index
     rows = tl.arange(0, TILE.block_r).to(INDEX) * grad.c
     columns = tl.arange(0, TILE.block_c).to(INDEX) * x.c
@@ -61,7 +61,7 @@ def conv_grad_weight_kernel(
     grad, x, weight, threshold, grad_weight, grad_threshold, geometry,
     RULE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dW [R, C] of tap program_id(1) and channel group program_id(2).
+    """Compute one tile of dW [R, C] of tap program_id(1) and channel group program_id(2).
 
     grad_threshold is the result where thresholds are element-wise, else partial sums
     [taps, tiles of C, groups * R].
@@ -95,7 +95,7 @@ def conv_grad_weight_kernel(
 def conv_slabs_kernel(
     grad, x, slabs, part, geometry, stride_g, stride_x, stride_s, TILE: tl.constexpr
 ):  # fmt: skip
-    """One tile of one slab of G: the positions part * (program_id(1) // taps) onwards."""
+    """Compute a tile of a slab of G: `part` positions, from part * (program_id(1) // taps) on."""
     M, R, C = geometry.M, geometry.R, geometry.C
     tile_r, tile_c = tile_of_program(tl.cdiv(R, TILE.block_r), tl.cdiv(C, TILE.block_c), TILE.group)
     taps = geometry.taps_h * geometry.taps_w
@@ -135,8 +135,8 @@ def conv_grad_weight(
     """Fill `grad_weight` [groups * R, C, taps_h, taps_w] from grad [N, groups * R, H', W'] and
     x [N, groups * C, H, W].
 
-    threshold: one for each row, or as the weight; then `grad_threshold` is filled. Else returns the
-    partial sums [parts, groups * R] of dt.
+    threshold: [groups * R], or the weight's shape; then `grad_threshold` is filled. Otherwise
+    return the partial sums [parts, groups * R] of dt.
     """
     outputs, columns, taps_h, taps_w = weight.shape
     rows = outputs // groups
@@ -176,12 +176,14 @@ def conv_slabs(
     tile: GradWeightTile,
     precision: str,
 ) -> Tensor:
-    """G as float32 partial sums [parts, *like.shape] over the positions, each in the layout of
-    `like`, which is dense."""
+    """Return G as float32 partial sums [parts, *like.shape] over the positions.
+
+    Each has the layout of `like`, which is dense.
+    """
     outputs, columns, taps_h, taps_w = like.shape
     rows = outputs // groups
     positions = grad.shape[0] * grad.shape[2] * grad.shape[3]
-    # Without any, one slab of zeros.
+    # Without positions there is one slab of zeros.
     part = cdiv(max(cdiv(positions, tile.split), 1), tile.block_m) * tile.block_m
     parts = max(cdiv(positions, part), 1)
     slabs = torch.empty_strided(
@@ -199,7 +201,7 @@ def conv_slabs(
 
 
 def _extents(grad: Tensor, x: Tensor, tile: GradWeightTile) -> tuple[int, ...]:
-    """How far a tile of either operand reaches along its axes, in elements."""
+    """Return the extents of a tile of either operand along its axes, in elements of memory."""
     return (
         reach(grad, grad.shape, tile.block_m), tile.block_r * grad.stride(1),
         reach(x, grad.shape, tile.block_m), tile.block_c * x.stride(1),

@@ -1,17 +1,17 @@
-"""The masked convolution and its gradient by the input, each an implicit matrix product.
+"""Compute the masked convolution and its gradient by the input, each an implicit matrix product.
 
 Both are out^T [R, positions] = sum over taps of A(tap) [R, C] in(tap)^T [C, positions], where
-in(tap) is the input as the tap sees it: gathered while it is loaded, never written out. The forward
-pass has filters for R and positions of the output; the gradient has the input's channels for R and
-positions of the input, by the residue of the stride, since each residue is reached by taps of its
-own. The masked weight is the left operand for the reason given in `product.py`.
+in(tap) is the part of the input that the tap reads: gathered while loading, never stored. In the
+forward pass R are the filters, and positions are those of the output. In the gradient R are the
+input's channels, and positions those of the input, one launch for each residue of the stride, since
+other taps reach each residue. The masked weight is the left operand for the reason in `product.py`.
 
-A matrix product cannot leave out what lies outside the images: it multiplies weights with zeros
-there. So a NaN weight reaches every position of the tile, also those that its tap does not meet;
-the reference leaves these finite.
+A matrix product cannot skip positions outside the images: it multiplies weights by zeros there. So
+a NaN weight reaches every position of the tile, even where its tap lies outside the image; the
+reference leaves these finite.
 
 Thresholds are the effective ones. A convolution reads its weight once for every tile of positions,
-so that deciding about the collapse guard beforehand, in a pass of its own, costs little.
+so one more pass before it, which decides about the collapse guard, costs little.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .tiles import ProductTile
 
 
 class Lattice(NamedTuple):
-    """Along one dimension, tap k of output position u reads position u * scale + origin + k * step.
+    """Map, along one dimension, output u and tap k to input u * scale + origin + k * step.
 
     Positions outside the input read zero.
     """
@@ -41,7 +41,7 @@ class Lattice(NamedTuple):
 
 
 class KernelGeometry(NamedTuple):
-    """A convolution as kernels take it: its sizes, and its lattices along both dimensions."""
+    """Hold a convolution as kernels take it: its sizes, and its lattices along both dimensions."""
 
     M: int
     R: int
@@ -61,7 +61,7 @@ class KernelGeometry(NamedTuple):
 
 
 class Image(NamedTuple):
-    """Images [N, C, H, W] as kernels take them: where they start, and their strides."""
+    """Hold images [N, C, H, W] as kernels take them: where they start, and their strides."""
 
     start: Tensor
     n: int
@@ -71,7 +71,7 @@ class Image(NamedTuple):
 
 
 class Filters(NamedTuple):
-    """As `Image`: filters [groups (or slabs of these), R, C, taps_h, taps_w]."""
+    """Hold filters [groups (or slabs), R, C, taps_h, taps_w] as kernels take them."""
 
     start: Tensor
     row: int
@@ -83,8 +83,8 @@ class Filters(NamedTuple):
 
 @triton.jit
 def locate(first, height, width, POSITIONS: tl.constexpr):
-    """Of POSITIONS positions from `first`: the first one's image, then each one's image less that,
-    its row and its column."""
+    """Return the image of position `first`; then for it and the positions after it (POSITIONS in
+    all) the number of images after that one, the row and the column."""
     size = height * width
     image = first // size
     local = (first - image * size).to(tl.int32) + tl.arange(0, POSITIONS)
@@ -96,7 +96,7 @@ def locate(first, height, width, POSITIONS: tl.constexpr):
 
 @triton.jit
 def matrix_of_tap(filters, group, kh, kw):
-    """The matrix [R, C] of a group's tap (kh, kw)."""
+    """Return the matrix [R, C] of a group's tap (kh, kw)."""
     start = filters.start + group * filters.group
     start += kh.to(tl.int64) * filters.h + kw.to(tl.int64) * filters.w
     return Strided(start, filters.row, filters.column)
@@ -107,9 +107,9 @@ def conv_product_kernel(
     x, weight, threshold, bias, out, geometry, stride_x, stride_w, stride_t, stride_o,
     THRESHOLD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of R x positions of channel group program_id(1).
+    """Compute one tile of R x positions of channel group program_id(1).
 
-    R and C are channels of one group. Steps go through the channels of one tap, then to the next.
+    R and C are channels of one group. The loop takes all channels of one tap, then the next tap.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_R: tl.constexpr = TILE.block_r
@@ -156,7 +156,7 @@ def conv_product_kernel(
         if THRESHOLD == ELEMENT:
             t_tap += tl.cast(kh, tl.int64) * threshold.h + tl.cast(kw, tl.int64) * threshold.w
         w_columns = c.to(INDEX) * weight.column
-        # The tile as it lies in memory: [C, R] where the rows of A are nearer to each other.
+        # Load the tile in memory order: [C, R] where neighbouring rows of A are closer in memory.
         if TILE.transposed:
             tile = w_columns[:, None] + w_rows[None, :]
             inside = in_c[:, None] & in_r[None, :]
@@ -200,7 +200,7 @@ def conv_product(
     """Fill `out` [N, groups * R, H', W'] from x [N, groups * C, H, W].
 
     weight [groups * R, C, taps_h, taps_w], or [groups * C, R, taps_h, taps_w] with `by_input`;
-    threshold: one for each of its rows, or as the weight. All in any strides.
+    threshold: one for each row of the weight, or the weight's shape. All may have any strides.
     """
     rows, columns = weight.shape[0] // groups, weight.shape[1]
     strides = list(weight.stride())
@@ -243,9 +243,9 @@ def geometry_of(
 
 
 def reach(image: Tensor, positions: tuple[int, ...], block: int) -> int:
-    """How far apart in memory, in elements, `image` [N, C, H, W] has what `block` positions meet.
+    """Return a bound on the distance in memory, in elements, of what `block` positions read.
 
-    `positions` is the shape of the images that positions are counted in.
+    They read from `image` [N, C, H, W]; `positions` is the shape of the images they are counted in.
     """
     images = block // max(positions[2] * positions[3], 1) + 2
     _, _, height, width = image.shape

@@ -1,4 +1,4 @@
-"""A convolution's tensors as the kernels take them: images for lines, matrices where it is one."""
+"""Reshape a convolution's tensors for the kernels: 1-d ones to 2-d, pointwise ones to matrices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .conv_product import Lattice
 
 
 class Problem(NamedTuple):
-    """A convolution as the kernels take it: over two dimensions, a line being an image one high.
+    """Hold a convolution over two dimensions; one over one dimension has images of height 1.
 
     `threshold` has the weight's shape or is one for each filter.
     """
@@ -25,7 +25,7 @@ class Problem(NamedTuple):
 
     @property
     def lattices(self) -> tuple[Lattice, Lattice]:
-        """Of the forward pass."""
+        """Return the lattices of the forward pass, vertical and horizontal."""
         vertical, horizontal = (
             Lattice(stride, -padding, dilation)
             for stride, padding, dilation in zip(
@@ -36,7 +36,7 @@ class Problem(NamedTuple):
 
 
 def is_pointwise(weight: Tensor, geometry: Geometry, *activations: Tensor) -> bool:
-    """Whether it is a matrix product of the tensors as they lie in memory."""
+    """Return whether it is a matrix product that needs no copy of its tensors."""
     one = all(size == 1 for size in (*weight.shape[2:], *geometry.stride, geometry.groups))
     if not one or any(geometry.padding) or weight.numel() == 0:
         return False
@@ -48,20 +48,20 @@ def channels_to_the_end(tensor: Tensor) -> Tensor:
 
 
 def channels_to_the_front(tensor: Tensor) -> Tensor:
-    """No view in autograd's eyes, so that callers may overwrite it (`relu_`)."""
+    """Return the tensor with channels first; no view for autograd: `relu_` may overwrite it."""
     front = tensor.movedim(-1, 1)
     return front.new_empty(0).set_(front.untyped_storage(), 0, front.shape, front.stride())
 
 
 def as_linear(weight: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a convolution whose kernel is one element."""
+    """Return the operands of a linear layer from those of a convolution with kernel size 1."""
     if threshold.shape == weight.shape:
         threshold = threshold.flatten(1)
     return weight.flatten(1), threshold
 
 
 def as_kernel(matrix: Tensor, weight: Tensor) -> Tensor:
-    """With the weight's own strides where a dimension is 1, lest autograd copies the gradient."""
+    """Return the matrix in the weight's shape and strides, so that autograd copies no gradient."""
     return matrix.as_strided(weight.shape, (*matrix.stride(), *weight.stride()[2:]))
 
 
@@ -79,5 +79,5 @@ def problem_of(weight: Tensor, threshold: Tensor, geometry: Geometry) -> Problem
 
 
 def planar(tensor: Tensor) -> Tensor:
-    """[N, C, L] as [N, C, 1, L]; images as they are."""
+    """Return [N, C, L] as [N, C, 1, L], and images unchanged."""
     return tensor.unsqueeze(2) if tensor.dim() == 3 else tensor

@@ -1,9 +1,9 @@
-"""dW and dt of a linear layer in one pass: G = dY^T X never leaves the accumulator.
+"""Compute dW and dt of a linear layer in one pass: G = dY^T X never leaves the accumulator.
 
 Each program owns a tile of the weight, multiplies over all tokens, then reads W and t and writes dW
 and, for each row, its share of dt; the shares are added up in a fixed order, without atomics. Where
-the weight has too few tiles to fill the GPU, tokens are split: programs write slabs of G, and
-`post`, which is not linear in the slabs but in their sum, takes it from there.
+the weight has too few tiles to fill the GPU, tokens are split: programs write slabs of G (partial
+sums), and `post` adds them up and computes dW and dt.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .tiles import GradWeightTile
 
 @triton.jit
 def _dense_tile(grad, x, tile_r, tile_c, in_r, in_c, begin, end, TILE: tl.constexpr):
-    """G over tokens begin to end."""
+    """Return G, summed over tokens begin to end."""
     INDEX: tl.constexpr = TILE.index
     tokens = tl.arange(0, TILE.block_m)
     first = tl.cast(begin, tl.int64)
@@ -46,13 +46,13 @@ def _dense_tile(grad, x, tile_r, tile_c, in_r, in_c, begin, end, TILE: tl.conste
 
 @triton.jit
 def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The left and the right half of a tile."""
+    """Return the left and the right half of a tile."""
     return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
 
 
 @triton.jit
 def _elements(matrix, row, column, r, c):
-    """Where the elements are at r and c, narrow offsets from a row and a column."""
+    """Return pointers to elements (row + r, column + c); r and c are narrow integers."""
     start = matrix.start + row * matrix.row + column * matrix.column
     return start + r * matrix.row + c * matrix.column
 
@@ -62,7 +62,7 @@ def _epilogue(
     dense, first, weight, threshold, grad_weight, grad_threshold, tile_r, C, in_r,
     RULE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """dW of the columns `first` onwards, from G; returns each row's sum of dt."""
+    """Write dW of the columns from `first` on, from G; return each row's sum of dt."""
     rows, columns = tl.arange(0, TILE.block_r), tl.arange(0, TILE.block_c // TILE.pieces)
     row = tile_r.to(tl.int64) * TILE.block_r
     in_c = first + columns < C
@@ -84,7 +84,7 @@ def write_gradients(
     dense, weight, threshold, grad_weight, grad_threshold, tile_r, tile_c, C, in_r,
     RULE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """dW of a tile from its G, in pieces, so that each fits in registers; each row's sum of dt."""
+    """Write dW of a tile from its G, in pieces that fit in registers; return row sums of dt."""
     BLOCK_R: tl.constexpr = TILE.block_r
     BLOCK_C: tl.constexpr = TILE.block_c
     PIECES: tl.constexpr = TILE.pieces
@@ -111,7 +111,7 @@ def grad_weight_kernel(
     grad, x, weight, threshold, grad_weight, grad_threshold, M, R, C,
     RULE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dW [R, C].
+    """Compute one tile of dW [R, C].
 
     grad_threshold is the result where thresholds are element-wise, else partial sums
     [tiles of C, R].
@@ -132,7 +132,7 @@ def grad_weight_kernel(
 
 @triton.jit
 def slabs_kernel(grad, x, slabs, M, R, C, part, TILE: tl.constexpr):
-    """One tile of one slab [parts, R, C] of G: the tokens program_id(1) * part onwards."""
+    """Compute one tile of a slab of G [parts, R, C]: `part` tokens, from program_id(1) * part."""
     tile_r, tile_c = tile_of_program(tl.cdiv(R, TILE.block_r), tl.cdiv(C, TILE.block_c), TILE.group)
     r = tile_r.to(tl.int64) * TILE.block_r + tl.arange(0, TILE.block_r)
     c = tile_c * TILE.block_c + tl.arange(0, TILE.block_c)
@@ -157,7 +157,7 @@ def fused_grad_weight(
     tile: GradWeightTile,
     precision: str,
 ) -> Tensor | None:
-    """Fill `grad_weight` from grad [M, R] and x [M, C]; of dt as `post` does."""
+    """Fill `grad_weight` from grad [M, R] and x [M, C]; fill or return dt as `post` does."""
     (M, R), C = grad.shape, x.shape[1]
     tiles_c = cdiv(C, tile.block_c)
     partial = None
@@ -180,9 +180,9 @@ def fused_grad_weight(
 
 
 def dense_slabs(grad: Tensor, x: Tensor, tile: GradWeightTile, precision: str) -> Tensor:
-    """G as float32 partial sums [parts, R, C] over the tokens."""
+    """Return G as float32 partial sums [parts, R, C] over the tokens."""
     (M, R), C = grad.shape, x.shape[1]
-    # Without any, one slab of zeros.
+    # Without tokens there is one slab of zeros.
     part = cdiv(max(cdiv(M, tile.split), 1), tile.block_m) * tile.block_m
     parts = max(cdiv(M, part), 1)
     slabs = torch.empty((parts, R, C), dtype=torch.float32, device=x.device)
@@ -197,7 +197,7 @@ def dense_slabs(grad: Tensor, x: Tensor, tile: GradWeightTile, precision: str) -
 
 
 def compiled_tile(tile: GradWeightTile, precision: str, *extents: int) -> CompiledTile:
-    """For tiles that reach as far as `extents` along their axes, in elements."""
+    """Return the kernel's TILE for tiles with these extents along their axes, in elements."""
     return CompiledTile(
         precision, index_dtype(*extents), tile.block_m, tile.block_r, tile.block_c, tile.group,
         pieces=tile.pieces,
@@ -205,7 +205,7 @@ def compiled_tile(tile: GradWeightTile, precision: str, *extents: int) -> Compil
 
 
 def _extents(grad: Tensor, x: Tensor, tile: GradWeightTile) -> tuple[int, ...]:
-    """How far a tile of either operand reaches along its axes, in elements."""
+    """Return the extents of a tile of either operand along its axes, in elements of memory."""
     return (
         tile.block_m * grad.stride(0), tile.block_r * grad.stride(1),
         tile.block_m * x.stride(0), tile.block_c * x.stride(1),

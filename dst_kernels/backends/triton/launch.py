@@ -1,4 +1,4 @@
-"""What every launcher needs: the tensors' device, Triton's names of dtypes, a product's TILE."""
+"""Hold what every launcher needs: the tensors' device, Triton's dtypes, a product's TILE."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ TRITON_DTYPES = {
     torch.float64: tl.float64,
 }
 
-# Of every launch. Triton 3.10 changes this default, and 3.9 warns who does not say.
+# For every launch. Triton 3.10 changes this default, and 3.9 warns if it is not given.
 OPTIONS = {"enable_fp_fusion": True}
 
 
 class CompiledTile(NamedTuple):
-    """A product's tile with all else that its kernel is compiled for: the kernels' TILE."""
+    """Hold all that a product's kernel is compiled for, its tile among it: the kernels' TILE."""
 
     precision: str
     index: tl.dtype
@@ -41,7 +41,7 @@ _NOTHING = contextlib.nullcontext()
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensors'."""
+    """Return a context in which Triton launches on the tensor's device: it takes the current."""
     device = tensor.device
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _NOTHING
@@ -49,16 +49,16 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 
 def cdiv(a: int, b: int) -> int:
-    """As `triton.cdiv`, which takes a dozen times as long on the host."""
+    """Return a / b rounded up; `triton.cdiv` takes a dozen times as long on the host."""
     return -(-a // b)
 
 
 @functools.lru_cache(maxsize=4096)
 def least_pruned(size: int, reset_ratio: float) -> int:
-    """How many of `size` weights must be pruned for the guard to reset."""
+    """Return how many of `size` weights must at least be pruned for the guard to reset."""
     return size - largest_collapsed_count(size, reset_ratio)
 
 
 def index_dtype(*extents: int) -> tl.dtype:
-    """For offsets inside one tile, which are sums of two that stay below `extents`."""
+    """Return the dtype of offsets inside one tile; each is a sum of two below max(extents)."""
     return tl.int32 if max(extents) < 2**30 else tl.int64

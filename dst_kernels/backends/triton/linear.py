@@ -1,4 +1,4 @@
-"""Ops of the linear layer, each in one pass over the weight."""
+"""Compute the masked linear layer and its gradients, each in one pass over the weight."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def masked_linear(
     reset_ratio: float | None,
     traits: Traits | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As the reference's; TypeError for float64. `traits` unless they are a matrix product's."""
+    """Do as the reference; raise TypeError for float64. Convolutions give their own `traits`."""
     refuse_float64(input, weight, threshold)
     x = flatten_batch(input)
     shape = *input.shape[:-1], weight.shape[0]
@@ -80,7 +80,7 @@ def _product(
 def masked_linear_grad_input(
     grad: Tensor, weight: Tensor, threshold: Tensor, traits: Traits | None = None
 ) -> Tensor:
-    """As the reference's; otherwise as above."""
+    """Do as the reference; errors and `traits` are as in `masked_linear`."""
     refuse_float64(grad, weight, threshold)
     dy = flatten_batch(grad)
     if 0 in dy.shape or 0 in weight.shape:
@@ -99,7 +99,7 @@ def masked_linear_grad_weight(
     structure_gradient: bool,
     traits: Traits | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As the reference's; otherwise as above."""
+    """Do as the reference; errors and `traits` are as in `masked_linear`."""
     refuse_float64(grad, weight, threshold)
     dy, x = flatten_batch(grad), flatten_batch(input)
     grad_weight = torch.empty_like(weight)
@@ -148,7 +148,7 @@ def _operands(weight: Tensor, threshold: Tensor) -> tuple[Matrix, Matrix]:
 
 def traits_of(activation: Tensor, *, convolution: bool = False) -> Traits:
     found = capability(activation.device)
-    hopper = found is None or found[0] == 9  # the interpreter takes what Hopper gets
+    hopper = found is None or found[0] == 9  # the interpreter runs the tiles for Hopper
     return _traits(activation.dtype, tf32_allowed(convolution=convolution), hopper)
 
 

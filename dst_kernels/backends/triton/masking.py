@@ -1,7 +1,7 @@
-"""Device functions all kernels share: thresholds, masking, the surrogate derivatives.
+"""Hold device functions that all kernels share: thresholds, masking, surrogate derivatives.
 
-Tiles of the weight are [R, C]. Numbers are compared in float32, or float64 where the weight or the
-threshold is; the order of operations is the reference's, so masks agree bit for bit.
+Tiles of the weight are [R, C]. Numbers are compared in float32, or in float64 if the weight or the
+threshold is float64; the order of operations is the reference's, so masks agree bit for bit.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-# Along which axis of a tile thresholds vary: the kernels' THRESHOLD.
+# The axis of a tile along which thresholds vary: the kernels' THRESHOLD.
 LAYER = tl.constexpr(0)
 ALONG_R = tl.constexpr(1)
 ALONG_C = tl.constexpr(2)
@@ -21,7 +21,7 @@ SURROGATE_CODES = {"long_tailed": 0, "rectangular": 1, "triangular": 2, "straigh
 
 
 class Rule(NamedTuple):
-    """Along which axis thresholds vary, and what gradients they and weights get: kernels' RULE."""
+    """Say along which axis thresholds vary and how gradients are computed: the kernels' RULE."""
 
     axis: int
     surrogate: int
@@ -30,13 +30,13 @@ class Rule(NamedTuple):
 
 @triton.constexpr_function
 def transposed_axis(axis):
-    """Of the same thresholds beside a transposed tile."""
+    """Return the axis along which the same thresholds vary in a transposed tile."""
     return {1: 2, 2: 1}.get(axis, axis)
 
 
 @triton.jit
 def elements(matrix, r, c):
-    """Where the elements of rows r and columns c are."""
+    """Return pointers to the elements of rows r and columns c."""
     return matrix.start + r[:, None] * matrix.row + c[None, :] * matrix.column
 
 
@@ -44,7 +44,7 @@ def elements(matrix, r, c):
 def load_threshold(
     threshold, r, c, in_r, in_c, THRESHOLD: tl.constexpr, COMPUTE: tl.constexpr
 ):  # fmt: skip
-    """Thresholds of the tile with rows r and columns c, broadcastable against it."""
+    """Return the thresholds of the tile with rows r and columns c, broadcastable against it."""
     if THRESHOLD == LAYER:
         return tl.load(threshold.start).to(COMPUTE)
     elif THRESHOLD == ALONG_R:
@@ -61,14 +61,14 @@ def load_threshold(
 
 @triton.jit
 def masked(weight, threshold):
-    """W * M; NaN where either is, for only |W| <= t prunes."""
+    """Return W * M; NaN where W or t is NaN, since a weight is pruned only if |W| <= t."""
     nan_or_zero = tl.where(threshold != threshold, threshold, 0.0)
     return tl.where(tl.abs(weight) <= threshold, 0.0, weight + nan_or_zero)
 
 
 @triton.jit
 def _surrogate(margin, SURROGATE: tl.constexpr):
-    """H(margin); NaN stays NaN."""
+    """Return H(margin); NaN stays NaN."""
     distance = tl.abs(margin)
     if SURROGATE == 0:  # 2 - 4|x| meets the tail at 0.4, so both pieces are one maximum
         slope = 2.0 - 4.0 * distance
@@ -85,7 +85,7 @@ def _surrogate(margin, SURROGATE: tl.constexpr):
 
 @triton.jit
 def weight_gradients(dense, weight, threshold, RULE: tl.constexpr):
-    """(dW, each weight's summand of dt) from G; all in one dtype, broadcastable.
+    """Return (dW, each weight's summand of dt) from G; all in one dtype, broadcastable.
 
     dW = G M + G |W| H(Q), the second term only with a structure gradient; dt = -sum(G W H(Q)).
     """

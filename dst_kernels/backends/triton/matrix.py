@@ -1,4 +1,4 @@
-"""Host side: how weights and thresholds look to kernels, which know nothing but matrices."""
+"""View weights and thresholds as matrices, the only shape that kernels know (on the host)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .masking import ALONG_C, ALONG_R, ELEMENT, LAYER
 
 
 class Strided(NamedTuple):
-    """A matrix as kernels take it: where it starts, and how far it is to the next row or column."""
+    """Hold a matrix as kernels take it: its start, and the strides of rows and columns."""
 
     start: Tensor
     row: int
@@ -20,9 +20,9 @@ class Strided(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """A tensor as rows x columns; strides count elements.
+    """Hold a tensor, seen as rows x columns; strides count elements.
 
-    `axis` says along which of them the values vary (for thresholds).
+    `axis` says along which of the two the values vary (for thresholds).
     """
 
     tensor: Tensor
@@ -37,7 +37,7 @@ class Matrix(NamedTuple):
         return Strided(self.tensor, self.row_stride, self.column_stride)
 
     def t(self) -> Matrix:
-        """The transpose, without a copy."""
+        """Return the transpose, without a copy."""
         axis = {ALONG_R.value: ALONG_C.value, ALONG_C.value: ALONG_R.value}.get(
             self.axis, self.axis
         )
@@ -47,10 +47,10 @@ class Matrix(NamedTuple):
 
 
 def as_matrices(*tensors: Tensor) -> list[Matrix] | None:
-    """Tensors of one shape [out, ...] as [out, everything else], element for element.
+    """Return tensors of one shape [out, ...] as [out, all other dimensions] without a copy.
 
-    None where that takes a copy: with more than two dimensions, each row must be one piece of
-    memory, in the same order in all of them.
+    Return None if that is impossible: with more than two dimensions, each row must be one piece of
+    memory, and its elements in the same order in all tensors.
     """
     shape = tensors[0].shape
     if len(shape) == 2:
@@ -81,7 +81,7 @@ def matrices_of(*tensors: Tensor) -> list[Matrix]:
 
 
 def as_threshold(threshold: Tensor, weight: Matrix) -> Matrix:
-    """A threshold that is no element-wise one: one value for each row, or one for all."""
+    """Return a threshold with one value for each row, or one for all, as a matrix."""
     rows, columns = weight.rows, weight.columns
     if threshold.dim() == 1 and threshold.shape[0] == rows:
         return Matrix(threshold, rows, columns, threshold.stride(0), 0, ALONG_R.value)
@@ -89,7 +89,7 @@ def as_threshold(threshold: Tensor, weight: Matrix) -> Matrix:
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """What comparisons and gradients are computed in: float64 where a tensor is, else float32."""
+    """Return the dtype of comparisons and gradients: float64 if a tensor has it, else float32."""
     for tensor in tensors:
         if tensor.dtype is torch.float64:
             return torch.float64

@@ -1,8 +1,8 @@
-"""pack: effective threshold, mask, cast and kept counts in one streaming pass over the weight.
+"""Make effective threshold, mask, cast and counts in one streaming pass over the weight: `pack`.
 
-Two launches. The first masks with the thresholds as they are and counts what it prunes in each row.
-The second adds up the counts, which decides about the collapse guard on the device; it leaves at
-once unless the layer has collapsed, and then writes zero thresholds and the weight unmasked.
+There are two launches. The first masks with the stored thresholds and counts what it prunes in each
+row. The second adds up the counts, so that the device decides about the collapse guard. Only if the
+layer has collapsed does it go on, and writes zero thresholds and the unmasked weight.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from .matrix import Matrix, compute_dtype
 from .tiles import StreamTile
 
 COUNTS = tl.constexpr(1024)
-"""How many counts are added up at a time."""
+"""The number of counts that are added up at a time."""
 
 
 @triton.jit
 def _store_threshold(effective, value, r, c, in_r, in_c, first, THRESHOLD: tl.constexpr):
-    """Write a tile's thresholds; those of rows and layers by the programs that are `first`."""
+    """Write a tile's thresholds; for rows and layers, only if the program is the `first`."""
     start = effective.start
     value = value.to(start.dtype.element_ty)
     if THRESHOLD == LAYER:
@@ -38,9 +38,9 @@ def pack_kernel(
     weight, threshold, packed, effective, pruned_counts, R, C, chunk,
     THRESHOLD: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows program_id(0), columns program_id(1) * chunk onwards; pruned_counts [chunks, R].
+    """Mask ROWS rows, block program_id(0), and `chunk` columns from program_id(1) * chunk on.
 
-    Without `packed` it only counts.
+    Counts go to pruned_counts [chunks, R]. Without `packed` no weight is written.
     """
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_r = r < R
@@ -63,7 +63,7 @@ def pack_kernel(
 
 @triton.jit
 def has_collapsed(pruned_counts, number_of_counts, least_pruned):
-    """Whether the layer's counts add up to at least `least_pruned`; integers, so exact."""
+    """Return whether the layer's counts add up to at least `least_pruned`; exact, as integers."""
     total = tl.zeros((COUNTS,), tl.int64)
     for start in range(0, number_of_counts, COUNTS):
         i = start + tl.arange(0, COUNTS)

@@ -1,6 +1,7 @@
-"""post: dW and dt from the dense gradient G in one streaming pass, each row's sum in a fixed order.
+"""Compute dW and dt from the dense gradient G in one streaming pass over the weight: `post`.
 
-G may come as several slabs (partial sums of a split product), which are added up in order first.
+Each row's sum has a fixed order. G may come as several slabs (partial sums of a split product),
+which are added up in order first.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .tiles import StreamTile
 
 
 class Slabs(NamedTuple):
-    """As `Strided`: the sum of `count` matrices that are `distance` apart."""
+    """Hold `count` matrices as `Strided` does, `distance` apart; kernels add them up."""
 
     start: Tensor
     row: int
@@ -41,7 +42,7 @@ def post_kernel(
     dense, weight, threshold, grad_weight, grad_threshold, R, C, chunk,
     RULE: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows program_id(0), columns program_id(1) * chunk onwards.
+    """Take ROWS rows, block program_id(0), and `chunk` columns from program_id(1) * chunk on.
 
     grad_threshold is the result where thresholds are element-wise, else partial sums [chunks, R].
     """
@@ -90,7 +91,7 @@ def post(
 ) -> Tensor | None:
     """Fill `grad_weight`, and `grad_threshold` where thresholds are element-wise.
 
-    Otherwise returns dt's partial sums [chunks, rows] for `finish_threshold_gradient`.
+    Otherwise return dt's partial sums [chunks, rows] for `finish_threshold_gradient`.
     """
     R, C = weight.rows, weight.columns
     row_blocks = cdiv(R, tile.rows)
@@ -112,7 +113,7 @@ def post(
 
 
 def finish_threshold_gradient(partial: Tensor, threshold: Tensor, axis: int) -> Tensor:
-    """dt from partial sums [parts, rows]: torch's sum has a fixed order on one device."""
+    """Return dt from partial sums [parts, rows]; torch's sum has a fixed order on one device."""
     if axis == LAYER.value:
         total = partial.sum()
     elif len(partial) == 1:

@@ -1,12 +1,13 @@
-"""y = x (W * M)^T + b and dX = dY (W * M), each in one pass over the weight as it is stored.
+"""Compute x (W * M)^T + b and dX = dY (W * M), each in one pass over the weight as it is stored.
 
 Both are computed transposed, out^T [R, M] = A [R, C] in^T [C, M], with the masked weight (A is
 W * M, or its transpose for dX) as the left operand: on Hopper it then goes from registers straight
 into wgmma, while as the right operand every masked tile would go back to shared memory first.
 
-The forward pass multiplies before it knows whether the collapse guard fires, and counts what it
-prunes. A second launch adds up the counts; unless the layer has collapsed it only adds up the
-slabs of a split product, or leaves at once. That spares reading the weight twice.
+The forward pass multiplies before it knows whether the layer has collapsed, and counts what it
+prunes. A second launch adds up the counts. If the layer has collapsed, it multiplies again without
+a mask; otherwise it adds up the slabs of a split product, if there are any. So the weight is
+usually read only once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .tiles import ProductTile
 
 
 class Sizes(NamedTuple):
-    """Of a product, whose sum is split into parts."""
+    """Hold the sizes of a product; its sum over C is split into parts of `part`."""
 
     M: int
     R: int
@@ -35,7 +36,7 @@ class Sizes(NamedTuple):
 
 
 class Guard(NamedTuple):
-    """What decides whether a layer has collapsed, and the thresholds that are zeroed if it has."""
+    """Hold what decides whether a layer has collapsed, and the thresholds to zero if it has."""
 
     pruned_counts: Tensor
     number_of_counts: int
@@ -46,7 +47,7 @@ class Guard(NamedTuple):
 
 @triton.jit
 def tile_of_program(outer_tiles, inner_tiles, GROUP: tl.constexpr):
-    """Program number -> (outer, inner) tile, in bands of GROUP outer tiles, which share L2."""
+    """Return a program's (outer, inner) tile, in bands of GROUP outer tiles, which share L2."""
     program = tl.program_id(0)
     band = GROUP * inner_tiles
     first = (program // band) * GROUP
@@ -59,11 +60,11 @@ def _accumulate(
     x, weight, threshold, tile_r, tile_m, in_r, in_m, begin, end,
     THRESHOLD: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """(A in^T over columns begin to end, weights it pruned); with t = 0 if there is no threshold.
+    """Return A in^T over columns begin to end, and how many weights it pruned.
 
-    Offsets inside a tile are int32 where they fit: registers are what is short. Weights are
-    counted by a second product, of the pruned ones with a tile of ones: a sum across threads in
-    the loop would make the tensor cores wait.
+    Without a `threshold`, t = 0. Offsets inside a tile are int32 where they fit, to save registers.
+    Weights are counted by a second product, of the mask of pruned ones with a tile of ones: a sum
+    across threads in the loop would make the tensor cores wait.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_R: tl.constexpr = TILE.block_r
@@ -89,7 +90,7 @@ def _accumulate(
     for start in tl.range(begin, end, BLOCK_C, loop_unroll_factor=TILE.unroll):
         c = start + columns
         in_c = c < end
-        # The tile as it lies in memory: [C, R] where the rows of A are contiguous.
+        # Load the tile in memory order: [C, R] where neighbouring rows of A are adjacent.
         if TILE.transposed:
             w_tile = w_columns[:, None] + w_rows[None, :]
             inside = in_c[:, None] & in_r[None, :]
@@ -130,7 +131,7 @@ def _accumulate(
 
 @triton.jit
 def _store(out, accumulator, bias, r, m, in_r, in_m, R):
-    """out [M, R], contiguous, from its transpose."""
+    """Write out [M, R], contiguous, from its transpose."""
     if bias is not None:
         accumulator += tl.load(bias + r, mask=in_r, other=0.0).to(tl.float32)[:, None]
     tl.store(
@@ -145,7 +146,7 @@ def product_kernel(
     x, weight, threshold, bias, out, pruned_counts, sizes, stride_x, stride_w, stride_t,
     THRESHOLD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of out [M, R], over columns program_id(1) * part onwards.
+    """Compute one tile of out [M, R], over `part` columns from program_id(1) * part on.
 
     With several parts, `out` is float32 slabs [parts, M, R] and gets no bias.
     """
@@ -163,7 +164,7 @@ def product_kernel(
         tile_r, tile_m, in_r, in_m, begin, end, THRESHOLD, pruned_counts is not None, TILE,
     )  # fmt: skip
     if pruned_counts is not None:
-        # All tiles over these rows count the same; one of them says it.
+        # All tiles over these rows find the same count; one of them writes it.
         where = pruned_counts + split * tiles_r + tile_r
         tl.store(where, pruned, mask=tile_m == 0)
     slab = out + split.to(tl.int64) * M * R
@@ -174,7 +175,7 @@ def product_kernel(
 def finish_kernel(
     x, weight, slabs, bias, out, guard, M, R, C, parts, TILE: tl.constexpr
 ):  # fmt: skip
-    """The second launch: sum the slabs in order, or start over with t = 0 in a collapsed layer."""
+    """Sum the slabs in order, or start over with t = 0 in a collapsed layer: the second launch."""
     tile_r, tile_m = tile_of_program(tl.cdiv(R, TILE.block_r), tl.cdiv(M, TILE.block_m), TILE.group)
     r = tile_r.to(tl.int64) * TILE.block_r + tl.arange(0, TILE.block_r)
     m = tile_m.to(tl.int64) * TILE.block_m + tl.arange(0, TILE.block_m)
@@ -211,13 +212,13 @@ def masked_product(
     reset_ratio: float | None = None,
     effective: Tensor | None = None,
 ) -> Tensor:
-    """x [M, C] times the masked weight [R, C], transposed: [M, R] in x's dtype.
+    """Return x [M, C] times the masked weight [R, C], transposed: [M, R] in x's dtype.
 
-    With a `reset_ratio` the thresholds are taken as they are stored, and `effective`, a dense copy
-    of them, is zeroed where the layer has collapsed.
+    With a `reset_ratio` the thresholds are the stored ones, and `effective`, a dense copy of them,
+    is set to 0 if the layer has collapsed.
     """
     M, R, C = x.shape[0], weight.rows, weight.columns
-    # One threshold for all is read as one for each row: a scalar in the loop serialises wgmma.
+    # A single threshold is read as one for each row: a scalar in the loop serialises wgmma.
     axis = ALONG_R.value if threshold.axis == LAYER.value else threshold.axis
     part = cdiv(cdiv(C, tile.split), tile.block_c) * tile.block_c
     parts = cdiv(C, part)

@@ -1,7 +1,7 @@
-"""Tile configurations and the default choice among them.
+"""Define tile configurations and the default choice among them.
 
-Sizes are those that compile for Hopper without spills and with overlapping tensor-core work; the
-gate in `python -m tests.compile_gate` holds every one to that.
+All compile for Hopper without spilled registers and with overlapping tensor-core work;
+`python -m tests.compile_gate` checks each of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MULTIPROCESSORS = 132
 
 @dataclass(frozen=True)
 class Traits:
-    """What a product runs on: activations of `dtype`, float32 ones perhaps as TF32; which GPU."""
+    """Hold what a product depends on: the activations' dtype, TF32 for float32, the GPU."""
 
     dtype: torch.dtype
     tf32: bool
@@ -31,16 +31,16 @@ class Traits:
 
     @property
     def precision(self) -> str:
-        """Triton's input_precision; without effect on 16-bit products."""
+        """Return Triton's input_precision; it has no effect on 16-bit products."""
         return "tf32" if self.tf32 else "ieee"
 
 
 @dataclass(frozen=True)
 class ProductTile:
-    """Of a masked product: `block_m` tokens, `block_r` outputs, `block_c` summed at a time.
+    """Size a masked product: `block_m` tokens, `block_r` outputs, `block_c` summed at a time.
 
-    `unroll` steps of the sum are one iteration (where one alone would make ptxas run the tensor
-    cores step by step). `split` programs share the sum of one tile; `group` outer tiles run
+    `unroll` steps of the sum are one iteration (with one alone, ptxas may run the tensor cores one
+    instruction at a time). `split` programs share the sum of one tile; `group` outer tiles run
     together to share L2.
     """
 
@@ -60,9 +60,10 @@ class ProductTile:
 
 @dataclass(frozen=True)
 class GradWeightTile:
-    """Of the weight's gradient: `block_r` x `block_c` weights, `block_m` tokens at a time.
+    """Size the weight's gradient: `block_r` x `block_c` weights, `block_m` tokens at a time.
 
-    `pieces` of the tile go through the epilogue one after the other; `split` as above.
+    `pieces` of the tile go through the epilogue one after the other; `split` and `group` are as in
+    `ProductTile`.
     """
 
     block_r: int
@@ -80,7 +81,7 @@ class GradWeightTile:
 
 @dataclass(frozen=True)
 class StreamTile:
-    """Of a pass over the weight: `rows` x `block` at a time."""
+    """Size a pass over the weight: `rows` x `block` weights at a time."""
 
     rows: int
     block: int
@@ -91,7 +92,7 @@ class StreamTile:
         return f"{self.rows}x{self.block} w{self.warps}"
 
     def chunk(self, row_blocks: int, columns: int) -> tuple[int, int]:
-        """(columns for each program, programs side by side) so that all fill the GPU."""
+        """Return (columns for each program, programs for each row block) that fill the GPU."""
         wanted = -(-4 * MULTIPROCESSORS // row_blocks)
         blocks = -(-columns // self.block)
         chunk = -(-blocks // min(wanted, blocks)) * self.block
@@ -99,13 +100,13 @@ class StreamTile:
 
 
 def _power_of_two(size: int, least: int, most: int) -> int:
-    """The smallest power of two from `size` upwards, within bounds."""
+    """Return the smallest power of two of at least `size`, within bounds."""
     return max(least, min(most, 1 << (size - 1).bit_length()))
 
 
 @functools.lru_cache(maxsize=4096)
 def pack_tile(columns: int, column_stride: int) -> StreamTile:
-    """4096 weights at a time, 16 for each thread, along whichever axis is contiguous."""
+    """Return tiles of 4096 weights, 16 for each thread, along the contiguous axis."""
     if column_stride != 1:  # a transposed weight: its rows lie next to each other
         return StreamTile(rows=128, block=32)
     block = _power_of_two(columns, 32, 4096)
@@ -114,7 +115,7 @@ def pack_tile(columns: int, column_stride: int) -> StreamTile:
 
 @functools.lru_cache(maxsize=4096)
 def post_tile(columns: int, column_stride: int) -> StreamTile:
-    """Half as many: two tensors come in, and their arithmetic takes registers."""
+    """Return tiles half that size: two tensors are read, and their arithmetic takes registers."""
     tile = pack_tile(columns, column_stride)
     if tile.rows > 1:
         return dataclasses.replace(tile, rows=tile.rows // 2)
@@ -122,7 +123,7 @@ def post_tile(columns: int, column_stride: int) -> StreamTile:
 
 
 def stream_candidates(default: StreamTile) -> list[StreamTile]:
-    """What else is worth trying: other sizes, and other numbers of threads for a size."""
+    """Return what tuning tries besides: other sizes, and other numbers of threads for a size."""
     rows, block, warps = default.rows, default.block, default.warps
     half = {"rows": rows // 2} if rows > 1 else {"block": block // 2}
     tiles = [
@@ -136,19 +137,19 @@ def stream_candidates(default: StreamTile) -> list[StreamTile]:
     return [tile for tile in tiles if tile.rows * tile.block >= 8 * 32 * tile.warps]
 
 
-# Products on tensor cores, by the tokens of a tile. On Hopper two steps of 32 in one iteration:
-# with one step, or with 64, ptxas runs wgmma one instruction at a time in some variant. On Ampere
-# one step and fewer shapes: others spill.
+# Products on tensor cores, by the tokens of a tile. Hopper takes two steps of 32 in one iteration:
+# with one step, or with 64, ptxas runs wgmma one instruction at a time in some variants. Ampere
+# takes one step and has fewer shapes: others spill registers.
 _HOPPER = {m: ProductTile(m, 128, 32, 8, 3, unroll=2) for m in (16, 32, 64, 128)}
 _AMPERE = {m: ProductTile(m, 128, 32, 8, 3) for m in (16, 64)}
 # Exact float32 runs on the ordinary cores.
 _FLOAT32 = {m: ProductTile(m, 64, 16, 4, 2) for m in (16, 32)}
 
-# More that tuning may try for 16-bit products on Hopper. With a threshold for each row all compile
-# clean, for float32 and 16-bit weights, split or not, but those that are only whole: split, they
-# spill or wait for each wgmma. With one for each weight the largest spill, or do not fit in shared
-# memory, and tuning passes over them. Left out is a step of 64 without unrolling: with 16-bit
-# weights ptxas then runs wgmma one instruction at a time, whatever the tile.
+# More tiles that tuning may try for 16-bit products on Hopper. With a threshold for each row all
+# compile without spills, for float32 and 16-bit weights. Those in _MORE may be split; those in
+# _MORE_WHOLE may not: split, they spill or wait for each wgmma. With a threshold for each weight
+# the largest spill, or do not fit in shared memory, and tuning skips them. A step of 64 without
+# unrolling is left out: with 16-bit weights ptxas then runs wgmma one instruction at a time.
 _MORE = (
     ProductTile(16, 128, 32, 8, 4, unroll=2),
     ProductTile(16, 64, 64, 4, 4, unroll=2),
@@ -164,7 +165,8 @@ _SMALL, _MIDDLE, _LARGE = (
     GradWeightTile(128, 128, 64, 8, 3, pieces=4),
     GradWeightTile(128, 256, 64, 8, 3, pieces=4),
 )
-# As above; not split. The last spills with element-wise thresholds, as the large one does.
+# More for the weight's gradient; not split. The last one and _LARGE spill with element-wise
+# thresholds.
 _MORE_GRAD_WEIGHT = (
     GradWeightTile(64, 128, 64, 4, 4, pieces=2),
     GradWeightTile(128, 128, 64, 8, 4, pieces=4),
@@ -178,35 +180,35 @@ _GRAD_FLOAT32 = GradWeightTile(64, 64, 16, 4, 2)
 
 @functools.lru_cache(maxsize=4096)
 def product_tile(M: int, R: int, C: int, traits: Traits) -> ProductTile:
-    """For M tokens, R outputs and a sum over C."""
+    """Return the default tile for M tokens, R outputs and a sum over C."""
     tile = _least_covering(M, tuple(_product_tiles(traits).values()))
-    # Too few tiles to fill the GPU: share each sum, but leave every program a few steps of it.
+    # If tiles are too few to fill the GPU, programs share each sum, with a few steps for each.
     programs = -(-R // tile.block_r) * -(-M // tile.block_m)
     steps = C // (4 * tile.block_c * tile.unroll)
     return _split(tile, programs, steps, most=16)
 
 
 def conv_product_tile(M: int, traits: Traits) -> ProductTile:
-    """For M positions of a convolution."""
+    """Return the default tile for M positions of a convolution."""
     return _least_covering(M, conv_product_tiles(traits))
 
 
 def conv_product_tiles(traits: Traits) -> tuple[ProductTile, ...]:
-    """All that may be chosen, by rising size."""
+    """Return all tiles that may be chosen, smallest first."""
     tiles = tuple(_product_tiles(traits).values())
     if traits.hopper or traits.dtype != torch.float32:
         return tiles
-    # With three stages TF32 spills, beside the addresses of the positions.
+    # With three stages TF32 spills, as the addresses of positions also take registers.
     return tuple(dataclasses.replace(tile, stages=2) for tile in tiles)
 
 
 def _least_covering(M: int, tiles: Sequence[ProductTile]) -> ProductTile:
-    """The first with `block_m` of M or more, else the last."""
+    """Return the first tile with `block_m` of M or more, else the last."""
     return next((tile for tile in tiles if tile.block_m >= M), tiles[-1])
 
 
 def product_candidates(default: ProductTile, traits: Traits) -> list[ProductTile]:
-    """What else is worth trying."""
+    """Return the tiles that tuning tries."""
     splits = {1, max(default.split // 2, 1), default.split, 2 * default.split}
     more, whole = (_MORE, _MORE_WHOLE) if _takes_more(traits) else ((), ())
     tiles = (*_product_tiles(traits).values(), *more)
@@ -228,22 +230,22 @@ def _product_tiles(traits: Traits) -> dict[int, ProductTile]:
 
 @functools.lru_cache(maxsize=4096)
 def grad_weight_tile(M: int, R: int, C: int, traits: Traits, element_wise: bool) -> GradWeightTile:
-    """For a weight [R, C], M tokens and thresholds that may be element-wise."""
+    """Return the default tile for a weight [R, C] and M tokens."""
     small, *larger = _grad_weight_tiles(traits, element_wise)
     middle, *large = larger or (small,)
     programs = -(-R // middle.block_r) * -(-C // middle.block_c)
     if 2 * programs < MULTIPROCESSORS and M // middle.block_m < 8:
-        return small  # neither weights nor tokens to share out
+        return small  # too few weights and tokens for larger tiles
     if large and programs >= 4 * MULTIPROCESSORS:
         return large[0]
-    # A sum in several shares is also the more accurate: each is one chain of additions.
+    # A split sum is also more accurate: each part is a shorter chain of additions.
     return _split(middle, programs, M // (8 * middle.block_m), most=8)
 
 
 def grad_weight_candidates(
     default: GradWeightTile, traits: Traits, element_wise: bool
 ) -> list[GradWeightTile]:
-    """What else is worth trying."""
+    """Return the tiles that tuning tries."""
     tiles = _grad_weight_tiles(traits, element_wise)
     whole = [dataclasses.replace(tile, split=1) for tile in tiles]
     if len(tiles) == 1:
@@ -255,30 +257,30 @@ def grad_weight_candidates(
 
 
 def conv_grad_weight_tile(M: int, R: int, C: int, taps: int, traits: Traits) -> GradWeightTile:
-    """For M positions and a weight of `taps` matrices [R, C], each with programs of its own."""
+    """Return the default tile for M positions and a weight of `taps` matrices [R, C]."""
     tile, *middle = conv_grad_weight_tiles(traits)
     # A tile that is mostly padding does more work than a small one.
     if middle and middle[0].block_r < 2 * R and middle[0].block_c < 2 * C:
         tile = middle[0]
     programs = -(-R // tile.block_r) * -(-C // tile.block_c) * taps
-    # Two rounds of programs: positions are many, so that slabs are small beside the images.
+    # Two rounds of programs: there are many positions, so slabs are small compared with the images.
     return _split(tile, programs, M // (8 * tile.block_m), most=64, wanted=2 * MULTIPROCESSORS)
 
 
 def conv_grad_weight_candidates(default: GradWeightTile, traits: Traits) -> list[GradWeightTile]:
-    """What else is worth trying."""
+    """Return the tiles that tuning tries."""
     splits = sorted({1, max(default.split // 2, 1), default.split, 2 * default.split})
     tiles = conv_grad_weight_tiles(traits)
     return [dataclasses.replace(tile, split=split) for tile in tiles for split in splits]
 
 
 def conv_grad_weight_tiles(traits: Traits) -> tuple[GradWeightTile, ...]:
-    """Small and, where it pays, middle; the large one spills beside the positions' addresses."""
+    """Return the tiles for convolutions; the large one spills: addresses take registers."""
     return _grad_weight_tiles(traits, element_wise=True)
 
 
 def _grad_weight_tiles(traits: Traits, element_wise: bool) -> tuple[GradWeightTile, ...]:
-    """Small, middle and, where it pays and fits, large."""
+    """Return the small, the middle and the large tile, without those that spill or do not pay."""
     if not traits.tensor_cores:
         return (_GRAD_FLOAT32,)
     if traits.dtype == torch.float32:
@@ -291,14 +293,14 @@ def _split(tile, programs: int, steps: int, most: int, wanted: int = MULTIPROCES
     return dataclasses.replace(tile, split=split) if split > 1 else tile
 
 
-# What the choices above can return, by compute capability, for the gate. Split or not; of the
-# weight's gradient only the middle one is, or the only one.
+# What the choices above can return, by compute capability, for the compile gate. All products may
+# be split; of the weight's gradient only the middle tile, or the only one.
 PRODUCT_TILES = {90: tuple(_HOPPER.values()), 80: tuple(_AMPERE.values())}
 FLOAT32_PRODUCT_TILES = tuple(_FLOAT32.values())
 GRAD_WEIGHT_TILES = {90: (_SMALL, _MIDDLE, _LARGE), 80: (_SMALL, _MIDDLE)}
 TF32_GRAD_WEIGHT_TILES = (_SMALL_TF32, _MIDDLE_TF32)
 FLOAT32_GRAD_WEIGHT_TILES = (_GRAD_FLOAT32,)
 SLAB_TILE, TF32_SLAB_TILE = _MIDDLE, _MIDDLE_TF32
-# What tuning can choose besides, on Hopper.
+# What tuning can also choose, on Hopper.
 MORE_PRODUCT_TILES = (*_MORE, *_MORE_WHOLE)
 MORE_GRAD_WEIGHT_TILES = _MORE_GRAD_WEIGHT

@@ -1,13 +1,13 @@
-"""Opt-in tuning: time the tiles a launcher could use for a problem, and remember the fastest.
+"""Time the tiles a launcher could use for a problem, and remember the fastest, if asked to.
 
-Off unless DST_KERNELS_AUTOTUNE=1. Then the first call for a problem (token counts by powers of two)
-times every candidate on the call's own arguments, some milliseconds each; later calls and later
-processes read the answer. Nothing is timed at import, or while a CUDA graph is being captured.
+This is off unless DST_KERNELS_AUTOTUNE=1. Then the first call for a problem (token counts by powers
+of two) times every candidate on the call's own arguments, some milliseconds each; later calls and
+later processes read the answer. Nothing is timed at import or while a CUDA graph is captured.
 
 Answers are kept in one JSON file for each GPU under DST_KERNELS_CACHE_DIR (default: the user's
 cache directory), whose name also hashes the kernels' source and the versions of Triton and torch.
 
-Who measures tiles asks for each of them in turn by `choosing`.
+The benchmark chooses each tile in turn by `choosing`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def tuned(
     run: Callable[[Tile], object],
     example: Tensor,
 ) -> Tile:
-    """The fastest of `candidates` for `run`, or `default` where nothing can be timed.
+    """Return the fastest of `candidates` for `run`, or `default` where nothing can be timed.
 
     `problem` names kernel, sizes and dtypes; `example` is any tensor of the call.
     """
@@ -64,7 +64,7 @@ def tuned(
 
 
 def tuning_is_on() -> bool:
-    """Whether the environment asks for it, or `choosing` does."""
+    """Return whether the environment asks for it, or `choosing` does."""
     return _choose is not None or (variable(AUTOTUNE) or "0") != "0"
 
 
@@ -75,7 +75,7 @@ _choose: Callable[[Any, Sequence[Any], Callable[[Any], object]], Any] | None = N
 def choosing(
     choose: Callable[[Any, Sequence[Any], Callable[[Any], object]], Any],
 ) -> Iterator[None]:
-    """Inside, launchers take the tile that `choose(default, candidates, run)` returns.
+    """Make launchers take the tile that `choose(default, candidates, run)` returns, inside this.
 
     `run(tile)` launches what the launcher is about to launch, as often as it is called.
     """
@@ -88,12 +88,12 @@ def choosing(
 
 
 def token_bucket(M: int) -> int:
-    """The power of two from M upwards, so that batches of similar size share an answer."""
+    """Return M rounded up to a power of two, so that batches of similar size share an answer."""
     return 1 << max(M - 1, 0).bit_length()
 
 
 def _seconds(run: Callable[[Tile], object], tile: Tile) -> float:
-    """Median with a cold L2; infinite where the GPU cannot run the tile."""
+    """Return the median time with a cold L2; infinity if the GPU cannot run the tile."""
     try:
         return triton.testing.do_bench(lambda: run(tile), return_mode="median") * 1e-3
     except triton.runtime.errors.OutOfResources:
@@ -111,7 +111,7 @@ def _cache_file(gpu: str) -> Path:
 
 @functools.cache
 def _fingerprint() -> str:
-    """Of everything that may change which tile is fastest, but the GPU."""
+    """Return a hash of all that may change which tile is fastest, except the GPU."""
     digest = hashlib.sha256(f"{triton.__version__} {torch.__version__}".encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
@@ -122,14 +122,14 @@ _known: dict[Path, dict[str, dict]] = {}
 
 
 def _answers(file: Path) -> dict[str, dict]:
-    """By problem, as this process knows them."""
+    """Return the answers that this process knows, by problem."""
     if file not in _known:
         _known[file] = _read(file)
     return _known[file]
 
 
 def _read(file: Path) -> dict[str, dict]:
-    """What is on disk; an unreadable file counts as empty and will be written anew."""
+    """Return what is on disk; an unreadable file counts as empty and will be replaced."""
     try:
         return json.loads(file.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
@@ -137,7 +137,7 @@ def _read(file: Path) -> dict[str, dict]:
 
 
 def _save(file: Path) -> None:
-    """Keep what other processes found meanwhile; a reader sees the old file or the new one."""
+    """Write the answers and keep those of other processes; readers never see half a file."""
     _known[file] = {**_read(file), **_known[file]}
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=file.parent, suffix=".json")

@@ -1,4 +1,4 @@
-"""Ops on the weight alone: effective threshold, packing, gradients from G."""
+"""Make effective thresholds, masked weights, and the gradients of both from G."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .tuning import tuned, tuning_is_on
 
 
 def effective_threshold(weight: Tensor, threshold: Tensor, reset_ratio: float | None) -> Tensor:
-    """As the reference's."""
+    """Do as `reference.effective_threshold`."""
     if reset_ratio is None or weight.numel() == 0:
         return threshold.clone()
     return _pack(weight, threshold, reset_ratio, None)[1]
@@ -24,7 +24,7 @@ def effective_threshold(weight: Tensor, threshold: Tensor, reset_ratio: float | 
 def masked_weight(
     weight: Tensor, threshold: Tensor, reset_ratio: float | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """As the reference's."""
+    """Do as `reference.masked_weight`."""
     if weight.numel() == 0:
         return torch.empty_like(weight, dtype=dtype), threshold.clone()
     packed, effective = _pack(weight, threshold, reset_ratio, dtype)
@@ -42,7 +42,7 @@ def _pack(
     tensors += [] if packed is None else [packed]
     seen = as_matrices(*tensors)
     if seen is None:
-        # Rows in pieces: once more on a dense copy of the arguments.
+        # A row is not one piece of memory: call this again with dense copies.
         dense = threshold.contiguous() if element_wise else threshold
         results = _pack(weight.contiguous(), dense, reset_ratio, dtype)
         if packed is not None:
@@ -69,7 +69,7 @@ def _pack(
 def masked_weight_backward(
     grad: Tensor, weight: Tensor, threshold: Tensor, surrogate: str, structure_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """As the reference's."""
+    """Do as `reference.masked_weight_backward`."""
     if weight.numel() == 0:
         return torch.empty_like(weight), torch.zeros_like(threshold)
     return _post(grad, weight, threshold, surrogate, structure_gradient)
@@ -84,7 +84,7 @@ def _post(
 ) -> tuple[Tensor, Tensor]:
     element_wise = threshold.shape == weight.shape
     grad_weight = torch.empty_like(weight)
-    if grad.stride() != grad_weight.stride():  # the one copy layouts may cost
+    if grad.stride() != grad_weight.stride():  # copy G into the weight's layout
         grad = torch.empty_like(weight, dtype=grad.dtype).copy_(grad)
     tensors = [weight, grad_weight, grad]
     if element_wise:
@@ -92,7 +92,7 @@ def _post(
         tensors += [threshold, grad_threshold]
     seen = as_matrices(*tensors)
     if seen is None:
-        # Rows in pieces: once more on a dense copy of the arguments.
+        # A row is not one piece of memory: call this again with dense copies.
         arguments = grad.contiguous(), weight.contiguous(), threshold.contiguous()
         results = _post(*arguments, surrogate, structure_gradient)
         return grad_weight.copy_(results[0]), torch.empty_like(threshold).copy_(results[1])
@@ -116,5 +116,5 @@ def _post(
 
 
 def _layout(weight: Matrix) -> str:
-    """Of a weight in the name of a problem."""
+    """Return a weight's part of the name of a problem."""
     return f"{weight.rows}x{weight.columns} by rows={weight.column_stride == 1}"
