@@ -17,13 +17,13 @@ REAL = "float16, bfloat16, float32 or float64"
 
 
 def require(accepts: bool, name: str, accepted: str, value: object) -> None:
-    """Raise TypeError unless `accepts`, with what was given in a few words."""
+    """Raise TypeError unless `accepts`; the message describes what was given."""
     if not accepts:
         raise TypeError(f"{name} must be {accepted}, but is {described(value)}")
 
 
 def described(value: object) -> str:
-    """Return a plain value as it is written, and the kind of any other."""
+    """Describe a value in an error: a plain one by its repr, any other by its kind."""
     if value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype)):
         return repr(value)
     if isinstance(value, (tuple, list)) and len(value) <= 4:
@@ -64,7 +64,7 @@ def require_number(name: str, value: object, *, positive: bool = False) -> None:
 
 
 def require_tensors(**tensors: object) -> None:
-    """Raise TypeError unless all are dense tensors, as those of layers are."""
+    """Raise TypeError unless all are dense tensors (layout torch.strided)."""
     for name, value in tensors.items():
         require(isinstance(value, Tensor), name, "a torch.Tensor", value)
         layout = value.layout  # type: ignore[attr-defined]

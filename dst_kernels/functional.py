@@ -45,9 +45,9 @@ __all__ = [
 
 
 def _checked(*options) -> MaskOptions:
-    """The autograd functions leave that to who makes options."""
+    """Return checked options: the autograd functions do not check them again."""
     options = MaskOptions(*options)
-    # The compiler may take the ratio for a variable; there the ops check it.
+    # The compiler may treat the ratio as a variable; then the ops check it.
     compiling = torch.compiler.is_compiling()
     check_options(options._replace(reset_ratio=None) if compiling else options)
     return options

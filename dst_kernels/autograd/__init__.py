@@ -1,4 +1,4 @@
-"""Autograd functions around the ops: what is saved, which gradients are computed, autocast.
+"""Wrap the ops in autograd functions: what is saved, which gradients are computed, autocast.
 
 On the packed path a masked weight is a node of its own, and torch's own operation multiplies with
 it; fused and mixed paths are one node for both. They save the weight, the effective threshold and

@@ -1,4 +1,4 @@
-"""What all functions here share: the base class, a first derivative only, autocast."""
+"""Hold what all autograd functions share: the base class, a first derivative only, autocast."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from ..ops.checks import check_same_dtype
 
 
 class MaskedFunction(Function):
-    """Subclasses have `compute(*inputs)`, `save(ctx, inputs, output)` and `gradients(ctx, *grads)`.
+    """Build forward and backward from a subclass's `compute`, `save` and `gradients`.
 
+    Their arguments are `compute(*inputs)`, `save(ctx, inputs, output)`, `gradients(ctx, *grads)`.
     torch offers that split too, but then binds the arguments to forward's signature at every call,
     which costs as much as a small layer. Only torch.func and forward-mode AD need it, and get it
-    from a twin class, which also has what torch.compile takes in no class: `jvp` and `vmap`.
+    from a twin class. That class also has `jvp` and `vmap`, which torch.compile does not accept.
     """
 
     compute: ClassVar[Callable[..., Any]]
@@ -60,7 +61,7 @@ def is_transformed() -> bool:
 
 
 def refuse_tangents(ctx, *tangents):
-    """Stand for the `jvp` of a function: forward-mode AD through weights, which there is not."""
+    """Raise RuntimeError in place of a `jvp`: weights have no forward-mode derivative."""
     raise RuntimeError(
         "dst_kernels operations have no forward-mode derivative (torch.func.jvp, jacfwd, "
         "linearize, dual tensors) of weight or threshold: use reverse mode there (torch.func.vjp, "
@@ -69,9 +70,9 @@ def refuse_tangents(ctx, *tangents):
 
 
 class _RefuseSecondDerivative(Function):
-    """Hands gradients through; its own derivative is the second one, which does not exist.
+    """Pass gradients on unchanged, and raise RuntimeError if they are differentiated again.
 
-    Inputs are how many gradients there are, these, and all that they were made from.
+    The inputs are the number of gradients, the gradients, and all that they were made from.
     """
 
     generate_vmap_rule = True
@@ -97,11 +98,11 @@ class _RefuseSecondDerivative(Function):
 
 
 def once_differentiable(backward):
-    """As torch's decorator of that name, with an error that says why."""
+    """Do as torch's decorator of that name, with an error that says why."""
 
     @functools.wraps(backward)
     def wrapper(ctx, grad, *others):
-        if grad is None and all(each is None for each in others):  # as nothing is made of it
+        if grad is None and all(each is None for each in others):  # the outputs were not used
             return (None,) * len(ctx.needs_input_grad)
         # Unless create_graph was given, or tangents may be there.
         if not (torch.is_grad_enabled() or forward_ad._current_level >= 0):
@@ -117,16 +118,16 @@ def once_differentiable(backward):
 
 
 def wanted(ctx, first: int, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """`grads` of the inputs from position `first` on, None where none is needed."""
+    """Return `grads` of the inputs from position `first` on, None where none is needed."""
     needed = ctx.needs_input_grad[first : first + len(grads)]
     return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
 
 
-_CAST_BY_AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)  # float64 it leaves alone
+_CAST_BY_AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)  # it never casts float64
 
 
 def product_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
-    """What the product runs in: under autocast its dtype, else the input's."""
+    """Return the dtype of the product: under autocast its dtype, else the input's."""
     device_type, dtype = device_type_of(weight), input.dtype
     if autocast_enabled(device_type) and dtype in _CAST_BY_AUTOCAST:
         return torch.get_autocast_dtype(device_type)
@@ -136,6 +137,6 @@ def product_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def cast_for_autocast(input: Tensor, weight: Tensor) -> Tensor:
-    """The input in the dtype of the product; the weight keeps its own for the comparison."""
+    """Return the input in the product's dtype; the weight is compared in its own dtype."""
     dtype = product_dtype(input, weight)
     return input if input.dtype == dtype else input.to(dtype)

@@ -1,4 +1,4 @@
-"""The masked convolution."""
+"""Convolve with a masked weight, with gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .weight import FRESH, WeightSource
 
 
 def conv_grad_bias(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the sum over all dimensions but the channels', made in float32 at least."""
+    """Return the sum over all dimensions except the channels', added in at least float32."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     return grad.sum((0, *range(2, grad.dim())), dtype=wide).to(dtype)
 
@@ -67,7 +67,7 @@ def masked_conv(
     options: MaskOptions,
     source: WeightSource = FRESH,
 ) -> tuple[Tensor, Tensor]:
-    """Geometry and an absent batch dimension as in torch's convolutions; see `masked_product`."""
+    """Convolve; return what `masked_product` does. Geometry and shapes are as in `F.conv2d`."""
     spatial = weight.dim() - 2
     stride = per_dimension("stride", stride, spatial)
     dilation = per_dimension("dilation", dilation, spatial)

@@ -1,4 +1,4 @@
-"""The masked transposed convolution: a masked weight, seen by group, and torch's operation."""
+"""Convolve, transposed, with a weight that is masked by group; torch multiplies."""
 
 from __future__ import annotations
 
@@ -33,10 +33,9 @@ def masked_conv_transpose(
     options: MaskOptions,
     source: WeightSource = FRESH,
 ) -> tuple[Tensor, Tensor]:
-    """Geometry and an absent batch dimension as in torch's transposed convolutions.
+    """Convolve; return what `masked_product` does. Geometry and shapes: `F.conv_transpose2d`.
 
-    The result is that of `masked_product`; the threshold of an output channel gets the sum of what
-    its weights' copies of it get, from autograd's way back through the view.
+    The threshold of an output channel is expanded to its weights; autograd sums their gradients.
     """
     spatial = weight.dim() - 2
     stride = per_dimension("stride", stride, spatial)
@@ -65,9 +64,9 @@ def masked_conv_transpose_weight(
     dtype: torch.dtype,
     source: WeightSource = FRESH,
 ) -> Packed:
-    """Return as `masked_weight` does, for a weight [in, out/groups, *kernel]."""
+    """Return what `masked_weight` does, for a weight [in, out/groups, *kernel]."""
     stored = threshold.dtype
-    if stored.itemsize < 4:  # else autograd would sum what it has rounded to 16 bits
+    if stored.itemsize < 4:  # otherwise autograd would round to 16 bits before it sums
         threshold = threshold.to(torch.float32)
     of_groups = by_group(weight, threshold, groups)
     masked, effective = masked_weight(*of_groups, options, dtype, source)

@@ -1,4 +1,4 @@
-"""The masked linear layer."""
+"""Multiply by the masked weight of a linear layer, with gradients."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def masked_linear(
     options: MaskOptions,
     source: WeightSource = FRESH,
 ) -> tuple[Tensor, Tensor]:
-    """input [..., in], weight [out, in]; the result of `masked_product`."""
+    """Return `masked_product` of input [..., in] and weight [out, in]."""
     if not torch.compiler.is_compiling():  # there the compiler's own checks of shapes serve
         check_linear(input, weight, threshold, bias)
     return masked_product(_Linear, input, weight, threshold, bias, (), options, source)

@@ -1,4 +1,4 @@
-"""How a weight is masked: what layers, functions and autograd nodes all take."""
+"""Hold the options of a masked weight, which layers, functions and autograd nodes all take."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ GRANULARITIES = ("row", "layer", "element")
 
 
 class MaskOptions(NamedTuple):
-    """The options of one masked weight; `dst_kernels.nn.MaskedLinear` explains each.
+    """Hold the options of one masked weight; `dst_kernels.nn.MaskedLinear` explains each.
 
-    `granularity` matters to layers alone: elsewhere the threshold's shape says it.
+    Only layers use `granularity`: elsewhere the shape of the threshold decides.
     """
 
     granularity: str = "row"

@@ -1,4 +1,4 @@
-"""The product of an input and a masked weight, whichever layer's: a plan's ops, both directions."""
+"""Multiply an input by a masked weight as a plan says, forward and backward, for any layer."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _RAW = "raw"
 
 
 class Product:
-    """What the product of a kind of layer is made of: a class of functions, without instances.
+    """Hold the functions that multiply for one kind of layer; the class has no instances.
 
-    `*geometry` is all that it depends on besides the tensors, nothing for a linear layer. Where
-    there is one, gradients of the input are also told the shape it has, by a tensor `like` it: the
-    input itself where it was saved. Several sizes of a convolution's input lead to one of its
-    output. Ops take its members one by one, after their tensors.
+    `*geometry` is one `Geometry`, or nothing for a linear layer. With one, `grad_input` also needs
+    the input's shape, because inputs of several sizes give outputs of the same size: it gets the
+    saved input, or an empty tensor `like` it. Ops take the geometry's members one by one, after
+    their tensors.
     """
 
     multiply: ClassVar[Callable]  # (input, masked, bias, *geometry) -> output; torch's gradients
@@ -43,12 +43,12 @@ class Product:
 
     @staticmethod
     def fastest(input: Tensor, weight: Tensor, packed_available: bool, *geometry) -> Plan:
-        """The plan where there are fused kernels to choose."""
+        """Return the fastest plan where fused kernels are available."""
         raise NotImplementedError
 
 
 class _MaskedProduct(MaskedFunction):
-    """Returns (output,) where it is given `packed` and `effective`, else (output, effective)."""
+    """Return (output,) if `packed` and `effective` are given, else (output, effective)."""
 
     @staticmethod
     def compute(
@@ -87,7 +87,7 @@ class _MaskedProduct(MaskedFunction):
         product, backend = ctx.product, ctx.options[-1]
         grad_input = grad_bias = None
         grads = (None, None)
-        # The weight's first: its G is gone again when the input's gradient is made.
+        # The weight's gradient comes first: G is freed before the input's gradient is made.
         if any(ctx.needs_input_grad[1:3]):
             if ctx.grad_weight_path == FUSED:
                 operands: tuple[Any, ...] = grad, input, weight, effective
@@ -130,8 +130,8 @@ def masked_product(
     """Return (output, effective threshold), with gradients to all four tensors.
 
     The caller has checked tensors and options; `geometry` has a `Geometry`, or nothing for a linear
-    layer. Packed, this is a masked weight and torch's own operation; every other plan, and a weight
-    that may not be kept, is one node.
+    layer. The packed plan is two nodes, a masked weight and torch's own operation; every other
+    plan, and a weight that may not be kept, is one node.
     """
     input = cast_for_autocast(input, weight)
     plan = _plan(product, input, weight, geometry, options, source)
@@ -164,9 +164,9 @@ def _plan(
 ) -> Plan:
     if options.path != "auto":
         return PLANS[options.path]
-    # For the compiler a choice by sizes would mean a new graph at each crossover, and a plain
-    # product is one that it can tune and give an epilogue. Who leaves G to an optimizer packs, as
-    # does torch.func, whose transforms torch's products take in one go.
+    # Compiled: a choice by sizes would recompile wherever the choice changes, and the compiler can
+    # tune a plain product and fuse what follows. Layers that leave G to an optimizer always pack.
+    # So does torch.func: its transforms handle torch's own products without a loop.
     if (
         not torch.compiler.is_compiling()
         and not source.dense_gradient

@@ -1,4 +1,4 @@
-"""The sparse regulariser as one autograd node."""
+"""Compute the sparse regulariser as one autograd node."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ._function import MaskedFunction
 
 
 class _SparseRegularization(MaskedFunction):
-    """One node for all layers, where plain autograd makes a dozen and one more for each."""
+    """Compute the sum in one node; plain autograd makes a dozen, and one more for each layer."""
 
     @staticmethod
     def compute(*thresholds):
@@ -41,5 +41,5 @@ class _SparseRegularization(MaskedFunction):
 
 
 def sparse_regularization(thresholds: Sequence[Tensor]) -> Tensor:
-    """Sum of exp(-t) over all elements of tensors on one device."""
+    """Return the sum of exp(-t) over all elements of tensors on one device."""
     return _SparseRegularization.apply(*thresholds)[0]

@@ -1,4 +1,4 @@
-"""One masked weight with its gradients, and packing: the same without any."""
+"""Mask one weight, with its gradients, or without any (`pack`)."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from .options import MaskOptions
 
 
 class Packed(NamedTuple):
-    """W * M in the compute dtype, and the effective threshold that made it."""
+    """Hold W * M in the compute dtype, and the effective threshold that made it."""
 
     masked: Tensor
     effective: Tensor
 
 
 class WeightSource(NamedTuple):
-    """Where the W * M of one call comes from, and what becomes of its gradient.
+    """Say where the W * M of one call comes from, and what becomes of its gradient.
 
     Args:
-        recall: stands in for `pack` where it remembers what it has packed; None: packed afresh.
+        recall: is called in place of `pack` and may return an earlier result; None: `pack`.
         dense_gradient: the weight's gradient is G itself and the threshold has none, since an
             optimizer makes both from G.
         keep: whether W * M may be kept for the backward pass. FSDP2 frees the gathered weight
-            until then; a copy of it would undo that.
+            until then to save memory; a kept copy would take that memory again.
     """
 
     recall: Callable[[Tensor, Tensor, MaskOptions, torch.dtype], Packed] | None = None
@@ -48,13 +48,13 @@ MADE = WeightSource(_cast)  # the weight is W * M already, with gradients of its
 
 
 def pack(weight: Tensor, threshold: Tensor, options: MaskOptions, dtype: torch.dtype) -> Packed:
-    """Mask and cast in one pass, outside autograd; the arguments have been checked."""
+    """Mask and cast in one pass, outside autograd; the caller has checked the arguments."""
     arguments = weight.detach(), threshold.detach(), options.reset_ratio, dtype, options.backend
     return Packed(*ops.call(ops.masked_weight, *arguments))
 
 
 class _MaskedWeight(MaskedFunction):
-    """Returns (W * M,) where it is given what was packed before, else (W * M, effective)."""
+    """Return (W * M,) if `masked` was made before, else (W * M, effective)."""
 
     @staticmethod
     def compute(
@@ -62,7 +62,7 @@ class _MaskedWeight(MaskedFunction):
         backend, dense_gradient,
     ):  # fmt: skip
         if masked is not None:
-            return (masked.detach(),)  # a tensor of this call: autograd marks what is returned
+            return (masked.detach(),)  # a new tensor, since autograd changes what is returned
         arguments = weight, threshold, reset_ratio, dtype, backend
         return ops.call(ops.masked_weight, *arguments)
 
@@ -96,9 +96,9 @@ def masked_weight(
     *,
     checked: bool = False,
 ) -> Packed:
-    """W * M in `dtype` (None: the weight's), with gradients to `weight` and `threshold`.
+    """Return W * M in `dtype` (None: the weight's), with gradients to `weight` and `threshold`.
 
-    `checked` says that the caller has done so with the tensors; with options it always has.
+    `checked`: the caller has checked the tensors. It has always checked the options.
     """
     dtype = weight.dtype if dtype is None else dtype
     if not checked and not torch.compiler.is_compiling():  # there the op's own check serves

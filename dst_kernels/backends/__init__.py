@@ -1,6 +1,6 @@
-"""Who serves a call: the Triton kernels, the compiled libraries for CPU and GPU, or the reference.
+"""Run a call by Triton kernels, by the compiled libraries for CPU and GPU, or by the reference.
 
-`choice` decides, `triton` and `compiled` have the same functions under the same names as the
+`choice` decides; `triton` and `compiled` have the same functions under the same names as the
 reference. Importing this package imports neither Triton nor a library.
 """
 

@@ -1,8 +1,8 @@
-"""Which implementation serves a call.
+"""Decide which backend runs a call.
 
-`"auto"` takes, op by op, the best that is there (the environment variable DST_KERNELS_BACKEND names
-another choice for it); a backend asked for by name is used or the call fails, never replaced in
-silence.
+"auto" takes the best available backend for each op; the environment variable DST_KERNELS_BACKEND
+can name another one in its place. A backend asked for by name is used, or the call fails: it is
+never replaced silently.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ ENVIRONMENT_VARIABLE = "DST_KERNELS_BACKEND"
 # Best first; the reference has every op and comes last. Only Triton has fused products.
 _PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 _MODULES = {"cpu": ".compiled.ops", "cuda": ".compiled.ops", "triton": ".triton"}
-_PRODUCTS = ("masked_linear", "masked_conv")  # that only a path needs
+_PRODUCTS = ("masked_linear", "masked_conv")  # only fused and mixed paths need these ops
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 on tensor cores; older GPUs are not tested
 
 
 def unavailable(
     name: str, device: torch.device | None = None, *, double: bool = False
 ) -> str | None:
-    """Why the backend `name` cannot serve tensors on `device`, or None where it can.
+    """Return why the backend `name` cannot run on tensors on `device`, or None if it can.
 
-    `double` says that float64 is among the dtypes. Without a device: why it can serve none at all.
+    `double`: float64 is among the dtypes. Without a device: why it cannot run on any.
     """
     if name == "reference":
         return None
@@ -66,7 +66,7 @@ def _gpu_refuses(device: torch.device | None) -> str | None:
     if torch.version.hip is not None:
         return "its kernels are written for NVIDIA GPUs"
     found = capability(device)
-    # None for a fake tensor, which may be on a GPU that is not there.
+    # None: a fake tensor may be on a GPU that this machine lacks.
     if found is None or found >= _LEAST_CAPABILITY:
         return None
     return (
@@ -86,11 +86,12 @@ def check_backend(name: str, argument: str = "backend") -> None:
 
 
 def serving(backend: str, device: torch.device | None, *, double: bool = False) -> tuple[str, ...]:
-    """The names of the backends that serve `backend` for tensors on `device`, best first.
+    """Return the names of the backends that `backend` stands for on `device`, best first.
 
-    One for a name, or RuntimeError where it cannot serve; several for "auto", the reference among
-    them where no other serves. Raises ValueError for an unknown name. Without a device, whatever
-    could serve some device passes. `double` says that float64 is among the dtypes.
+    "auto" stands for all that can run there, or for the reference if none can; another name stands
+    for itself. Without a device, a backend that can run on some device is accepted. `double`:
+    float64 is among the dtypes. Raises ValueError for an unknown name, RuntimeError for a backend
+    asked for by name that cannot run there.
     """
     return _serving(*_asked_for(backend), device, double)
 
@@ -113,9 +114,9 @@ def _serving(
 
 
 def _asked_for(backend: str) -> tuple[str, str, bool]:
-    """(who says so, what "auto" means by the environment or the name itself, interpreted).
+    """Return (argument or variable that names the backend, the name, Triton is interpreted).
 
-    What is remembered goes by these: the environment may change at any time.
+    These are the keys of the caches, because the environment may change at any time.
     """
     argument = "backend"
     if backend == "auto":
@@ -125,21 +126,21 @@ def _asked_for(backend: str) -> tuple[str, str, bool]:
 
 
 def _is_interpreted() -> bool:
-    """Whether Triton serves tensors on a CPU: slow, for tests."""
+    """Return whether Triton interprets its kernels, on CPUs too: slow, for tests."""
     return variable("TRITON_INTERPRET") == "1"
 
 
 def resolve(backend: str, device: torch.device | None = None) -> str:
-    """The first of those that `serving` names."""
+    """Return the first name that `serving` returns."""
     return serving(backend, device)[0]
 
 
 def implementation(
     backend: str, device: torch.device, op: str, *, double: bool = False
 ) -> Callable:
-    """The function that serves `op` for `backend` on `device`.
+    """Return the function that runs `op` for `backend` on `device`.
 
-    Errors as in `serving`; RuntimeError also where a backend asked for by name has no such op.
+    Raises what `serving` does, and RuntimeError if a backend asked for by name lacks the op.
     """
     return _implementation(op, *_asked_for(backend), device, double)
 
@@ -163,7 +164,7 @@ def _implementation(
 
 
 def forget() -> None:
-    """Find out anew which backend serves what, for tests that change it."""
+    """Empty the caches, for tests that change which backends are available."""
     _serving.cache_clear()
     _implementation.cache_clear()
 

@@ -1,4 +1,4 @@
-"""What the choice of kernels depends on besides the tensors: the GPU, settings, the environment."""
+"""Read what else the choice of kernels depends on: the GPU, torch's settings, the environment."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 
 def gpu_name(device: torch.device) -> str | None:
-    """As torch reports it, e.g. "NVIDIA H200"; None where there is none (a fake tensor's, say)."""
+    """Return torch's name of the GPU, e.g. "NVIDIA H200"; None if there is no such GPU."""
     properties = _properties(device)
     return None if properties is None else properties.name
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """Compute capability (major, minor); None where there is no GPU."""
+    """Return the compute capability (major, minor); None if there is no such GPU."""
     properties = _properties(device)
     return None if properties is None else (properties.major, properties.minor)
 
@@ -28,7 +28,7 @@ def _properties(device: torch.device):
 
 
 def variable(name: str) -> str | None:
-    """`os.environ.get(name)`, which says by slow exceptions that there is nothing."""
+    """Return `os.environ.get(name)`, but without its slow exceptions for a variable not set."""
     known = getattr(os.environ, "_data", None)
     if known is not None and _encoded(name) not in known:
         return None
@@ -39,14 +39,14 @@ _encoded = functools.cache(os.environ.encodekey)
 
 
 def tf32_allowed(*, convolution: bool = False) -> bool:
-    """Whether torch lets float32 products on CUDA round their operands to TF32.
+    """Return whether torch lets float32 products on CUDA round their operands to TF32.
 
-    Matrix products by default do not, convolutions do.
+    By default it does so for convolutions, not for matrix products.
     """
     of_matmul = (torch.backends.cuda.matmul,)
     # torch puts a class in the place of the module `cudnn`, which mypy does not see.
     of_conv = (torch.backends.cudnn.conv, torch.backends.cudnn)  # type: ignore[attr-defined]
     for settings in (*(of_conv if convolution else of_matmul), torch.backends):
-        if settings.fp32_precision != "none":  # else it is as for the next in line
+        if settings.fp32_precision != "none":  # "none": the next, more general setting decides
             return settings.fp32_precision == "tf32"
     return False

@@ -1,7 +1,6 @@
-"""The op boundary: schemas and fakes, what arguments are accepted, the geometry of convolutions.
+"""Define the ops: schemas and fakes, checks of arguments, the geometry of convolutions.
 
-Imports nothing but torch, the reference and the choice of a backend; autograd functions are built
-on top of it.
+This imports only torch, the reference and the choice of a backend; autograd functions use the ops.
 """
 
 from .batching import is_batched, one_by_one

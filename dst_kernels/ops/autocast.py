@@ -1,4 +1,4 @@
-"""Whether autocast is on, also for tensors that are on no device."""
+"""Tell whether autocast is on, also for tensors on the meta device."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def device_type_of(tensor: Tensor) -> str:
-    """`tensor.device.type`, which takes a while to make."""
+    """Return `tensor.device.type`, faster for CPU tensors."""
     return "cpu" if tensor.is_cpu else tensor.device.type
 
 
 def autocast_enabled(device_type: str) -> bool:
-    """`torch.is_autocast_enabled`, which raises for the meta device, where this is False."""
+    """Return `torch.is_autocast_enabled`, and False for the meta device, where that raises."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)

@@ -1,4 +1,4 @@
-"""Batches of weights or gradients, which no kernel takes: one call for each member."""
+"""Call an op once for each member of a batch of weights or gradients, which no kernel takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BATCHED = torch._C._dispatch_key_parse("Batched")
 
 
 def one_by_one(function: Callable, info: Any, in_dims: Sequence, args: Sequence) -> tuple[Any, Any]:
-    """Return as a rule of `torch.library.register_vmap` does: (outputs, their batch dimensions).
+    """Return (outputs, their batch dimensions), as a rule of `torch.library.register_vmap` must.
 
     `function(*args)` returns a tensor or several; `in_dims` says where the batch dimension of each
     of `args` lies, if it has one.
@@ -22,7 +22,7 @@ def one_by_one(function: Callable, info: Any, in_dims: Sequence, args: Sequence)
 
     def member(index: int) -> list:
         return [
-            # Of no members: zeros.
+            # An empty batch: zeros give the outputs their shape.
             (arg.select(dim, index) if size else arg.sum(dim))
             if isinstance(arg, Tensor) and dim is not None
             else arg
@@ -37,9 +37,8 @@ def one_by_one(function: Callable, info: Any, in_dims: Sequence, args: Sequence)
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Return whether it is a batch of gradients of `torch.autograd.grad(is_grads_batched=True)`.
+    """Return whether `tensor` is a batch made by `torch.autograd.grad(is_grads_batched=True)`.
 
-    That is not torch.func's vmap but an older one, for which torch's dispatcher calls an op for
-    each member.
+    That is an older vmap than torch.func's: torch's dispatcher calls the op for each member.
     """
     return torch._C._dispatch_keys(tensor).has(_BATCHED)

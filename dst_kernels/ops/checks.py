@@ -1,7 +1,7 @@
-"""What the operations accept, checked once: by autograd functions in eager calls, else by the ops.
+"""Check what the operations accept, once: in the autograd functions if eager, else in the ops.
 
-Every message names the argument, what was given and what is accepted. Those of convolutions are in
-`conv_checks.py`.
+Every message names the argument, what was given and what is accepted. The checks of convolutions
+are in `conv_checks.py`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from ..reference.surrogate import SURROGATES
 
 
 def check_value(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
-    """ValueError unless `condition`; torch's own check is for what is symbolic, and slower."""
+    """Raise ValueError unless `condition`; only symbolic ones go to torch's check: it is slow."""
     if condition is not True:
         torch._check_value(condition, message)
 
 
 def check_type(condition: bool, message: Callable[[], str]) -> None:
-    """TypeError unless `condition`."""
+    """Raise TypeError unless `condition`."""
     if condition is not True:
         torch._check_type(condition, message)
 
 
 def check_weight_and_threshold(weight: Tensor, threshold: Tensor, rows: int | None = None) -> None:
-    """`rows` where they are not the weight's first dimension."""
+    """Check both tensors; `rows` is the number of rows if it is not the weight's dimension 0."""
     if (
         (weight.dtype is torch.float32 is threshold.dtype)
         and weight.dim() >= 2
@@ -124,7 +124,7 @@ def check_input(input: Tensor, weight: Tensor) -> None:
 
 
 def check_same_dtype(input: Tensor, weight: Tensor) -> None:
-    """Outside autocast; under it, mixed dtypes are the point."""
+    """Raise TypeError for different dtypes; autocast, which allows them, does not call this."""
     if input.dtype != weight.dtype:
         raise TypeError(
             f"input must have the weight's dtype {weight.dtype} outside autocast, "
@@ -133,7 +133,7 @@ def check_same_dtype(input: Tensor, weight: Tensor) -> None:
 
 
 def check_bias(bias: Tensor | None, weight: Tensor, rows: int | None = None) -> None:
-    """`rows` as above."""
+    """Check the bias; `rows` is as in `check_weight_and_threshold`."""
     rows = weight.shape[0] if rows is None else rows
     if bias is None or (
         bias.dtype in _REAL_DTYPES and bias.shape == (rows,) and bias.device == weight.device

@@ -1,4 +1,4 @@
-"""What the convolutions accept; see `checks.py`."""
+"""Check what the convolutions accept; see `checks.py`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check_conv(
     check_input(input, weight)
     try:
         _check_shapes(input.shape, weight.shape, geometry)
-    except TypeError:  # what a compiler takes for a variable cannot be remembered
+    except TypeError:  # symbolic sizes have no hash, so the cache cannot take them
         _check_shapes.__wrapped__(input.shape, weight.shape, geometry)
     check_bias(bias, weight)
 

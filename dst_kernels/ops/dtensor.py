@@ -1,4 +1,4 @@
-"""Parameters that FSDP2 keeps sharded as DTensors."""
+"""Handle parameters that FSDP2 keeps sharded as DTensors."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def is_dtensor(tensor: Tensor) -> TypeIs[DTensor]:
-    """Without importing torch.distributed.tensor: before that import there are no DTensors."""
+    """Return whether it is a DTensor; before torch.distributed.tensor is imported, none is."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def sum_over_shards(tensors: list[DTensor], local_sum: Callable[[list[Tensor]], Tensor]) -> Tensor:
-    """`local_sum` of the local shards, added up over all ranks; one all-reduce.
+    """Return `local_sum` of the local shards, added over all ranks by one all-reduce.
 
     All `tensors` are DTensors on one mesh with equal placements. Gradients reach the local shards.
     """
@@ -28,7 +28,7 @@ def sum_over_shards(tensors: list[DTensor], local_sum: Callable[[list[Tensor]], 
 
 
 def _over_shards(part: Tensor, like: DTensor) -> Tensor:
-    """Added up over the ranks that `like` is sharded over."""
+    """Return the sum of `part` over the ranks that `like` is sharded over."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     partial = [Partial() if place.is_shard() else Replicate() for place in like.placements]
@@ -36,17 +36,17 @@ def _over_shards(part: Tensor, like: DTensor) -> Tensor:
 
 
 def norm_over_shards(norm: Tensor, like: Tensor) -> Tensor:
-    """The norm of the whole from that of the local shard; `like` is a tensor sharded alike."""
+    """Return the norm of the whole from `norm`, that of the local shard, sharded like `like`."""
     return _over_shards(norm.square(), like).sqrt() if is_dtensor(like) else norm
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a DTensor (a collective call: all ranks make it); other tensors as they are."""
+    """Return a whole DTensor (a collective call, on all ranks); other tensors unchanged."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def reset_rows(shard: DTensor, reset: Tensor) -> None:
-    """Zero those elements of a threshold, sharded along dimension 0, where the whole `reset` is."""
+    """Set a sharded threshold (along dimension 0) to 0 where the unsharded mask `reset` is True."""
     from torch.distributed.tensor import distribute_tensor
 
     # All ranks have the same `reset`: each cuts its own part out.

@@ -1,4 +1,4 @@
-"""From what torch's convolutions accept to what the ops take: batched input, numeric tuples."""
+"""Convert what torch's convolutions accept to what the ops take: numeric padding, tuples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 def per_dimension(name: str, value: int | Sequence[int], spatial: int) -> tuple[int, ...]:
-    """One integer per spatial dimension, from one for all or a sequence of `spatial`."""
+    """Return one integer per spatial dimension, from one for all or a sequence of `spatial`."""
     values: tuple[Any, ...] = (value,) * spatial
     if isinstance(value, (tuple, list)):
         values = tuple(value)
@@ -30,10 +30,9 @@ def resolve_padding(
     stride: tuple[int, ...],
     dilation: tuple[int, ...],
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """(input, numeric padding) with `"same"` and `"valid"` worked out.
+    """Return (input, numeric padding), with "same" and "valid" turned into numbers.
 
-    Where "same" needs one more element on one side than on the other, that one is put on the
-    input, at the end, as torch does.
+    If "same" needs one more element on one side, the returned input has it at the end, as in torch.
     """
     spatial = len(stride)
     if not isinstance(padding, str):

@@ -1,4 +1,4 @@
-"""The op boundary: every schema, its fake and its way to a backend. Needs nothing but torch.
+"""Define every op: its schema, its fake, and how it reaches a backend.
 
 The ops are opaque to torch.compile and know nothing of autograd (`autograd` wraps them).
 Ops with a `reset_ratio` take the stored threshold and also return the effective one; all others
@@ -27,7 +27,7 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 
 
 def _define(schema: str, check: Callable) -> Callable[[Callable], torch._ops.OpOverload]:
-    """Decorate a fake; returns the op's overload, bound once to spare calls the look-up.
+    """Define an op from its decorated fake; return its overload, to save calls the look-up.
 
     Every schema gets a last argument `backend`; the function of the op's name in that backend
     takes all the others, as do `check` and the fake: those of a convolution as one `Geometry`.
@@ -75,7 +75,7 @@ def _define(schema: str, check: Callable) -> Callable[[Callable], torch._ops.OpO
 
 
 def _any_double(args: list) -> bool:
-    """Whether float64 is among the dtypes. It matters on a GPU."""
+    """Return whether float64 is among the dtypes; GPU kernels do not take it."""
     return any(getattr(argument, "dtype", argument) is torch.float64 for argument in args)
 
 
@@ -106,7 +106,7 @@ class without_autograd_and_autocast:
 
 
 def call(op: torch._ops.OpOverload, *args):
-    """`op(*args)` for arguments that were checked, without the dispatcher where nobody listens.
+    """Return `op(*args)` for checked arguments, without the dispatcher unless something watches.
 
     On a CPU the way through the dispatcher and back costs as much as a small layer.
     """
@@ -115,15 +115,15 @@ def call(op: torch._ops.OpOverload, *args):
     try:
         return _run[id(op)](*args, unchecked=False)
     except RuntimeError:
-        if not is_batched(args[0]):  # which is first of all in a backward
+        if not is_batched(args[0]):  # in a backward, the first argument is the gradient
             raise
     return op(*args)
 
 
 def is_watched() -> bool:
-    """Whether something sees the ops that run: a compiler, a tracer, a dispatch mode, torch.func.
+    """Return whether a compiler, a tracer, a dispatch mode or torch.func sees the ops that run.
 
-    Then nothing may run outside the dispatcher, and no op without a fake.
+    If so, all ops must have a fake and go through the dispatcher.
     """
     return (
         torch.compiler.is_compiling()

@@ -107,11 +107,11 @@ class DeferredOptimizer(Optimizer):
         self._clip = None
 
     def refresh(self) -> None:
-        """Announce that weights or thresholds were written in a way that PyTorch does not record.
+        """Make the next training forward mask all weights again.
 
-        Examples are writes through `.data` or from outside PyTorch. Call it before the next
-        training forward, which then masks again; forwards in evaluation mode or without gradients
-        always do.
+        Call it after weights or thresholds were written in a way that PyTorch does not record:
+        through `.data`, or from outside PyTorch. Forwards in evaluation mode or without gradients
+        always mask again.
         """
         self._deferral.refresh()
 
@@ -174,12 +174,12 @@ class DeferredOptimizer(Optimizer):
         self._forget()
 
     def _regularizes(self) -> bool:
-        """Return whether some group has an alpha; a tensor is not read for that."""
+        """Return whether some group has an alpha; a tensor counts whatever its value."""
         alphas = [group["alpha"] for group in self.param_groups]
         return any(isinstance(alpha, Tensor) or bool(alpha) for alpha in alphas)
 
     def _let_go(self) -> None:
-        """Release layers that compute their own gradients now, such as parametrized ones."""
+        """Release layers whose gradients can no longer be deferred, such as parametrized ones."""
         served = [p for p in self._pairs if all(map(self._deferral.serves, p.layers))]
         if len(served) < len(self._pairs):
             kept = {layer for pair in served for layer in pair.layers}
@@ -262,7 +262,7 @@ class DeferredOptimizer(Optimizer):
         return segments
 
     def _current_batches(self) -> list[Batch]:
-        """Return this step's batches: the last step's, unless more than values has changed."""
+        """Return this step's batches; collect them again only if more than values has changed."""
         self._let_go()
         self._commit_resets()
         groups = [[id(p) for p in group["params"]] for group in self.param_groups]

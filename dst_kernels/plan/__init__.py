@@ -1,4 +1,4 @@
-"""Which path each product of a masked layer takes: an estimate, or a table of measurements.
+"""Choose the path of each product of a masked layer, by measurements or an estimate.
 
 `estimate` decides from sizes, dtypes and the GPU; `table` reads what was measured on a GPU, one
 JSON file each under `tables/`.

@@ -1,4 +1,4 @@
-"""Which path each product of a masked layer takes: a pure function of shapes, dtypes and the GPU.
+"""Choose the path of each product of a masked layer from shapes, dtypes and the GPU alone.
 
 The products of a linear layer are y = x (W * M)^T, dX = dY (W * M) and G = dY^T X, from which
 dW and dt follow. Each runs *fused* (one kernel reads W and t, masks and multiplies; or multiplies
@@ -6,8 +6,8 @@ and makes dW and dt in its epilogue) or *packed* (one pass writes W * M in the c
 reads G and W, and the vendor's library multiplies in between). A convolution has the same three.
 
 Costs come from the GPU's table (`tables/`, written by `python -m bench plan` from measurements)
-where it has a case nearby. Else those of a linear layer come from a roofline estimate, and a
-convolution is packed: the vendor's are hard to beat.
+where it has a case nearby. Otherwise those of a linear layer come from a roofline estimate, and a
+convolution is packed: the vendor's kernels are hard to beat.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FUSED, PACKED = "fused", "packed"
 
 
 class Plan(NamedTuple):
-    """How each product runs: "fused" or "packed"."""
+    """Say how each product runs: "fused" or "packed"."""
 
     forward: str
     grad_input: str
@@ -38,13 +38,15 @@ PLANS = {
     "mixed": Plan(PACKED, PACKED, FUSED),
 }
 PATHS = ("auto", *PLANS)
-CONV_TRANSPOSE_PATHS = ("auto", "packed")  # nobody has fused kernels for it
+CONV_TRANSPOSE_PATHS = ("auto", "packed")  # no backend has fused kernels for it
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of each product on each path; `packed_forward` includes the pack, which the backward
-    pass then finds done."""
+    """Hold the seconds of each product on each path.
+
+    `packed_forward` includes masking; the backward pass reuses that masked weight.
+    """
 
     fused_forward: float
     packed_forward: float
@@ -55,9 +57,9 @@ class Costs:
 
 
 class ConvKind(NamedTuple):
-    """What tells convolutions of one size apart.
+    """Hold how convolutions of one size differ.
 
-    `pointwise` ones are matrix products: kernel and stride of 1, one group, no padding.
+    A `pointwise` one is a matrix product: kernel and stride of 1, one group, no padding.
     """
 
     kernel: tuple[int, ...]
@@ -86,10 +88,10 @@ def plan_linear(
     needs_grad_input: bool = True,
     packed_available: bool = False,
 ) -> Plan:
-    """The fastest plan on a GPU for M tokens and a weight [N, K].
+    """Return the fastest plan on a GPU for M tokens and a weight [N, K].
 
-    `gpu` is the device's name as torch reports it, `tf32` whether float32 products may round to
-    it. With `packed_available` the masked copy exists already.
+    `gpu` is the device's name as torch reports it. `tf32`: float32 products may round to TF32.
+    `packed_available`: the masked copy of the weight exists already.
     """
     if torch.float64 in (input_dtype, weight_dtype):
         return PLANS["packed"]  # no tensor-core kernels for it
@@ -111,9 +113,9 @@ def plan_conv(
     needs_grad_input: bool = True,
     packed_available: bool = False,
 ) -> Plan:
-    """The fastest plan on a GPU for M output positions and a weight [N, C, *kernel].
+    """Return the fastest plan on a GPU for M output positions and a weight [N, C, *kernel].
 
-    `channels_last` says that the input lies so in memory. All else as in `plan_linear`.
+    `channels_last`: the input has that memory format. All else is as in `plan_linear`.
     """
     exact_float32 = input_dtype == torch.float32 and not tf32
     if torch.float64 in (input_dtype, weight_dtype) or exact_float32:
@@ -166,7 +168,7 @@ def _conv_costs(
     kind: ConvKind,
     gpu: str | None,
 ) -> Costs | None:
-    """None where nothing near was measured."""
+    """Return measured costs, or None if no similar case was measured."""
     arguments = gpu, M, N, C, input_dtype, weight_dtype
     measured = measured_conv_costs(*arguments, kind.kernel, kind.stride, kind.groups)
     if measured is None and kind.pointwise:
@@ -200,7 +202,7 @@ def _estimated_costs(
     weight_dtype: torch.dtype,
     exact_float32: bool,
 ) -> Costs:
-    """Roofline: every kernel takes the longer of its arithmetic and its traffic, plus a launch."""
+    """Return roofline costs: the longer of arithmetic and memory traffic, plus a launch, each."""
     if exact_float32:
         flops, masked_share, gradient_share = _FLOAT32_FLOPS, _FLOAT32_PRODUCT, _FLOAT32_PRODUCT
     else:

@@ -1,4 +1,4 @@
-"""The planner's measurements: one JSON file for each GPU under `tables/`, which says the format."""
+"""Read the planner's measurements: one JSON file for each GPU under `tables/`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def measured_costs(
     input_dtype: torch.dtype,
     weight_dtype: torch.dtype,
 ) -> dict[str, float] | None:
-    """Seconds by `path_product` of the nearest linear case, or None where none is near."""
+    """Return the nearest linear case's seconds, by "{path}_{product}"; None if none is near."""
     alike = {"input_dtype": _name(input_dtype), "weight_dtype": _name(weight_dtype)}
     return _nearest(gpu, "cases", {"M": M, "N": N, "K": K}, alike)
 
@@ -39,7 +39,7 @@ def measured_conv_costs(
     stride: Sequence[int],
     groups: int,
 ) -> dict[str, float] | None:
-    """As `measured_costs`, of the nearest convolution."""
+    """Return what `measured_costs` does, for the nearest convolution."""
     alike = {
         "kernel": list(kernel),
         "stride": list(stride),
@@ -53,11 +53,11 @@ def measured_conv_costs(
 def _nearest(
     gpu: str | None, kind: str, sizes: Mapping[str, int], alike: Mapping[str, object]
 ) -> dict[str, float] | None:
-    """Of the cases that have the values `alike`, that whose `sizes` are the nearest."""
+    """Return the costs of the case with the values `alike` whose `sizes` are the nearest."""
     nearest, least = None, math.log(_FARTHEST)
     for case in _tables().get(gpu or "", {}).get(kind, ()):
         if case["input_dtype"] == "float32" and not case.get("tf32", True):
-            continue  # exact products, for which nothing is looked up
+            continue  # measured without TF32; the planner estimates such products
         if any(case[name] != value for name, value in alike.items()):
             continue
         distance = sum(abs(math.log(max(size, 1) / case[name])) for name, size in sizes.items())

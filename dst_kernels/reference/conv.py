@@ -52,12 +52,12 @@ def conv_memory_format(activation: Tensor, weight: Tensor) -> torch.memory_forma
 
 
 def torch_reads(kernel: Tensor) -> bool:
-    """Return whether torch reads a kernel of this layout rightly, as all but rare ones.
+    """Return whether torch's convolutions work with a kernel of this layout; nearly all do.
 
-    On CPUs torch's grouped convolutions of channels-last inputs take a kernel for channels last by
-    the strides of dimensions of more than one element, and then read it by those of all: dimensions
-    of one element must have the stride that torch itself would give them. In other layouts between
-    contiguous and channels last some of torch's gradients are refused.
+    On CPUs torch's grouped convolutions recognise a channels-last kernel by the strides of its
+    dimensions of more than one element, but then use all strides: dimensions of one element must
+    also have the stride that torch would give them. With layouts between contiguous and channels
+    last, torch refuses to compute some gradients.
     """
     if kernel.is_contiguous():
         return True

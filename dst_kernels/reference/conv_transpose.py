@@ -1,7 +1,7 @@
 """Compute masked transposed convolutions over 1, 2 or 3 spatial dimensions.
 
-The weight is stored as in torch, [in, out/groups, *kernel]. A row is what makes one output channel:
-in/groups * prod(kernel) weights that are not adjacent in memory. Viewed by group, [groups,
+The weight is stored as in torch, [in, out/groups, *kernel]. A row is all weights of one output
+channel: in/groups * prod(kernel), not adjacent in memory. Viewed by group, [groups,
 in/groups, out/groups, *kernel], the thresholds of the output channels expand to the weight's shape.
 Masking then works as with one threshold per weight, and no weight is copied.
 

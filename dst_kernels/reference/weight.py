@@ -37,7 +37,7 @@ def threshold_mask(weight: Tensor, threshold: Tensor) -> Tensor:
 def largest_collapsed_count(numel: int, reset_ratio: float) -> int:
     """Return the largest number of kept weights with `count / numel <= reset_ratio`.
 
-    An integer, so that the guard is one exact comparison on the device whatever the size.
+    The guard then is one exact comparison of integers on the device, for weights of any size.
     """
     count = int(reset_ratio * numel)
     while count / numel > reset_ratio:

@@ -1,4 +1,4 @@
-"""Where the libraries are, loading them at first use, and why one cannot be used."""
+"""Find the libraries, load them at first use, and say why one cannot be used."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _NEEDED = {
 
 
 def path(name: str) -> Path:
-    """The file of the library "cpu" or "cuda", whether it is there or not."""
+    """Return the file of the library "cpu" or "cuda", whether it exists or not."""
     return _FOLDER / f"libdst_kernels_{name}{_SUFFIX}"
 
 
 BUILT = {name: path(name).exists() for name in _NEEDED}
-"""Whether each library's file is there: known without loading it, and constant for compilers."""
+"""Whether each library's file exists: known without loading it, and constant for compilers."""
 
 
 @functools.cache
 def unavailable(name: str) -> str | None:
-    """Why the library "cpu" or "cuda" cannot be used, or None; the first call loads it."""
+    """Load the library "cpu" or "cuda", once; return why it cannot be used, or None."""
     file = path(name)
     if not BUILT[name]:
         return (
@@ -44,7 +44,7 @@ def unavailable(name: str) -> str | None:
     if name == "cuda":
         if torch.version.cuda is None:
             return f"this torch ({torch.__version__}) was built without CUDA"
-        reason = unavailable("cpu")  # it has the schemas
+        reason = unavailable("cpu")  # the library for the CPU defines the schemas
         if reason is not None:
             return f"it needs the library for the CPU, but {reason}"
     try:
@@ -57,6 +57,6 @@ def unavailable(name: str) -> str | None:
 
 
 def describe(name: str) -> str:
-    """What a library that is loaded was built with."""
+    """Return what a loaded library was built with."""
     text = ctypes.c_char.in_dll(ctypes.CDLL(str(path(name))), "dst_kernels_build")
     return ctypes.string_at(ctypes.addressof(text)).decode()

@@ -1,4 +1,4 @@
-"""What the backends "cpu" and "cuda" offer. Importing this needs the CPU library loaded."""
+"""Offer the functions of the backends "cpu" and "cuda"; load the CPU library before the import."""
 
 from .regularization import regularization
 from .step import adamw_step_, grad_norm_, sgd_step_

@@ -1,4 +1,4 @@
-"""The sparse regulariser over the libraries' op: value and slopes of many thresholds at once."""
+"""Compute the sparse regulariser by the libraries' op: value and slopes of many thresholds."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ _regularization = torch.ops.dst_kernels_compiled.regularization.default
 
 
 def regularization(thresholds: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """As the reference's, which also serves what the library does not take: mixed dtypes and 16
-    bits, which only the functional interface can bring."""
+    """Do as the reference does; it also computes what the library does not take.
+
+    That is mixed or 16-bit dtypes and strided thresholds, which layers rarely have.
+    """
     dtype = thresholds[0].dtype
     usual = dtype in (torch.float32, torch.float64)
     if not usual or any(t.dtype != dtype or not t.is_contiguous() for t in thresholds):

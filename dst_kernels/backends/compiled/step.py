@@ -1,4 +1,4 @@
-"""The deferred optimizer steps, as `reference.step` states them: the libraries' ops themselves."""
+"""Offer the deferred optimizer steps that `reference.step` specifies: the libraries' own ops."""
 
 from __future__ import annotations
 
