@@ -1,4 +1,4 @@
-"""A weight under a fixed mask: torch's own operations, which all of torch's transforms know."""
+"""Apply a fixed mask to a weight by torch's own operations, which all its transforms support."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 
 class _WithDenseGradient(Function):
-    """Give the weight the gradient of the result, past the mask."""
+    """Mask the weight, but pass it the gradient of the result unmasked."""
 
     generate_vmap_rule = True
 
@@ -28,9 +28,9 @@ class _WithDenseGradient(Function):
 
 
 def fixed_weight(weight: Tensor, mask: Tensor, dense_gradient: bool) -> Tensor:
-    """Return `weight` where the boolean `mask` is True, else 0, whatever the weight is there.
+    """Return `weight` where the boolean `mask` is True, else 0, even where the weight is NaN.
 
-    The weight's gradient is 0 where the mask is False, or with `dense_gradient` that of the result.
+    The weight's gradient is 0 where the mask is False; with `dense_gradient` it is the result's.
     """
     if dense_gradient:
         return _WithDenseGradient.apply(weight, mask)

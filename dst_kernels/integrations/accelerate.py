@@ -14,13 +14,13 @@ from .common import deferred
 def install_clipping_(accelerator: Any, optimizer: Any) -> None:
     """Let `accelerator.clip_grad_norm_` clip the gradients that the step of `optimizer` will use.
 
-    `.grad` of a masked weight holds the dense gradient until the step of DSTSGD and DSTAdamW, which
-    accelerate would clip instead. Nothing changes for other optimizers, prepared or not. Call it
-    once, after `accelerator.prepare`.
+    Until the step of DSTSGD or DSTAdamW, `.grad` of a masked weight holds the dense gradient, and
+    accelerate would clip that. Nothing changes for other optimizers, prepared or not. Call it once,
+    after `accelerator.prepare`.
 
-    Then `accelerator.clip_grad_norm_` raises ValueError where it is asked to clip a part of the
-    optimizer's parameters, others with them, or by another norm than the second, and
-    `accelerator.clip_grad_value_` for any parameter of the optimizer.
+    Then `accelerator.clip_grad_norm_` raises ValueError if it gets only some of the optimizer's
+    parameters, others together with them, or another norm than the 2-norm;
+    `accelerator.clip_grad_value_` raises it for any parameter of the optimizer.
     """
     own = deferred(optimizer)
     if own is None:

@@ -1,4 +1,4 @@
-"""What every framework needs: checks before training, the regulariser's gradient, figures."""
+"""Offer what every framework needs: checks before training, the regulariser's gradient, logs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ..optim.deferred import DeferredOptimizer
 def check_training(
     model: nn.Module, optimizers: Iterable[Any], alpha: float | None, owner: str
 ) -> None:
-    """Raise ValueError where training would go wrong in silence.
+    """Raise ValueError if training would go wrong silently.
 
-    That is without masked layers or regulariser, with two of these, with thresholds that no
+    It would without masked layers, without a regulariser or with two, with thresholds that no
     optimizer trains, and with weight decay on a group that has both weights and thresholds.
     """
     named = named_masked_weights(model)
@@ -56,7 +56,7 @@ def check_training(
 
 
 def check_alpha(alpha: float | None) -> None:
-    """Raise TypeError or ValueError for what cannot be the regulariser's factor."""
+    """Raise TypeError or ValueError unless `alpha` is a finite number of at least 0, or None."""
     if alpha is not None:
         require_number("alpha", alpha)
 
@@ -66,9 +66,9 @@ def add_regularization_(
 ) -> None:
     """Add the gradient of alpha * R to the thresholds of `optimizer`, once for its next step.
 
-    Call it after the last backward of a step: then accumulated, averaged and normalised losses
-    make no difference, and R is that of the thresholds after the collapse guard. `scaler` is a
-    GradScaler whose factor the gradients still have.
+    Call it after the last backward of a step: then it does not matter how losses are accumulated,
+    averaged or normalised, and R is computed after the guard's resets. `scaler` is a GradScaler
+    whose factor the gradients still have.
     """
     if not alpha:
         return
@@ -104,7 +104,7 @@ def deferred(optimizer: Any) -> DeferredOptimizer | None:
 
 @torch.no_grad()
 def figures(model: nn.Module) -> dict[str, Tensor]:
-    """Return what is logged; no synchronisation."""
+    """Return the values to log, without a synchronisation."""
     return {
         "remaining_ratio": remaining_ratio(model),
         "sparse_regularization": sparse_regularization(model),

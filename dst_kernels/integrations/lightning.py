@@ -23,11 +23,11 @@ class DSTCallback(Callback):
     `log_every_n_steps` steps `remaining_ratio` and `sparse_regularization` are logged.
 
     Args:
-        alpha: factor of the regulariser; None: a DST optimizer has it. May be changed in training.
+        alpha: factor of the regulariser; None: a DST optimizer has it. It may change in training.
 
-    Raises ValueError for a negative alpha and, when training starts, where there are no masked
-    layers, no alpha or two, an optimizer that does not train some threshold, or weight decay that
-    reaches weights and thresholds alike.
+    Raises TypeError or ValueError for an alpha that is no number of at least 0. When training
+    starts, raises ValueError if there are no masked layers, no alpha or two, an optimizer that does
+    not train some threshold, or weight decay on a group of both weights and thresholds.
     """
 
     def __init__(self, alpha: float | None = None) -> None:

@@ -32,10 +32,10 @@ class DSTTrainerMixin:
         alpha: factor of the regulariser; None: a DST optimizer has it. All other arguments are the
             Trainer's.
 
-    Raises ValueError for a negative alpha and, when the optimizer is made, where there are no
-    masked layers, no alpha or two, an optimizer that does not train some threshold, or weight decay
-    that reaches weights and thresholds alike; RuntimeError under DeepSpeed, which has gradients of
-    its own.
+    Raises TypeError or ValueError for an alpha that is no number of at least 0. When the optimizer
+    is made, raises ValueError if there are no masked layers, no alpha or two, an optimizer that
+    does not train some threshold, or weight decay on a group of both weights and thresholds;
+    RuntimeError under DeepSpeed, which hides the gradients.
     """
 
     model: Any
@@ -48,7 +48,7 @@ class DSTTrainerMixin:
         super().__init__(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Return what the Trainer decays, without thresholds."""
+        """Return the names of what the Trainer decays, without thresholds."""
         thresholds = {id(part.threshold) for _, part in named_masked_weights(model)}
         left_out = {name for name, p in model.named_parameters() if id(p) in thresholds}
         names = super().get_decay_parameter_names(model)  # type: ignore[misc]
@@ -72,7 +72,7 @@ class DSTTrainerMixin:
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log as the Trainer does; beside a training loss also how sparse the model is."""
+        """Log as the Trainer does; with a training loss, also log how sparse the model is."""
         if "loss" in logs:
             found = {name: value.item() for name, value in figures(self.model).items()}
             logs = {**logs, **found}
@@ -94,17 +94,17 @@ def from_pretrained(
     """Return `model_class.from_pretrained(path, ...)` as a masked model, with its thresholds.
 
     `sparsify_` notes in a model's config what it has masked and how, and `save_pretrained` writes
-    that to config.json; here it is read. Thresholds that the checkpoint lacks are zeros, so a dense
-    checkpoint gives what `sparsify_` would. Weights that are tied share their threshold. Masks that
-    were fixed (`freeze_masks_`) are fixed here.
+    that to config.json; this function reads it. Thresholds that the checkpoint lacks are zeros, so
+    a dense checkpoint gives what `sparsify_` would. Weights that are tied share their threshold.
+    Masks that were fixed (`freeze_masks_`) are fixed again.
 
     Args:
         model_class: a model's class or one of the `Auto` classes.
         path, args, kwargs: as for its `from_pretrained`.
-        sparsify, filter_fn: as for `dst_kernels.sparsify_`; needed where config.json has no note.
+        sparsify, filter_fn: as for `dst_kernels.sparsify_`; needed if config.json has no note.
 
-    Raises ValueError where there is neither a note nor `sparsify`, or where the checkpoint has
-    thresholds or fixed masks that the model made from these has no place for.
+    Raises ValueError if there is neither a note nor `sparsify`, or if the checkpoint has thresholds
+    or fixed masks for weights that the model does not mask.
     """
     hub = {k: kwargs[k] for k in ("revision", "cache_dir", "token", "subfolder") if k in kwargs}
     config = kwargs.pop("config", None)
@@ -117,7 +117,7 @@ def from_pretrained(
                 f"sparsify: config.json of {path} does not say how the model was masked: give the "
                 "SparsifyConfig"
             )
-        # The list says what these options once left out.
+        # The note's list of modules already leaves out what these options skipped.
         sparsify = dataclasses.replace(
             SparsifyConfig.from_dict(note["config"]), skip_first=False, skip_last=False
         )
@@ -146,7 +146,7 @@ def from_pretrained(
     kwargs["output_loading_info"] = True
     model, info = loading.from_pretrained(path, *args, config=config, **kwargs)
     fixed.update(key for key in info["unexpected_keys"] if _is_of_mask(key, "fixed_mask"))
-    if fixed:  # which only the checkpoint knows
+    if fixed:  # load again: only the checkpoint says which masks are fixed
         model, info = loading.from_pretrained(path, *args, config=config, **kwargs)
     lost = sorted(key for key in info["unexpected_keys"] if _is_of_mask(key))
     if lost:
@@ -164,7 +164,7 @@ def _is_of_mask(key: str, kinds: str | tuple[str, ...] = ("threshold", "fixed_ma
 
 
 def _tie_thresholds_(model: nn.Module, missing: set[str]) -> None:
-    """Let weights that loading has tied share the threshold that was loaded."""
+    """Let weights that are tied by loading share the threshold that was loaded."""
     names = {module: name for name, module in model.named_modules()}
     by_weight: dict[int, list] = {}
     for _, part in named_masked_weights(model):

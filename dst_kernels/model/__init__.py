@@ -1,4 +1,4 @@
-"""Whole models: conversion, the regulariser, parameter groups, reports, and back to dense."""
+"""Handle whole models: conversion, regulariser, parameter groups, reports, and back to dense."""
 
 from .check import check_masks
 from .config import SparsifyConfig

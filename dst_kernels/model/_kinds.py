@@ -1,4 +1,4 @@
-"""What each type of module becomes: a layer of ours, or itself with masked parameters."""
+"""Map each type of module to what it becomes: a masked layer, or itself with masked parameters."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _PARAMETRIZED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def layouts_of(module: nn.Module, config: SparsifyConfig) -> dict[str, Layout]:
-    """Return the parameters of a module that are masked by themselves, and how they lie."""
+    """Return the parameters to mask in a module without a masked twin, with their layouts."""
     if not config.parameters:
         return {}
     if is_parametrized(module):
@@ -69,7 +69,7 @@ def layouts_of(module: nn.Module, config: SparsifyConfig) -> dict[str, Layout]:
     if type(module).__module__.startswith("torch."):
         return {}
     transposed = getattr(module, "is_transposed", None)
-    if isinstance(transposed, bool):  # how transformers marks a module of experts
+    if isinstance(transposed, bool):  # transformers marks a module of experts with this attribute
         order = TRANSPOSED if transposed else OUT_IN
         return {
             name: Layout(len(parameter), order)
@@ -77,11 +77,11 @@ def layouts_of(module: nn.Module, config: SparsifyConfig) -> dict[str, Layout]:
             if parameter is not None and parameter.dim() == 3 and name.endswith("_proj")
         }
     weight = module._parameters.get("weight")
-    if isinstance(module, _LAYERS):  # which become masked layers
+    if isinstance(module, _LAYERS):  # these become masked layers
         return {}
     cls: type = type(module)
     if weight is not None and weight.dim() == 2 and calls_linear(cls):
-        return {"weight": _ROWS}  # a router, say: `F.linear(x, self.weight)`
+        return {"weight": _ROWS}  # for example a router: `F.linear(x, self.weight)`
     return {}
 
 
@@ -92,7 +92,7 @@ def _present(module: nn.Module, names: dict[str, Layout]) -> dict[str, Layout]:
 
 
 def _base(module: nn.Module) -> type[nn.Module] | None:
-    """The torch.nn class that `module` behaves as, if we have a masked twin of it."""
+    """Return the torch.nn class that `module` is an instance of and that has a masked twin."""
     for base in _MASKED:
         if isinstance(module, base):
             return base
@@ -104,7 +104,7 @@ def _qualified(cls: type) -> str:
 
 
 def has_twin(module: nn.Module) -> bool:
-    """Whether there is a layer of ours that a module can become."""
+    """Return whether there is a masked layer that the module can become."""
     return _base(module) is not None or _qualified(type(module)) == _TRANSFORMERS_CONV1D
 
 

@@ -1,8 +1,9 @@
-"""Layers whose parent reads their weight instead of calling them.
+"""Find layers whose parent reads their weight instead of calling them.
 
-`nn.MultiheadAttention`, the Swin attentions and others hand `self.proj.weight` to a function. A
-masked layer in that place would be ignored without a word, so conversion leaves it dense. Such
-reads are found in the bytecode of the parent's forward and of the methods it uses.
+`nn.MultiheadAttention`, the Swin attentions and others pass `self.proj.weight` to a function. Such
+a parent must read the masked weight (see `nn/reading.py`); if it also writes to weights, the layer
+stays dense. Reads and writes are found in the bytecode of the parent's forward and of the methods
+that it uses.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ _TORCHS = {
     nn.ConvTranspose3d, *nn.Conv2d.__bases__, *nn.ConvTranspose2d.__bases__,
     nn.RNNBase, nn.LSTM, nn.GRU, nn.RNN,
 }  # fmt: skip
-# What may be asked of a weight without computing with it.
+# Attributes of a weight that can be read without computing with it.
 _HARMLESS = {"device", "dim", "dtype", "is_cuda", "ndim", "numel", "requires_grad", "shape", "size"}
-# Its fused path is kept off where layers are masked: see `_transformer_encoder.py`.
+# Its fused path is switched off if layers are masked: see `_transformer_encoder.py`.
 _EXEMPT = (nn.TransformerEncoderLayer,)
 
 
@@ -47,7 +48,7 @@ def bypassed_layers(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def is_reader(module: nn.Module) -> bool:
-    """Whether the forward of a module may compute with the weights of modules below it."""
+    """Return whether the forward of a module may compute with the weights of its submodules."""
     cls: type = type(module)
     if isinstance(module, _EXEMPT) or not any(True for _ in module.children()):
         return False
@@ -56,7 +57,7 @@ def is_reader(module: nn.Module) -> bool:
 
 @functools.cache
 def _mentions_weights(cls: type) -> bool:
-    """Whether a forward asks for weights by name, and not only for their shape or dtype."""
+    """Return whether a forward reads weights by name, and not only their shape or dtype."""
     for code in _reached(cls):
         for name, following in itertools.pairwise([*_attributes(code), ""]):
             if _is_weight(name) and following not in _HARMLESS:
@@ -66,7 +67,7 @@ def _mentions_weights(cls: type) -> bool:
 
 @functools.cache
 def calls_linear(cls: type) -> bool:
-    """Whether a forward that is not torch's hands `self.weight` to `linear`."""
+    """Return whether a forward that is not torch's mentions both `linear` and `weight`."""
     names = {name for code in _reached(cls) for name in code.co_names}
     return {"linear", "weight"} <= names
 
@@ -82,13 +83,13 @@ def _attributes(code: CodeType) -> list[str]:
 
 @functools.cache
 def reads_a_weight(cls: type, method: str) -> bool:
-    """Whether a class asks for weights by name in a method that is not torch's."""
+    """Return whether a class reads weights by name in a method that is not torch's."""
     return any(_is_weight(name) for code in _reached(cls, method) for name in code.co_names)
 
 
 @functools.cache
 def what_writes_its_weight(cls: type) -> str | None:
-    """Return `self.weight.data` or `self.weight.clamp_` if a forward that is not torch's has it."""
+    """Return the write in a forward that is not torch's, such as `self.weight.clamp_`, or None."""
     for code in _reached(cls):
         for name, following in itertools.pairwise([*_attributes(code), ""]):
             in_place = following.endswith("_") and not following.startswith("_")
@@ -99,12 +100,12 @@ def what_writes_its_weight(cls: type) -> str | None:
 
 @functools.cache
 def _weights_read(cls: type) -> frozenset[tuple[str, ...]]:
-    """Every path with `self.path.weight` in forward or in what is reached from it."""
+    """Return every path with `self.path.weight` in forward or in a method that it calls."""
     return frozenset(path for code in _reached(cls) for path in _paths_in(code))
 
 
 def _reached(cls: type, start: str = "forward") -> Iterator[CodeType]:
-    """The code of a method and of every method it names, in turn; but for torch's own."""
+    """Yield the code of a method and of every method it names, and so on, without torch's own."""
     seen: set[str] = set()
     waiting = [start]
     while waiting:
@@ -116,7 +117,7 @@ def _reached(cls: type, start: str = "forward") -> Iterator[CodeType]:
 
 
 def _codes(cls: type, name: str) -> Iterator[CodeType]:
-    """Code of the method or property `name`, in every base, since super() may lead there."""
+    """Yield the code of the method or property `name` in every base: super() may call it."""
     for base in cls.__mro__:
         member = None if base in _TORCHS else base.__dict__.get(name)
         member = getattr(member, "fget", None) or getattr(member, "__func__", None) or member
@@ -133,14 +134,14 @@ def _with_nested(code: CodeType) -> Iterator[CodeType]:
 
 
 def _is_weight(name: str) -> bool:
-    """Of a layer, or of a recurrent module."""
+    """Return whether an attribute has the name of weights of a layer or a recurrent module."""
     return name in ("weight", "_flat_weights", "all_weights") or name.startswith(
         ("weight_ih_l", "weight_hh_l", "weight_hr_l")
     )
 
 
 def _paths_in(code: CodeType) -> Iterator[tuple[str, ...]]:
-    """The `a.b` of every attribute chain self.a.b.weight that is computed with.
+    """Yield the path a.b of every attribute chain self.a.b.weight that is computed with.
 
     Chains are followed through local names (`layer = self.a`), not through loops and containers.
     """

@@ -1,4 +1,4 @@
-"""A run-time check: does every mask act, and does every threshold train?"""
+"""Check at run time that every mask acts and that every threshold trains."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from ..ops.dtensor import full_tensor
 def check_masks(
     model: nn.Module, *args: Any, optimizers: Iterable[torch.optim.Optimizer] = (), **kwargs: Any
 ) -> dict[str, str]:
-    """Return what is wrong, by the name of the masked weight; an empty dict where all is well.
+    """Return what is wrong, by the name of the masked weight; an empty dict if nothing is.
 
-    Runs one forward `model(*args, **kwargs)` and one backward, in the mode that the model is in,
-    with the thresholds of every weight at its median for the moment. Afterwards parameters,
-    gradients, buffers and the random numbers of the CPU and the model's devices are as they were.
+    It runs one forward `model(*args, **kwargs)` and one backward, in the model's current mode, with
+    the thresholds of every weight set to the median of its magnitudes. Afterwards it restores
+    parameters, gradients, buffers and the random numbers of the CPU and the model's devices.
 
-    Found are weights that the forward does not use, weights that it reads past their mask (through
-    a name or a method that masking does not know), masks that change no output, and, where
-    `optimizers` are given, thresholds that none of them trains. A weight without gradients
-    (frozen) is not looked at. Fixed masks stay; their thresholds need no optimizer.
+    It finds weights that the forward does not use, weights that it reads unmasked (through a name
+    or a method that masking does not know), masks that change no output, and, if `optimizers` are
+    given, thresholds that none of them trains. It does not check a weight without gradients
+    (frozen). Fixed masks stay; their thresholds need no optimizer.
 
-    Raises ValueError where the model has no masked layers or its output no floating-point tensor
-    that depends on a parameter, and whatever the forward raises.
+    Raises ValueError if the model has no masked layers or its output no floating-point tensor that
+    depends on a parameter, TypeError for `optimizers` of another type, and what the forward raises.
     """
     accepted = "optimizers in a list"
     require(isinstance(optimizers, Iterable), "optimizers", accepted, optimizers)
@@ -70,7 +70,7 @@ def check_masks(
 def thresholds_without_optimizer(
     parts: list[tuple[str, MaskedWeight]], optimizers: Iterable[torch.optim.Optimizer]
 ) -> list[str]:
-    """Return the masked weights whose threshold wants a gradient, but is in no optimizer."""
+    """Return the masked weights whose threshold needs a gradient, but is in no optimizer."""
     trained = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
     return [
         name
@@ -107,7 +107,7 @@ def _problem_of_fixed(part: MaskedWeight) -> str | None:
 
 @contextlib.contextmanager
 def _as_it_was(model: nn.Module, parts: list[tuple[str, MaskedWeight]]) -> Iterator[None]:
-    """Put back what a step changes; gradients of deferred layers are their own meanwhile."""
+    """Restore afterwards what the check changes; inside, no optimizer defers gradients."""
     grads = [(p, p.grad, p.grad_dtype) for p in model.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     thresholds = [(part.threshold, part.threshold.detach().clone()) for _, part in parts]

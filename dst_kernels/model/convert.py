@@ -1,4 +1,4 @@
-"""One-call conversion of a user's own model, and the plan that says what it would do and why."""
+"""Convert a user's own model in one call, or plan that and say what it would do and why."""
 
 from __future__ import annotations
 
@@ -23,28 +23,34 @@ logger = logging.getLogger(__name__)
 def plan_sparsify(
     model: nn.Module, config: SparsifyConfig | None = None, filter_fn: FilterFn | None = None
 ) -> ConversionPlan:
-    """What `sparsify_` with the same arguments would do; changes nothing."""
+    """Return what `sparsify_` with the same arguments would do, and change nothing.
+
+    Raises what `sparsify_` does.
+    """
     return plan_conversion(model, SparsifyConfig() if config is None else config, filter_fn)[0]
 
 
 def sparsify_(
     model: nn.Module, config: SparsifyConfig | None = None, filter_fn: FilterFn | None = None
 ) -> nn.Module:
-    """Make linear, convolutional and recurrent layers masked ones; returns `model`.
+    """Turn linear, convolutional and recurrent layers into masked ones; return `model`.
 
     In place: every module stays the same object, with its Parameters, hooks, methods and
-    attributes, so that lists, aliases and closures that hold it go on. Its class becomes a subclass
+    attributes, so lists, aliases and closures that hold it stay valid. Its class becomes a subclass
     of the one it has: `isinstance(layer, MaskedLinear)` holds, and so does `isinstance(layer,
     TheUsersClass)`. With thresholds at 0 the outputs stay the same. Weights shared between layers
     stay shared and share their threshold. A second call changes nothing. Convert before building
-    the optimizer, `torch.compile`, DDP or `fully_shard`. `finalize_` and `densify_` lead back.
+    the optimizer, `torch.compile`, DDP or `fully_shard`. `finalize_` and `densify_` undo it.
 
     A weight that is frozen (`requires_grad` is False) before or after this keeps the mask that it
     has: neither loss nor regulariser moves its threshold. Adapters of peft stay dense.
 
-    `config` (default: `SparsifyConfig()`) chooses options and layers; `filter_fn(module, name)`
-    is asked about each layer the config would convert and keeps it dense by returning False.
+    `config` (default: `SparsifyConfig()`) chooses options and layers. `filter_fn(module, name)` is
+    called for each layer that the config would convert; if it returns False, the layer stays dense.
     What happens to each layer is logged; `plan_sparsify` returns the same as an object.
+
+    Raises TypeError for an argument of another type, ValueError for a model that holds a
+    DistributedDataParallel or FullyShardedDataParallel.
     """
     config = SparsifyConfig() if config is None else config
     plan, chosen = plan_conversion(model, config, filter_fn)
@@ -88,7 +94,7 @@ def sparsify_(
 
 
 def _let_forwards_read_(model: nn.Module) -> None:
-    """Let every forward that may read the weights of modules below it find the masked ones."""
+    """Let every forward that may read the weights of its submodules read the masked ones."""
     for module in list(model.modules()):
         if is_reader(module):
             reads = [

@@ -1,4 +1,4 @@
-"""From masked layers back to dense ones: with their masks baked in, or without a trace of them."""
+"""Turn masked layers back into dense ones, with the weights masked or as they are stored."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ FORMATS = ("dense",)
 
 
 def finalize_(model: nn.Module, format: str = "dense") -> nn.Module:
-    """Make every masked layer the dense layer with weight * mask in its weight; returns `model`.
+    """Turn every masked layer into a dense one whose weight is weight * mask; return `model`.
 
-    In place: modules and Parameters stay the same objects, so that every reference to them goes
-    on. Outputs stay the same (bit for bit in float32 on the reference path). Weights that layers
-    share stay shared. A model without masked layers comes back as it is.
+    In place: modules and Parameters stay the same objects, so every reference to them stays valid.
+    Outputs stay the same (bit for bit in float32 on the reference path). Weights that layers share
+    stay shared. A model without masked layers is returned unchanged.
 
-    A parametrization that was there before `sparsify_` ends here: its result is baked in.
+    A parametrization that is older than `sparsify_` is removed: its masked result is the weight.
 
-    Raises ValueError for a format other than "dense", RuntimeError for sharded weights and for
-    those that a parametrization or a hook computes since conversion, and then changes nothing.
+    Raises TypeError if `model` is no module, ValueError for a format other than "dense",
+    RuntimeError for sharded weights and for those that a parametrization or a hook computes since
+    conversion; nothing has changed then.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, but is {format!r}")
@@ -32,10 +33,10 @@ def finalize_(model: nn.Module, format: str = "dense") -> nn.Module:
 
 
 def densify_(model: nn.Module) -> nn.Module:
-    """Make every masked layer the dense layer it was, with its raw weights; returns `model`.
+    """Turn every masked layer back into the dense layer it was, unmasked; return `model`.
 
-    The way back from `sparsify_`, in place: thresholds are dropped, and what they pruned is there
-    again. `finalize_` keeps what was pruned at 0. Errors as in `finalize_`.
+    This undoes `sparsify_`, in place: thresholds are dropped, and pruned weights have their stored
+    values again, while `finalize_` sets them to 0. It raises the errors of `finalize_`.
     """
     return _without_masks(model, bake=False)
 
@@ -47,7 +48,7 @@ def _without_masks(model: nn.Module, bake: bool) -> nn.Module:
         reason = why_not_unmasked(module)
         if reason is not None:
             raise RuntimeError(f"{name or 'the model'} ({type(module).__name__}): {reason}")
-    computed: list[tuple[nn.Module, str, Tensor]] = []  # by parametrizations, which end here
+    computed: list[tuple[nn.Module, str, Tensor]] = []  # by parametrizations, removed below
     if bake:
         weights = {id(part.weight): part for m in masked.values() for part in m.masked_weights()}
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Fixed masks: training goes on, but no weight is pruned any more and none comes back."""
+"""Fix masks: training continues, but no more weights are pruned and none comes back."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from ..nn.weight import MaskedWeight
 
 
 def freeze_masks_(model: nn.Module) -> nn.Module:
-    """Let every masked weight keep the mask that it has now, in training, too; returns `model`.
+    """Fix the current mask of every masked weight, in training, too; return `model`.
 
     In place, at any time. A layer then computes with W where its mask is True and with 0 elsewhere,
-    through torch's own operation (the packed path, also with path="fused" or "mixed"). Weights on
-    the mask train on. The others have no gradient, and whatever momentum or weight decay do to
-    their values, they do not count. Thresholds have no gradient, no part in the regulariser and no
-    effect. `group_` leaves such layers out; `DSTSGD` and `DSTAdamW` take their weights as any other
-    parameter, also after `unfreeze_masks_`, and drop a gradient of theirs that waits for a step.
+    through torch's own operation (the packed path, also with path="fused" or "mixed"). Weights
+    where the mask is True still train. The others have no gradient; momentum or weight decay may
+    change their values, but nothing uses them. Thresholds have no gradient, no part in the
+    regulariser and no effect. `group_` leaves such layers out; `DSTSGD` and `DSTAdamW` update their
+    weights as any other parameter, also after `unfreeze_masks_`, and drop their gradients that wait
+    for a step.
 
     Each mask is a boolean buffer, `fixed_mask` beside `threshold` and `fixed_mask_<name>` beside
-    `threshold_<name>`, in the state dict. Loading one with fixed masks fixes those of a model.
-    Where one without meets them, their keys are missing; with strict=False they stay. Sharded by
-    FSDP2 (before or after this, on all ranks), layers have whole masks on each rank, and keep W * M
-    until the backward pass.
+    `threshold_<name>`, in the state dict. Loading a state dict with fixed masks fixes those of the
+    model. If it lacks masks that the model has fixed, their keys are missing; with strict=False the
+    masks stay. Layers that FSDP2 shards (before or after this, on all ranks) have whole masks on
+    each rank, and keep W * M until the backward pass.
 
     `MaskedWeight.set_fixed_mask` sets any other mask. Masks that are fixed already stay.
 
-    Raises TypeError where `model` is no module, ValueError where it has no masked layers, holds a
-    DistributedDataParallel or has an attribute with a buffer's name, and then changes no mask.
+    Raises TypeError if `model` is no module, ValueError if it has no masked layers, holds a
+    DistributedDataParallel or has an attribute with a buffer's name; no mask has changed then.
     """
     parts = [part for part in _unwrapped_parts(model) if part.fixed_mask is None]
     masks = [part.mask() for part in parts]
@@ -44,13 +45,12 @@ def freeze_masks_(model: nn.Module) -> nn.Module:
 
 
 def unfreeze_masks_(model: nn.Module) -> nn.Module:
-    """Let thresholds decide again: each mask is |W| > t, with the t of then; returns `model`.
+    """Undo `freeze_masks_`, in place: each mask is |W| > t again; return `model`.
 
-    Undoes `freeze_masks_`, in place. So a weight that has shrunk to its threshold goes, and a
-    pruned one that lies above it comes back. Thresholds that trained before train again. Where no
-    mask is fixed, nothing changes.
+    So a weight that has shrunk to t or below is pruned, and a pruned one that lies above t comes
+    back. Thresholds that trained before train again. If no mask is fixed, nothing changes.
 
-    Raises TypeError where `model` is no module, ValueError where it has no masked layers or holds a
+    Raises TypeError if `model` is no module, ValueError if it has no masked layers or holds a
     DistributedDataParallel.
     """
     for part in _unwrapped_parts(model):

@@ -1,4 +1,4 @@
-"""What a model of transformers is told about its masks, so that it can be saved and loaded.
+"""Note in a transformers model's config what is masked, so that it can be saved and loaded.
 
 Nothing here imports transformers; `dst_kernels.integrations.transformers` reads the note.
 """

@@ -18,9 +18,9 @@ def sparse_regularization(model: nn.Module) -> Tensor:
     Add it to the loss times alpha. A threshold that layers share counts once; that of a frozen
     weight (`requires_grad` is False) counts, but gets no gradient; that of a fixed mask
     (`freeze_masks_`) does not count. See `functional.sparse_regularization` for very negative
-    thresholds. Raises ValueError if the model
-    has no masked layers; RuntimeError in the backward of a loss that contains the sum although an
-    optimizer of `dst_kernels.optim` adds the same gradient, as its `alpha` says.
+    thresholds. Raises TypeError if `model` is no module, ValueError if it has no masked layers, and
+    RuntimeError in the backward of a loss that contains the sum although an optimizer of
+    `dst_kernels.optim` with an `alpha` adds the same gradient.
     """
     everything = [part for _, part in named_masked_weights(model)]
     parts = [part for part in everything if part.fixed_mask is None]
@@ -53,15 +53,15 @@ def parameter_groups(
     threshold_lr: float | None = None,
     threshold_weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Return two param groups for a torch optimizer: thresholds, and all parameters besides.
+    """Return two param groups for a torch optimizer: all parameters but thresholds, and thresholds.
 
-    `lr` and `weight_decay` apply to the latter (None: the optimizer's own), `threshold_lr` (None:
-    `lr`) and `threshold_weight_decay` to the thresholds. Decay pulls thresholds towards 0 and so
-    limits them to alpha * exp(-t) = decay * t; the default is none (the authors' CIFAR runs had
-    it). Parameters that need no gradient are left out.
+    `lr` and `weight_decay` apply to the first (None: the optimizer's own),
+    `threshold_lr` (None: `lr`) and `threshold_weight_decay` to the thresholds. Decay pulls
+    thresholds towards 0: they stop where alpha * exp(-t) = decay * t. The default is no decay (the
+    authors' CIFAR runs had it). Parameters that need no gradient are left out.
 
     Raises ValueError if the model has no masked layers or a number is negative or not finite,
-    TypeError where `model` is no module or an option no number.
+    TypeError if `model` is no module or an option no number.
     """
     thresholds = _thresholds(model)
     given = {"lr": lr, "weight_decay": weight_decay, "threshold_lr": threshold_lr}

@@ -1,4 +1,4 @@
-"""The plan of a conversion: what becomes of each module with weights, and why."""
+"""Plan a conversion: what each module with weights becomes, and why."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _DDP = nn.parallel.DistributedDataParallel
 
 
 def _wrappers() -> tuple[type, ...]:
-    """Return the classes that look at parameters once, when they wrap a module."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported: then there is none
+    """Return the classes that read the parameters of a module only once, when they wrap it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # if not imported, no module has its class
     return (_DDP,) if fsdp is None else (_DDP, fsdp.FullyShardedDataParallel)
 
 
@@ -40,9 +40,9 @@ FilterFn = Callable[[nn.Module, str], bool]
 
 @dataclasses.dataclass(frozen=True)
 class PlannedLayer:
-    """A module with weights: what becomes of it ("convert", "masked" already, "skip") and why.
+    """Say what a module with weights becomes ("convert", "skip"; "masked": it is already) and why.
 
-    A layer to convert has a reason only where it would not train as it is.
+    For a layer to convert, `reason` is empty, or a warning that it would not train well as it is.
     """
 
     name: str
@@ -54,10 +54,10 @@ class PlannedLayer:
 
 @dataclasses.dataclass(frozen=True)
 class ConversionPlan:
-    """Every module that owns a weight of two dimensions or more; `print` shows a table.
+    """List every module that owns a weight of two dimensions or more; `print` shows a table.
 
-    masked, total: weights that will be masked, or are already, and all weights (parameters of two
-    dimensions or more), shared ones once.
+    masked: the number of weights that will be masked, or are already. total: the number of all
+    weights (parameters of two dimensions or more). Shared ones count once.
     """
 
     layers: list[PlannedLayer]
@@ -65,7 +65,7 @@ class ConversionPlan:
     total: int
 
     def named(self, action: str) -> list[str]:
-        """The names of the layers with this action."""
+        """Return the names of the layers with this action."""
         return [layer.name for layer in self.layers if layer.action == action]
 
     def summary(self) -> str:
@@ -75,7 +75,7 @@ class ConversionPlan:
         return f"{counts}; {self.share():.1%} of all weights masked" if self.total else counts
 
     def share(self) -> float:
-        """Return the masked share of all weights; 1 where there are none."""
+        """Return the masked share of all weights; 1 if there are none."""
         return self.masked / self.total if self.total else 1.0
 
     def __str__(self) -> str:
@@ -95,7 +95,7 @@ class ConversionPlan:
 def plan_conversion(
     model: nn.Module, config: SparsifyConfig, filter_fn: FilterFn | None
 ) -> tuple[ConversionPlan, list[nn.Module]]:
-    """Return the plan of a conversion, and the modules that it takes."""
+    """Return the plan of a conversion, and the modules to convert."""
     require_module(model)
     accepted = "a function of a module and its name, or None"
     require(filter_fn is None or callable(filter_fn), "filter_fn", accepted, filter_fn)
@@ -160,7 +160,7 @@ def plan_conversion(
 
 
 def _adapters(model: nn.Module) -> list[nn.Module]:
-    """Return what peft has added to the layers of a model (LoRA, IA3, ...), not these layers."""
+    """Return the modules that peft has added to layers (LoRA, IA3, ...), not the layers."""
     return [
         added
         for module in model.modules()
@@ -176,9 +176,9 @@ def _adapters(model: nn.Module) -> list[nn.Module]:
 def _with_rows_elsewhere(
     named: list[tuple[str, nn.Module]], reasons: dict[nn.Module, str], config: SparsifyConfig
 ) -> dict[nn.Module, str]:
-    """Layers that share a weight, rows of which for one are not rows for another: why they stay.
+    """Return why layers stay dense that share a weight with one that has other rows.
 
-    A convolution's and a transposed one's, say, where a decoder is tied to an encoder.
+    An example is a decoder of transposed convolutions whose weights are tied to the encoder's.
     """
     owners: dict[int, list[tuple[str, nn.Module, object]]] = {}
     for name, module in named:
@@ -201,7 +201,7 @@ def _with_rows_elsewhere(
 
 
 def _has_weights(module: nn.Module) -> bool:
-    """Whether the module itself, not a child, owns something a mask could be put on."""
+    """Return whether the module itself, not a child, owns a weight that could be masked."""
     if isinstance(module, LazyModuleMixin) or is_parametrized(module):
         return True
     if isinstance(module, ParametrizationList):  # belongs to the module that it computes for
@@ -217,7 +217,7 @@ def _shape(module: nn.Module) -> tuple[int, ...]:
 
 
 def _weight_names(module: nn.Module, config: SparsifyConfig) -> list[str]:
-    """Of what is masked in a module or would be in its twin."""
+    """Return the names of the weights that are masked in a module, or would be."""
     if isinstance(module, MaskedModule):
         return [part.name for part in module.masked_weights()]
     layouts = layouts_of(module, config)
@@ -232,7 +232,7 @@ def _weights(module: nn.Module, config: SparsifyConfig) -> list[Tensor]:
 
 
 def _cannot_convert(module: nn.Module, config: SparsifyConfig) -> str | None:
-    """Why there is no masked layer that would compute the same, or None."""
+    """Return why no masked layer would compute the same, or None if one does."""
     if isinstance(module, MaskedModule):
         return "masked already"
     if isinstance(module, LazyModuleMixin):
@@ -270,7 +270,7 @@ def _cannot_convert(module: nn.Module, config: SparsifyConfig) -> str | None:
         return f"has no path {path!r}, only {' and '.join(masked.accepted_paths)}"
     try:
         masked_class(kind, masked, names=names)
-    except Exception as error:  # whatever a metaclass or __init_subclass__ of the user's raises
+    except Exception as error:  # a user's metaclass or __init_subclass__ may raise anything
         return f"is of a class from which none can be derived ({error})"
     in_the_way = [n for n in _names_needed(module, masked, config) if hasattr(module, n)]
     if in_the_way:
@@ -278,7 +278,7 @@ def _cannot_convert(module: nn.Module, config: SparsifyConfig) -> str | None:
     return None
 
 
-# What a masked module has for its user, but does not need: a user's own go before these.
+# Methods and options that a masked module offers but does not need: a user's own names hide them.
 _CONVENIENT = {
     "mask", "remaining_ratio", "gathered", "reset_threshold", "reset_parameters", "from_dense",
     "to_dense",
@@ -289,7 +289,7 @@ _CONVENIENT = {
 def _names_needed(
     module: nn.Module, masked: type[MaskedModule], config: SparsifyConfig
 ) -> list[str]:
-    """Attributes by which a masked module works, its Parameters first."""
+    """Return the attribute names that a masked module needs, those of its Parameters first."""
     thresholds = [
         threshold_name(name) if masked is MaskedParameters else name.replace("weight", "threshold")
         for name in _weight_names(module, config)
@@ -300,7 +300,7 @@ def _names_needed(
 
 
 def _warning(module: nn.Module, config: SparsifyConfig) -> str:
-    """What goes wrong in training a layer that can be converted, or nothing."""
+    """Return what goes wrong in training a layer that can be converted; "" if nothing does."""
     for weight in _weights(module, config):
         unknown = weight.is_meta or isinstance(weight, FakeTensor) or weight.numel() == 0
         if unknown:
@@ -323,7 +323,7 @@ def _unwanted(
     able: list[nn.Module],
     filter_fn: FilterFn | None,
 ) -> str | None:
-    """Why config or filter_fn keep a convertible layer dense, or None."""
+    """Return why config or filter_fn keep a convertible layer dense, or None."""
     if config.skip_first and module is able[0]:
         return "skip_first"
     if config.skip_last and module is able[-1]:

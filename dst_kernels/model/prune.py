@@ -1,4 +1,4 @@
-"""Pruning by magnitude: thresholds that leave a share of the weights that the user names."""
+"""Prune by magnitude: set thresholds that keep the share of weights that the user asks for."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ SCOPES = ("global", "layer")
 
 @torch.no_grad()
 def prune_(model: nn.Module, ratio: float, *, scope: str = "global") -> nn.Module:
-    """Set the thresholds so that a share of the masked weights remains, the largest; returns model.
+    """Set thresholds so that the largest masked weights remain, a share `ratio`; return `model`.
 
-    In place; the weights stay as they are, and training goes on from these thresholds. All
-    thresholds that are decided together get the same value, a quantile of |W|, whatever their
-    granularity. Weights of equal magnitude at the cut remain or go together, whichever is nearer to
-    `ratio`; a weight of exactly 0 never remains. Frozen weights are pruned, too. The host waits for
-    the device.
+    In place; the weights do not change, and training continues from these thresholds. All
+    thresholds that are set together get the same value, a quantile of |W|, whatever their
+    granularity. Weights of equal magnitude at the cut are all kept or all pruned, whichever is
+    nearer to `ratio`; a weight of exactly 0 is always pruned. Frozen weights are pruned, too. The
+    host waits for the device.
 
     Args:
-        model: with masked layers.
-        ratio: of the weights that shall remain, above 0, at most 1.
-        scope: "global" decides over all masked weights of the model, "layer" over each by itself.
+        model: a model with masked layers.
+        ratio: the share of the weights to keep, above 0, at most 1.
+        scope: "global" ranks all masked weights of the model together, "layer" each by itself.
 
     Raises:
-        TypeError, ValueError: `ratio` or `scope` is not one of these; the model has no masked
-            layers.
-        ValueError: a mask is fixed (`freeze_masks_`), or the collapse guard would undo it, as so
-            little of a layer would remain.
+        TypeError: `model` is no module, or `ratio` no number.
+        ValueError: `ratio` or `scope` is not one of these; the model has no masked layers; a mask
+            is fixed (`freeze_masks_`); or so little of a layer would remain that the collapse guard
+            would reset its thresholds.
         RuntimeError: a weight is sharded. In each case nothing has changed.
     """
     require_number("ratio", ratio, positive=True)
@@ -74,7 +74,7 @@ def prune_(model: nn.Module, ratio: float, *, scope: str = "global") -> nn.Modul
 
 
 def _quantile(weights: Sequence[Tensor], ratio: float) -> Tensor:
-    """Return the magnitude, 0-dim, up to which weights go, so that the share `ratio` remains."""
+    """Return the largest magnitude to prune, 0-dim, so that the share `ratio` remains."""
     device = weights[0].device
     sizes = torch.cat([weight.abs().flatten().to(device) for weight in weights])
     sizes = sizes.to(torch.promote_types(sizes.dtype, torch.float32)).nan_to_num_(nan=torch.inf)
@@ -101,7 +101,7 @@ def _collapses(part: MaskedWeight, limit: Tensor) -> bool:
 
 
 def _rounded_down(limit: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `limit` in `dtype`, never above it, so that no more weights go."""
+    """Return `limit` in `dtype`, rounded down, so that no more weights are pruned."""
     rounded = limit.to(dtype)
     below = torch.nextafter(rounded, rounded.new_full((), -torch.inf))
     return torch.where(rounded > limit, below, rounded)

@@ -91,7 +91,8 @@ class SparsityReport:
 def sparsity_report(model: nn.Module) -> SparsityReport:
     """Measure every masked layer, with one device synchronisation for the whole model.
 
-    With FSDP2 this is a collective call. Raises ValueError if the model has no masked layers.
+    With FSDP2 this is a collective call. Raises TypeError if `model` is no module, ValueError if it
+    has no masked layers.
     """
     named = named_masked_weights(model)
     device = named[0][1].weight.device
@@ -151,7 +152,7 @@ def _measure(part: MaskedWeight) -> Tensor:
 def remaining_ratio(model: nn.Module) -> Tensor:
     """Return kept / all masked weights of the model, a 0-dim float32 tensor; no synchronisation.
 
-    Weights that layers share count once. Raises ValueError if the model has no masked layers.
+    Weights that layers share count once. Raises what `sparsity_report` does.
     """
     parts = {id(part.weight): part for _, part in named_masked_weights(model)}.values()
     device = next(iter(parts)).weight.device

@@ -1,4 +1,4 @@
-"""Masked layers: subclasses of their torch.nn parents with a trainable pruning threshold."""
+"""Offer masked layers: subclasses of their torch.nn parents with a trainable pruning threshold."""
 
 from ..autograd import GRANULARITIES, MaskOptions
 from .conv import MaskedConv1d, MaskedConv2d, MaskedConv3d

@@ -1,4 +1,4 @@
-"""Masked convolutions over one, two and three spatial dimensions."""
+"""Convolve with masked weights over one, two or three spatial dimensions."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .sources import attached_weight
 
 
 class MaskedConv(MaskedLayer, nn.modules.conv._ConvNd):
-    """`torch.nn.{parent}` that computes with the weights whose magnitude exceeds their threshold.
+    """Run `torch.nn.{parent}` with only the weights whose magnitude exceeds their threshold.
 
-    Positional arguments, `padding_mode`, `device` and `dtype` as in the parent. A row is one
-    filter: `weight[i]`, of in/groups * prod(kernel) elements. The keyword-only arguments and the
-    errors raised are those of `MaskedLinear`.
+    Positional arguments, `padding_mode`, `device`, `dtype` and shapes are those of the parent. A
+    row is one filter: `weight[i]`, of in/groups * prod(kernel) elements. The keyword-only arguments
+    and the errors raised are those of `MaskedLinear`.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if weight is not self._parameters.get("weight", weight):
-            return super()._conv_forward(input, weight, bias)  # a forward of the user's own
+            return super()._conv_forward(input, weight, bias)  # from a user's own forward
         attached = attached_weight(self, input)
         if attached is not None:
             return super()._conv_forward(input, attached, bias)

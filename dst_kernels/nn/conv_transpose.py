@@ -1,4 +1,4 @@
-"""Masked transposed convolutions over one, two and three spatial dimensions."""
+"""Convolve, transposed, with masked weights over one, two or three spatial dimensions."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from .layer import MaskedLayer
 
 
 class _MaskedConvTranspose(MaskedLayer, nn.modules.conv._ConvTransposeNd):
-    """`torch.nn.{parent}` that computes with the weights whose magnitude exceeds their threshold.
+    """Run `torch.nn.{parent}` with only the weights whose magnitude exceeds their threshold.
 
-    Positional arguments, `padding_mode`, `device`, `dtype` and the forward's `output_size` as in
-    the parent. A row is one output channel: `weight[:, i]` of its group, in/groups * prod(kernel)
-    elements. The keyword-only arguments and the errors raised are those of `MaskedLinear`, but that
-    `path` is "auto" or "packed", which are the same here.
+    Positional arguments, `padding_mode`, `device`, `dtype`, shapes and the forward's `output_size`
+    are those of the parent. A row is one output channel: `weight[:, i]` of its group, in/groups *
+    prod(kernel) elements. The keyword-only arguments and the errors raised are those of
+    `MaskedLinear`, but `path` is "auto" or "packed", which are the same here.
     """
 
     accepted_paths = CONV_TRANSPOSE_PATHS
-    rows_first = False  # which would be copies
+    rows_first = False  # operations take the weight as it is stored: rows first would be a copy
 
     def _rows(self, tensor: Tensor) -> Tensor:
-        """[in, out/groups, *kernel] to [out, in/groups, *kernel] and back."""
+        """Turn [in, out/groups, *kernel] into [out, in/groups, *kernel], or back."""
         if tensor.dim() == 1:
             return tensor
         by_group = tensor.unflatten(0, (self.groups, tensor.shape[0] // self.groups))
         return by_group.transpose(1, 2).flatten(0, 1)
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        own: Any = self  # torch declares lists for what are tuples, and strings for any padding
+        own: Any = self  # torch's annotations say lists for tuples, and allow strings as padding
         output_padding = own._output_padding(
             input,
             output_size,

@@ -1,6 +1,6 @@
 """Allocate the parameters of a recurrent module as cuDNN needs them: in one buffer, in its order.
 
-torch copies parameters that are elsewhere into such a buffer at every call, with a warning.
+Otherwise torch copies them into such a buffer at every call, with a warning.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def empty_parameters(
     names = "mode", "input_size", "hidden_size", "proj_size", "num_layers", "bidirectional"
     kind = tuple(getattr(module, name) for name in names)
     size, offsets = _cudnn_layout(kind, tuple(shapes), dtype, device)
-    # Where parameters do not fill the buffer (no biases), the rest must be zeros.
+    # cuDNN's buffer has biases even if the module has none: that part must be zeros.
     fills = sum(shape.numel() for shape in shapes) == size
     buffer = (torch.empty if fills else torch.zeros)(size, dtype=dtype, device=device)
     return _tensors_in(buffer, offsets, shapes)

@@ -1,4 +1,4 @@
-"""Finding what is masked in a model."""
+"""Find what is masked in a model."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from .weight import MaskedWeight
 
 
 def named_masked_weights(model: nn.Module) -> list[tuple[str, MaskedWeight]]:
-    """(name, weight) of every masked weight of every module, each module once.
+    """Return (name, weight) of every masked weight of every module, each module once.
 
-    A layer's one weight goes by the layer's name. ValueError where there are none.
+    The weight of a masked layer has the layer's name. Raises TypeError if `model` is no module,
+    ValueError if nothing in it is masked.
     """
     require_module(model)
     found = [
@@ -31,6 +32,6 @@ def named_masked_weights(model: nn.Module) -> list[tuple[str, MaskedWeight]]:
 
 
 def masked_layers(model: nn.Module) -> list[MaskedLayer]:
-    """Every module with one masked weight, once. ValueError where nothing at all is masked."""
+    """Return every masked layer once; raise what `named_masked_weights` does."""
     modules = {part.module: None for _, part in named_masked_weights(model)}
     return [module for module in modules if isinstance(module, MaskedLayer)]

@@ -13,9 +13,9 @@ from .layer import MaskedLayer
 
 
 class MaskedTransformersConv1D(MaskedLayer, Conv1D):
-    """Run `transformers.pytorch_utils.Conv1D` with masked weights; weight [in, out] as there.
+    """Run `transformers.pytorch_utils.Conv1D` with masked weights; the weight is [in, out].
 
-    A row is one output neuron, as elsewhere, which is a column of the stored weight. Keyword-only
+    A row is one output neuron, as elsewhere: here a column of the stored weight. Keyword-only
     arguments and errors are those of `MaskedLinear`.
     """
 

@@ -1,9 +1,9 @@
-"""Changing what a module is, not which module stands there: dense to masked and back.
+"""Change a dense module into a masked one and back, as the same object.
 
-A module's `__class__` is exchanged, so that its identity, Parameters, hooks, attributes and every
-reference to it stay. A module of a class of torch becomes its masked twin. For a user's subclass U
-a class is made that inherits from U first and from the twin second: methods of U stay what they
-are, and `super().forward` in one of them leads to the twin.
+A module's `__class__` is replaced, so that its identity, Parameters, hooks, attributes and every
+reference to it stay. A module of one of torch's classes gets that class's masked twin. For a user's
+subclass U a class is made that inherits from U first and from the twin second: methods of U stay,
+and `super().forward` in one of them calls the twin's.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def masked_class(
     own: frozenset[str] = frozenset(),
     names: tuple[str, ...] = (),
 ) -> type[MaskedModule]:
-    """Return the class of a masked `dense`, a subclass of what `masked` replaces.
+    """Return the masked class for modules of the class `dense`; `masked` is the twin.
 
-    `own` names the module's Parameters, buffers and children that hide a convenience of ours,
-    `names` the Parameters that are masked where the module's own forward reads them.
+    `own`: the module's Parameters, buffers and children that have the name of one of our methods,
+    and hide it. `names`: the Parameters that are masked where the module's own forward reads them.
     """
     if dense is masked.dense_type and not own and not names:
         return masked
@@ -73,7 +73,7 @@ def _derived(dense: type, bases: tuple, made_for: tuple, members: dict[str, Any]
     made: Any = types.new_class(
         prefix + dense.__name__, bases, exec_body=lambda body: body.update(members)
     )
-    made.dense_class = dense  # last: one that `__init_subclass__` has refused is never found
+    made.dense_class = dense  # last, so that a class that `__init_subclass__` refuses is not found
     return made
 
 
@@ -82,7 +82,7 @@ def _own_attribute(name: str, module: nn.Module) -> object:
 
 
 def _reduce(self, protocol):
-    """Copy and pickle without the class, which no module has by name."""
+    """Copy and pickle by what the class was made from, since no file defines it by name."""
     state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
     made_for = next(c.__dict__["_for"] for c in type(self).__mro__ if "_for" in c.__dict__)
     return _rebuilt, (self.dense_class, *made_for), state
@@ -99,9 +99,9 @@ def mask_module_(
     options: MaskOptions,
     names: tuple[str, ...] = (),
 ) -> MaskedModule:
-    """Make a dense module a masked one, in place, with thresholds of 0; returns it.
+    """Make a dense module a masked one, in place, with thresholds of 0; return it.
 
-    Raises what the constructor of `masked` does, and then leaves the module as it was.
+    Raises what the constructor of `masked` does, and then leaves the module unchanged.
     """
     dense = type(module)
     owned = {*module._parameters, *module._buffers, *module._modules} - {"weight", *names}
@@ -117,9 +117,9 @@ def mask_module_(
 
 
 def unmask_module_(module: MaskedModule) -> nn.Module:
-    """Give a masked module its former class back, in place; thresholds go, weights stay raw.
+    """Give a masked module its dense class back, in place; drop thresholds, keep weights unmasked.
 
-    Raises RuntimeError where a weight is sharded or computed.
+    Raises RuntimeError if a weight is sharded or computed.
     """
     reason = why_not_unmasked(module)
     if reason is not None:
@@ -137,12 +137,12 @@ def unmask_module_(module: MaskedModule) -> nn.Module:
     dense = cast(nn.Module, module)
     dense.__class__ = module.dense_class
     if isinstance(dense, nn.RNNBase):
-        dense._init_flat_weights()  # which nobody kept up to date meanwhile
+        dense._init_flat_weights()  # masked modules do not keep them up to date
     return dense
 
 
 def why_not_unmasked(module: MaskedModule) -> str | None:
-    """Return why a module cannot become dense now, with what to do; None where it can."""
+    """Return why a module cannot become dense now, and what to do; None if it can."""
     if any(is_dtensor(part.weight) for part in module.masked_weights()):
         return (
             "a sharded layer cannot be made dense: gather the state dict and load it into an "
@@ -163,13 +163,13 @@ def why_not_unmasked(module: MaskedModule) -> str | None:
 
 
 def _was_parametrized(module: MaskedModule) -> bool:
-    """Whether a module was masked when a parametrization computed its weight already."""
+    """Return whether a parametrization computed the weight before the module was masked."""
     names = [part.name for part in module.masked_weights()]
     return any(isinstance(getattr(module.dense_class, name, None), property) for name in names)
 
 
 def let_read_(module: nn.Module, reads: Sequence[tuple[nn.Module, str]]) -> None:
-    """Let the forward of a module find masked weights where it reads these attributes."""
+    """Let the forward of a module read masked weights from these attributes of other modules."""
     if not hasattr(type(module), "_own_reads"):
         module.__class__ = reading_class(type(module))
     module.__dict__["_reads"] = reads
@@ -178,7 +178,7 @@ def let_read_(module: nn.Module, reads: Sequence[tuple[nn.Module, str]]) -> None
 
 
 def stop_reading_(module: nn.Module) -> None:
-    """Give a module that only reads masked weights its former class back."""
+    """Undo `let_read_`: give the module its former class back."""
     if module.__dict__.pop("_reads", None) is not None:
         module.__class__ = type(module).__dict__["dense_class"]
 
@@ -186,11 +186,11 @@ def stop_reading_(module: nn.Module) -> None:
 def shallow_copy(module: _Module) -> _Module:
     """Return a module of the same class with the same Parameters, attributes and hooks.
 
-    Containers are its own; hooks are shared, so that a handle from before still removes its hook.
+    It has its own containers, but shares hooks, so that an older handle still removes its hook.
     """
     new = object.__new__(type(module))  # FSDP2's classes have a `__new__` that builds
     new.__dict__.update(module.__dict__)
     for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         new.__dict__[name] = module.__dict__[name].copy()
-    new.__dict__.pop("_deferral", None)  # which knows the original only
+    new.__dict__.pop("_deferral", None)  # the optimizer knows the original only
     return new

@@ -1,4 +1,4 @@
-"""Layers with one masked weight: threshold, committed guard, where the masked weight comes from."""
+"""Give layers one masked weight: its threshold, the guard's resets, where the weight comes from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .weight import MaskedWeight
 
 
 class MaskedLayer(MaskedModule):
-    """Mixin that goes before a `torch.nn` layer with a `weight`; see `MaskedLinear`.
+    """Mask the `weight` of a `torch.nn` layer, as a mixin before its class; see `MaskedLinear`.
 
     Attributes:
         threshold: Parameter, float32 (float64 beside a float64 weight) whatever the weight's
@@ -32,20 +32,20 @@ class MaskedLayer(MaskedModule):
     _is_replica = False  # DataParallel sets it
 
     def masked_weights(self) -> tuple[MaskedWeight]:
-        """Return the one, as modules with several return theirs."""
+        """Return the layer's one masked weight, as a tuple."""
         return (MaskedWeight(self),)
 
     def gathered(self) -> tuple[Tensor, Tensor]:
-        """Return (weight, threshold), output rows first, whole where FSDP2 keeps them sharded."""
+        """Return (weight, threshold), output rows first, unsharded under FSDP2 (on all ranks)."""
         return MaskedWeight(self).gathered()
 
     def mask(self) -> Tensor:
-        """Boolean tensor of the weight's shape, True where a weight is kept; no synchronisation."""
+        """Return a boolean tensor of the weight's shape: True where kept; no synchronisation."""
         return MaskedWeight(self).mask()
 
     @torch.no_grad()
     def remaining_ratio(self) -> Tensor:
-        """Kept weights / all weights, a 0-dim float32 tensor on the layer's device."""
+        """Return kept weights / all weights, a 0-dim float32 tensor on the layer's device."""
         if self._fixed:
             return self.mask().sum().to(torch.float32) / self.weight.numel()
         weight, threshold = MaskedWeight(self).gathered()
@@ -63,11 +63,11 @@ class MaskedLayer(MaskedModule):
         return self._rows(weight), self._rows(threshold)
 
     def _masked(self, operation: Callable) -> Tensor:
-        """Return what `operation(weight, threshold, options, source)` makes of the layer's own.
+        """Return `operation(weight, threshold, options, source)` of the layer's own tensors.
 
-        In training a reset by the guard is committed. What autograd saves is the effective
-        threshold, a tensor of its own, so that a commit between a forward and its backward (a layer
-        used twice, a second forward) does no harm.
+        In training a reset by the guard is committed (written into the threshold). Autograd saves
+        the effective threshold, a tensor of its own, so a commit between a forward and its backward
+        (a layer used twice, a second forward) does no harm.
         """
         if self._fixed:
             return self._under_fixed_mask(operation)
@@ -80,7 +80,7 @@ class MaskedLayer(MaskedModule):
             before = None if source.recall is None else stamp(self)
             if not source.keep or torch.compiler.is_compiling():
                 self._commit(threshold, effective)
-            else:  # as that does, without the cost of a context
+            else:  # the same, without the cost of a context manager
                 try:
                     threshold.detach().copy_(effective)
                 except RuntimeError:
@@ -96,7 +96,7 @@ class MaskedLayer(MaskedModule):
         return result
 
     def _under_fixed_mask(self, operation: Callable) -> Tensor:
-        """Return what `operation` makes of the weight under its fixed mask, by torch's product."""
+        """Return `operation` of the weight under its fixed mask, on the packed path."""
         part = MaskedWeight(self)
         weight, threshold = part.under_fixed_mask(part.weight), self.threshold
         if not self._as_stored:
@@ -104,7 +104,7 @@ class MaskedLayer(MaskedModule):
         return operation(weight, threshold, self.masking._replace(path="packed"), autograd.MADE)[0]
 
     def _weight_to_compute_with(self, name: str, weight: Tensor) -> Tensor:
-        """Return W * M in the weight's own dtype, for a forward of the user's own."""
+        """Return W * M in the weight's own dtype, for a user's own forward."""
         attached = attached_weight(self, weight)
         if attached is not None and attached.dtype == weight.dtype:
             return attached

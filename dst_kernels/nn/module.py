@@ -1,4 +1,4 @@
-"""What all masked modules share: options, thresholds, state dicts.
+"""Implement what all masked modules share: options, thresholds, state dicts.
 
 A module has one masked weight (`layer.py`) or several (`recurrent.py`). How a dense module becomes
 a masked one, and back, is in `in_place.py`.
@@ -32,15 +32,15 @@ logger = logging.getLogger(__name__)
 
 
 class MaskedModule(nn.Module):
-    """Mixin that goes before a `torch.nn` module.
+    """Mask weights of a `torch.nn` module, as a mixin before its class.
 
     Attributes:
         masking: the options, a `MaskOptions`; each can also be read and set by its own name.
-        dense_type: the class of torch whose twin this is.
-        dense_class: what the module becomes without masks: `dense_type`, or a subclass of it.
-        accepted_paths: that its products can take.
-        rows_first: whether weights are stored with one output after the other.
-        own_reads: the weights that a forward of a user's subclass may read.
+        dense_type: the torch class whose masked twin this is.
+        dense_class: the module's class without masks: `dense_type`, or a subclass of it.
+        accepted_paths: the values that the option `path` may have.
+        rows_first: whether dimension 0 of the stored weights is the output.
+        own_reads: the weights that the forward of a user's subclass may read.
     """
 
     masking: MaskOptions
@@ -101,7 +101,7 @@ class MaskedModule(nn.Module):
         raise NotImplementedError
 
     def _init_masking(self, options: MaskOptions) -> None:
-        """Set the options, and thresholds of 0; raises what a masked layer's constructor does."""
+        """Set the options, and thresholds of 0; raise what a masked layer's constructor does."""
         check_options(options, self.accepted_paths)
         resolve(options.backend)
         thresholds = [self._new_threshold(part, options) for part in self.masked_weights()]
@@ -128,16 +128,16 @@ class MaskedModule(nn.Module):
         return threshold
 
     def reset_parameters(self) -> None:
-        """Weights and biases as the parent does, thresholds to 0."""
+        """Initialise weights and biases as the parent does, and set thresholds to 0."""
         of_parent = getattr(super(), "reset_parameters", None)
         if of_parent is not None:
             of_parent()
-        if "masking" in self.__dict__:  # the parent's __init__ calls this before there are any
+        if "masking" in self.__dict__:  # the parent's __init__ calls this before thresholds exist
             MaskedModule.reset_threshold(self)
 
     @torch.no_grad()
     def reset_threshold(self, value: float = 0.0) -> None:
-        """Set every threshold to `value`; at 0 all weights but exact zeros are kept."""
+        """Set every threshold to the number `value`; 0 keeps all weights except exact zeros."""
         require(isinstance(value, Real), "value", "a number", value)
         for part in self.masked_weights():
             part.threshold.fill_(value)
@@ -152,18 +152,19 @@ class MaskedModule(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in options.items())
 
     def _rows(self, tensor: Tensor) -> Tensor:
-        """Weight-shaped tensors with output rows first; layers that store them otherwise override.
+        """Return a weight-shaped tensor with output rows first, or turn it back.
 
-        Must be its own inverse and leave tensors of one dimension alone.
+        Layers that store weights otherwise override this. It must be its own inverse and leave
+        tensors of one dimension unchanged.
         """
         return tensor
 
     # -- the collapse guard --------------------------------------------------------------------
 
     def _commits(self) -> bool:
-        """Whether a forward now writes resets by the guard into the thresholds.
+        """Return whether a forward now writes resets by the guard into the thresholds.
 
-        Not in forward-mode AD: torch.func.linearize would record the write and repeat it.
+        In forward-mode AD it does not: torch.func.linearize would record the write and repeat it.
         """
         return (
             self.training and self.masking.reset_ratio is not None and forward_ad._current_level < 0
@@ -177,15 +178,15 @@ class MaskedModule(nn.Module):
         try:
             threshold.copy_(effective)
         except RuntimeError:
-            # torch.func lets a function write to nothing but what it is given: then the reset is
-            # written by the next forward outside. Outputs are the same.
+            # Under torch.func a function may write to its arguments only. Then the next forward
+            # outside of it writes the reset. Outputs are the same.
             if not torch._C._are_functorch_transforms_active():
                 raise
 
     # -- torch.nn.Module machinery -------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
-        """Return an option, where neither the module nor the user's class has that name."""
+        """Return an option, unless the module or the user's class has an attribute of its name."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -194,14 +195,14 @@ class MaskedModule(nn.Module):
         return getattr(self.masking, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an option of one of our own layers; everything else as torch does."""
+        """Set an option of one of our own layers; set everything else as torch does."""
         ours = name in MaskOptions._fields and self.dense_class is self.dense_type
         if ours and "masking" in self.__dict__ and name not in self.__dict__:
             options = self.masking._replace(**{name: value})
             check_options(options, self.accepted_paths)
             name, value = "masking", options
-        # During forward FSDP2 puts a gathered copy in the parameter's place and drops it after;
-        # a committed reset must also reach the shard, which is seen when FSDP2 sets it here.
+        # During a forward FSDP2 puts a gathered copy in the parameter's place and drops it after;
+        # a committed reset must also reach the shard, so remember the shard when FSDP2 sets it.
         if isinstance(value, Tensor) and is_dtensor(value) and name.startswith("threshold"):
             self.__dict__["_sharded_thresholds"] = {**self._sharded_thresholds, name: value}
         super().__setattr__(name, value)
@@ -210,28 +211,26 @@ class MaskedModule(nn.Module):
 
     @torch.no_grad()
     def _zero_uninitialized(self) -> None:
-        """Zero thresholds that transformers' `from_pretrained` has made, but not loaded.
+        """Set thresholds to 0 that transformers' `from_pretrained` has made, but not loaded.
 
-        It marks the parameters that it has loaded or initialised, and then the module.
+        That function marks the parameters that it has loaded or initialised, then the module.
         """
         for part in self.masked_weights():
             if not getattr(part.threshold, "_is_hf_initialized", False):
                 part.threshold.zero_()
 
     def __getstate__(self) -> dict:
-        """Return what a copy has: it belongs to no optimizer, and its parameters are its own."""
+        """Return the state of a copy, which belongs to no optimizer and has its own parameters."""
         left = ("_deferral", "_sharded_thresholds")
         # Python 3.10 has no `object.__getstate__`.
         state = super().__getstate__() if hasattr(super(), "__getstate__") else self.__dict__
         return {name: value for name, value in state.items() if name not in left}
 
     def _apply(self, fn, recurse: bool = True):
-        """Conversions move thresholds, but never below float32: their updates would round away.
+        """Convert the module, but keep thresholds in at least float32 and fixed masks boolean.
 
-        Fixed masks stay boolean.
-
-        A threshold without memory beside a weight that has some belongs to a dense checkpoint that
-        was loaded weight by weight: it becomes 0.
+        In 16 bits the small updates of a threshold would round away. A meta threshold beside a
+        weight in memory comes from a dense checkpoint, loaded weight by weight: it becomes 0.
         """
         for part in self.masked_weights():
             if part.threshold.is_meta and not part.weight.is_meta:
@@ -263,10 +262,10 @@ class MaskedModule(nn.Module):
         unexpected_keys,
         error_msgs,
     ) -> None:
-        """A dense checkpoint has no thresholds: they start at 0, which keeps every weight.
+        """Load a state dict; thresholds that a dense checkpoint lacks become 0: all is kept.
 
-        One with fixed masks fixes those of the module. Where one without meets a fixed mask, its
-        key is missing: an error by torch, or with strict=False the mask stays.
+        Fixed masks in it fix those of the module. If it lacks one that the module has, its key is
+        missing: torch raises an error, or with strict=False the mask stays.
         """
         found = {}
         for part in self.masked_weights():
@@ -280,7 +279,7 @@ class MaskedModule(nn.Module):
             key = prefix + part.fixed_mask_name
             mask = state_dict.get(key)
             if mask is not None and mask.shape == part.weight.shape:
-                if not hasattr(self, part.fixed_mask_name):  # nor a user's own
+                if not hasattr(self, part.fixed_mask_name):  # a user's own attribute is left alone
                     part.set_fixed_mask(torch.ones_like(part.weight, dtype=torch.bool))
                 if part.fixed_mask is not None:
                     found[key] = mask.to(torch.bool)
@@ -305,7 +304,7 @@ class MaskedModule(nn.Module):
         `options` are the keyword-only arguments of the constructor; thresholds start at 0. `dense`
         stays as it is; `dst_kernels.sparsify_` changes modules in place.
 
-        Raises TypeError where `dense` is not of the type this class replaces, and what the
+        Raises TypeError if `dense` is no `dense_type` or is masked already, and what the
         constructor raises.
         """
         if not isinstance(dense, cls.dense_type) or isinstance(dense, MaskedModule):
@@ -315,9 +314,9 @@ class MaskedModule(nn.Module):
         return mask_module_(shallow_copy(dense), cls, MaskOptions(**options))
 
     def to_dense(self) -> nn.Module:
-        """Return the dense module with weight * mask baked in; it shares the biases.
+        """Return a dense module with weight * mask as its weight; it shares the biases.
 
-        Raises RuntimeError where a weight is sharded or computed by a parametrization.
+        Raises RuntimeError if a weight is sharded or computed by a parametrization.
         """
         layer = shallow_copy(self)
         for part in self.masked_weights():
@@ -344,7 +343,7 @@ _logged: dict[str, list[str]] = {}
 
 
 def _log_once(missing_keys: list[str], line: str) -> None:
-    """One line per load_state_dict, however many layers: they all get the same list."""
+    """Log a line once per load_state_dict: all layers of one call get the same list."""
     if _logged.get(line) is not missing_keys:
         _logged[line] = missing_keys
         logger.warning(line)

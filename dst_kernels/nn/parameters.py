@@ -1,6 +1,6 @@
-"""Masking any parameter of any module: `mask_parameter_`, and the mixin behind it.
+"""Mask any parameter of any module: `mask_parameter_`, and the mixin behind it.
 
-The module keeps its forward. While that runs, reading the parameter gives W * M, made once.
+The module keeps its forward. While that runs, reading the parameter gives W * M, computed once.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from .weight import OUT_IN, TRANSPOSED, MaskedWeight
 
 
 class Layout(NamedTuple):
-    """How the outputs lie in a parameter; see `MaskedWeight`."""
+    """Say how the outputs are arranged in a parameter; see `MaskedWeight`."""
 
     matrices: int = 1
     experts: str = ""
 
 
 class MaskedParameters(MaskedModule):
-    """Mixin that goes after a module's class, some parameters of which are masked.
+    """Mask some parameters of a module, as a mixin after its class.
 
-    `weight` has `threshold`, every other `name` has `threshold_name`.
+    The threshold of `weight` is `threshold`, that of any other `name` is `threshold_<name>`.
     """
 
     dense_type = nn.Module
@@ -46,7 +46,7 @@ class MaskedParameters(MaskedModule):
         ]
 
     def mask(self) -> dict[str, Tensor]:
-        """By parameter: boolean, True where a weight is kept; no synchronisation."""
+        """Return a boolean mask by parameter name: True where kept; no synchronisation."""
         return {part.name: part.mask() for part in self.masked_weights()}
 
     def _weight_to_compute_with(self, name: str, weight: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class MaskedParameters(MaskedModule):
             and weight.device.type in ("cpu", "cuda")
             and not is_watched()
             and not self._sharded_thresholds
-            and limits.data_ptr() == threshold.data_ptr()  # where a reset is to be written
+            and limits.data_ptr() == threshold.data_ptr()  # a view: a reset reaches the threshold
         ):
             masked = autograd.mask_weights(
                 [rows], [limits], [self.masking], [self._commits()], rows.dtype,
@@ -79,14 +79,14 @@ class MaskedParameters(MaskedModule):
 
 
 def threshold_name(name: str) -> str:
-    """Return under which name the threshold of a parameter is kept."""
+    """Return the attribute name of a parameter's threshold."""
     return "threshold" if name == "weight" else f"threshold_{name}"
 
 
 def mask_parameters_(
     module: nn.Module, layouts: dict[str, Layout], options: MaskOptions
 ) -> MaskedParameters:
-    """Mask these parameters of a dense module, in place; returns it."""
+    """Mask these parameters of a dense module, in place; return it."""
     module.__dict__["_layouts"] = layouts
     try:
         masked = mask_module_(module, MaskedParameters, options, tuple(layouts))
@@ -99,7 +99,7 @@ def mask_parameters_(
 def mask_parameter_(
     module: nn.Module, name: str, *, matrices: int = 1, experts: str = "", **options
 ) -> nn.Module:
-    """Mask one parameter of any module, in place; returns `module`.
+    """Mask one parameter of any module, in place; return `module`.
 
     The module stays the same object and keeps its class's forward. While its forward runs, reading
     the attribute `name` gives weight * mask, made once, with gradients to the parameter and to its
@@ -108,20 +108,21 @@ def mask_parameter_(
     they share its options.
 
     Args:
-        module: owns the parameter; what reads it must be its own forward.
-        name: of a floating-point parameter of at least two dimensions.
-        matrices: how many matrices lie in it, one after the other along dimension 0 (the gates of a
-            recurrent cell, or q, k and v); the collapse guard sees each by itself.
-        experts: for a parameter of three dimensions that holds one matrix per expert: "out, in" or
-            "in, out", in which order their dimensions lie. Each expert then has thresholds and a
-            guard of its own. "": dimension 0 is the output, as in torch's layers.
+        module: owns the parameter, and reads it in its own forward only.
+        name: the name of a floating-point parameter of at least two dimensions.
+        matrices: how many matrices are stacked in it along dimension 0 (the gates of a recurrent
+            cell, or q, k and v); the collapse guard checks each by itself.
+        experts: for a parameter of three dimensions with one matrix per expert, the order of the
+            other two: "out, in" or "in, out". Each expert then has its own thresholds and guard.
+            "": dimension 0 is the output, as in torch's layers.
         options: the keyword-only arguments of `MaskedLinear`.
 
     Raises:
         TypeError: `module` is no module, or the parameter's dtype is not one of float16, bfloat16,
             float32 and float64.
         ValueError: no such parameter, masked already, fewer than two dimensions, `matrices` that
-            does not divide dimension 0, an unknown order of `experts`, an option out of range.
+            does not divide dimension 0, an unknown order of `experts`, an option out of range, or
+            options for a module that has masked parameters already.
     """
     require_module(module, "module")
     known: dict[str, Layout] = {}

@@ -1,10 +1,10 @@
-"""Masking what a forward reads: a masked weight's attribute is W * M while that forward runs.
+"""Mask what a forward reads: a masked weight's attribute is W * M while that forward runs.
 
 Some forwards compute with `self.weight`, `self.proj.weight` or `self.experts` themselves: those of
-a user's subclass of a layer, of a parent that hands its children's weights to a function, of a
-module with Parameters of its own. While such a forward runs on a thread, the attribute reads there
-as the masked weight, made once. At all other times it reads as the Parameter, so that initialisers,
-hooks, tying and merges find it.
+a user's subclass of a layer, of a parent that passes its children's weights to a function, of a
+module with its own Parameters. While such a forward runs on a thread, the attribute is the masked
+weight on that thread, computed once. At all other times it is the Parameter, so that initialisers,
+hooks, weight tying and adapter merges find it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 class _Running(threading.local):
-    """By what a forward on this thread may read: W * M and its version, once it was read."""
+    """Hold what forwards on this thread may read, with W * M and its version once it was read."""
 
     def __init__(self) -> None:
         self.masked: dict[tuple[nn.Module, str], tuple[Tensor, int] | None] = {}
@@ -29,10 +29,10 @@ _running = _Running()
 
 
 class Readable(property):
-    """The attribute of a masked weight."""
+    """Define the attribute of a masked weight."""
 
     def __init__(self, name: str) -> None:
-        def read(module: nn.Module) -> Tensor:  # functions, which the compiler can follow
+        def read(module: nn.Module) -> Tensor:  # plain functions, which the compiler can trace
             return _read(name, module)
 
         def write(module: nn.Module, value: Tensor) -> None:
@@ -55,7 +55,7 @@ def stored_weight(module: nn.Module, name: str) -> Tensor:
 
 def _read(name: str, module: Any) -> Tensor:
     weight = stored_weight(module, name)
-    if torch.compiler.is_compiling():  # compiled forwards read weights to compute with them
+    if torch.compiler.is_compiling():  # a compiled forward reads a weight only to compute with it
         is_read = module.__dict__.get("_is_read") or name in type(module)._own_reads
         return module._weight_to_compute_with(name, weight) if is_read else weight
     running, key = _running.masked, (module, name)
@@ -69,9 +69,9 @@ def _read(name: str, module: Any) -> Tensor:
 
 
 def members_for_reading(dense: type[nn.Module], names: Sequence[str] = ()) -> dict[str, Any]:
-    """Return what a class made from `dense` needs whose forward reads masked weights.
+    """Return the members of a class, made from `dense`, whose forward reads masked weights.
 
-    Those are its own of these `names`, and all that an instance has in `_reads`.
+    It reads its own weights of these `names`, and those that an instance lists in `_reads`.
     """
 
     @functools.wraps(dense.forward)

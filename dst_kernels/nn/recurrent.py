@@ -74,7 +74,7 @@ class MaskedRecurrent(MaskedModule, nn.RNNBase):
         """Return W * M of every weight, and the biases, in the dtype of the products."""
         parameters = [getattr(self, name) for name in self._flat_weights_names]
         parts = {part.name: part for part in self.masked_weights()}
-        if self._fixed:  # these are dense then, as biases are
+        if self._fixed:  # these are masked here; below they count as dense, as biases do
             for i, name in enumerate(self._flat_weights_names):
                 if name in self._fixed:
                     parameters[i] = parts.pop(name).under_fixed_mask(parameters[i])
@@ -118,7 +118,7 @@ class MaskedRecurrent(MaskedModule, nn.RNNBase):
         is_masked: Sequence[bool],
         dtype: torch.dtype,
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Mask with registered ops, which fake tensors, dispatch modes, torch.func, FSDP2 need."""
+        """Mask with registered ops, as fake tensors, dispatch modes, torch.func and FSDP2 need."""
         masked = []
         for part in parts:
             weight = part.weight
@@ -141,7 +141,7 @@ class MaskedRecurrent(MaskedModule, nn.RNNBase):
         """Do nothing: the masked weights are flat, and no product reads the parameters."""
 
     def _update_flat_weights(self) -> None:
-        """Do nothing: forward reads the parameters of the moment."""
+        """Do nothing: every forward reads the current parameters."""
 
     def __getstate__(self) -> dict[str, Any]:
         parameters = [self._parameters.get(name) for name in self._flat_weights_names]

@@ -1,4 +1,4 @@
-"""How masked layers of a whole model get their weights: together, or once for several forwards."""
+"""Choose how a model's layers get masked weights: together, or once for several forwards."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ def group_(model: nn.Module, bucket_mb: float = 25) -> nn.Module:
 
     Before each forward of `model`, the masked weights of all its layers are made in one launch
     per bucket; in backward one launch makes the gradients of all weights and thresholds of a
-    bucket, once the last of its layers is done. Their values are those of layer by layer, to the
-    bit, except that a layer used twice adds up its two gradients before they pass the mask. The
+    bucket, once the last of its layers is done. All values equal those of layers on their own, bit
+    for bit, except that a layer used twice adds up its two gradients before they pass the mask. The
     gradients of biases are those of torch's own layers, which under autocast are sums in the dtype
-    of the product. It pays where launches are what costs: small and middle-sized layers.
+    of the product. This pays for small and middle-sized layers, where launches cost most.
 
-    Layers with more than `bucket_mb` MB of weights, layers with path="fused" and those that FSDP2
-    shards go on one by one, as do all inside compiled code; recurrent modules are groups of their
-    own. Each bucket's gradients arrive together, so buckets like those of DistributedDataParallel
-    (25 MB) keep its overlap.
+    Layers with more than `bucket_mb` MB of weights, with path="fused", sharded by FSDP2 or with a
+    fixed mask are still masked one by one, as are all in compiled code; a recurrent module is its
+    own group. Each bucket's gradients arrive together, so buckets like those of
+    DistributedDataParallel (25 MB) keep its overlap.
 
-    In place; returns `model`. Calling it again changes `bucket_mb`; `ungroup_` undoes it. Works
-    on the module that is called in training: `model(input)` must run the hooks of `model`.
+    In place; return `model`. A second call changes `bucket_mb`; `ungroup_` undoes it. Give the
+    module that is called in training: `model(input)` must run the hooks of `model`.
 
-    Raises ValueError for a model without masked layers and for `bucket_mb` that is not positive.
+    Raises ValueError for a model without masked layers and for `bucket_mb` that is not positive,
+    TypeError for what is no module or no number.
     """
     require_number("bucket_mb", bucket_mb, positive=True)
     layers = masked_layers(model)
@@ -45,7 +46,7 @@ def group_(model: nn.Module, bucket_mb: float = 25) -> nn.Module:
 
 
 def ungroup_(model: nn.Module) -> nn.Module:
-    """Undo `group_`, in place; returns `model`."""
+    """Undo `group_`, in place; return `model`. Raises TypeError if it is no module."""
     require_module(model)
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for key in [key for key, hook in hooks.items() if isinstance(_owner(hook), Group)]:
@@ -64,16 +65,16 @@ def _owner(hook: object) -> object:
 
 @contextlib.contextmanager
 def weights_unchanged(model: nn.Module) -> Iterator[None]:
-    """Promise that inside this scope the weights and thresholds of `model` stay as they are.
+    """Promise that weights and thresholds of `model` do not change inside this scope.
 
     Its masked layers then mask and cast each weight once, not once per forward: for the
     micro-batches of a gradient accumulation, or an evaluation. It costs one copy of each masked
-    weight in the compute dtype while the scope is open. Results are those without the scope.
+    weight in the compute dtype while the scope is open. Results are the same as without it.
 
     Optimizer steps, `load_state_dict`, in-place operations and new tensors inside the scope are
     noticed and lead to new copies. Writes through `.data` or from outside PyTorch are not: leave
-    the scope before them. Layers sharded by FSDP2, compiled ones and recurrent modules pack at
-    every forward.
+    the scope before them. Layers sharded by FSDP2, compiled ones and recurrent modules still mask
+    at every forward. Raises TypeError if `model` is no module.
     """
     require_module(model)
     opened = reused.open_for(m for m in model.modules() if isinstance(m, MaskedLayer))

@@ -1,4 +1,4 @@
-"""One masked weight of a module, with its thresholds: what reports and regulariser go by."""
+"""Describe one masked weight of a module with its thresholds, for reports and the regulariser."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OUT_IN, TRANSPOSED = "out, in", "in, out"
 
 
 class Fixed(NamedTuple):
-    """How a weight under a fixed mask learns, and whether its threshold did before."""
+    """Hold a fixed mask's kind of gradient, and whether the threshold trained before."""
 
     dense_gradient: bool
     threshold_trained: bool
@@ -32,14 +32,15 @@ class Fixed(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class MaskedWeight:
-    """A weight of a masked module and its thresholds.
+    """Describe a weight of a masked module and its thresholds.
 
     Args:
-        name, threshold_name: of the module's Parameters.
-        matrices: how many lie in the weight, one after the other along its rows; the collapse
-            guard sees each of them by itself.
-        experts: "" for a weight with one output after the other along dimension 0; OUT_IN or
-            TRANSPOSED for matrices [experts, out, in] or [experts, in, out].
+        module: the masked module that owns them.
+        name, threshold_name: the names of its two Parameters.
+        matrices: how many matrices are stacked along the weight's rows; the collapse guard checks
+            each of them by itself.
+        experts: "" if dimension 0 of the weight is the output; OUT_IN or TRANSPOSED for matrices
+            [experts, out, in] or [experts, in, out].
     """
 
     module: MaskedModule
@@ -50,7 +51,7 @@ class MaskedWeight:
 
     @property
     def weight(self) -> Tensor:
-        """The weight as it is stored, or as a parametrization computes it."""
+        """Return the weight as it is stored, or as a parametrization computes it."""
         return stored_weight(self.module, self.name)
 
     @property
@@ -59,7 +60,7 @@ class MaskedWeight:
 
     @property
     def frozen(self) -> bool:
-        """Whether nothing moves the threshold: its mask is fixed, or nothing trains the weight."""
+        """Return whether nothing trains the threshold: the mask is fixed, or the weight frozen."""
         if self.name in self.module._fixed:
             return True
         if is_parametrized(self.module, self.name):  # computing it may change a buffer
@@ -68,7 +69,7 @@ class MaskedWeight:
         return not self.weight.requires_grad
 
     def threshold_for(self, weight: Tensor) -> Tensor:
-        """The threshold for a forward with this weight: without a gradient if that is frozen."""
+        """Return the threshold for a forward with `weight`, detached if that needs no gradient."""
         return self.threshold if weight.requires_grad else self.threshold.detach()
 
     # -- fixed masks ---------------------------------------------------------------------------
@@ -92,13 +93,13 @@ class MaskedWeight:
         mask is copied into a buffer, `fixed_mask` for `threshold` (and so on), which is part of the
         state dict. Call it again to replace mask and `dense_gradient`: the buffer stays the same
         tensor. An optimizer of `dst_kernels.optim` then updates the weight as any other parameter;
-        a G that waits in its `.grad` is dropped. Layers that share a weight share its threshold:
-        fix the mask of each.
+        a dense gradient G that waits in its `.grad` for a step is dropped. Layers that share a
+        weight share its threshold: fix the mask of each.
 
         Args:
             mask: boolean, of the weight's shape and on its device, True where a weight is kept.
             dense_gradient: whether the weight's gradient is the dense one, dL/d(weight * mask), so
-                that a method can see where it would grow; else it is 0 where the mask is False.
+                that a method can choose weights to grow; else it is 0 where the mask is False.
 
         Raises:
             TypeError: `mask` is no dense boolean tensor, `dense_gradient` no bool.
@@ -159,11 +160,11 @@ class MaskedWeight:
     # -- thresholds and masks ------------------------------------------------------------------
 
     def gathered(self) -> tuple[Tensor, Tensor]:
-        """(weight, threshold), output rows first, whole where FSDP2 keeps them sharded."""
+        """Return (weight, threshold), output rows first, unsharded under FSDP2 (on all ranks)."""
         return self.rows(full_tensor(self.weight)), self.rows(full_tensor(self.threshold))
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """Return a weight or threshold with one output after the other along dimension 0."""
+        """Return a weight or threshold with the outputs along dimension 0."""
         if not self.experts:
             return self.module._rows(tensor)
         if tensor.dim() == 3 and self.experts == TRANSPOSED:
@@ -171,7 +172,7 @@ class MaskedWeight:
         return tensor.flatten(0, 1) if tensor.dim() > 1 else tensor
 
     def back(self, rows: Tensor, like: Tensor) -> Tensor:
-        """Return what `rows` made of a tensor shaped as `like` in that shape again."""
+        """Undo `rows`: return the tensor in the shape of `like`."""
         if not self.experts:
             return self.module._rows(rows)
         if like.dim() == 3 and self.experts == TRANSPOSED:
@@ -180,7 +181,7 @@ class MaskedWeight:
         return rows.view(like.shape)
 
     def effective(self) -> tuple[Tensor, Tensor]:
-        """As `gathered`, with the effective threshold."""
+        """Return (weight, effective threshold), as `gathered` does."""
         weight, threshold = self.gathered()
         ratio = self.module.masking.reset_ratio
         if self.matrices == 1:
@@ -190,14 +191,14 @@ class MaskedWeight:
         return weight, torch.cat(found)
 
     def each_row(self, threshold: Tensor) -> Tensor:
-        """A threshold for each row where there is one for each matrix, else as it is."""
+        """Return one threshold for each row, if there is one for each matrix; else `threshold`."""
         if self.matrices == 1 or threshold.numel() != self.matrices:
             return threshold
         return threshold.repeat_interleave(len(self.rows(self.weight)) // self.matrices)
 
     @torch.no_grad()
     def mask(self) -> Tensor:
-        """Boolean tensor of the weight's shape, True where a weight is kept; no synchronisation."""
+        """Return a boolean tensor of the weight's shape: True where kept; no synchronisation."""
         fixed = self.fixed_mask
         if fixed is not None:
             return fixed.clone()
@@ -207,7 +208,7 @@ class MaskedWeight:
 
     @torch.no_grad()
     def baked(self) -> Tensor:
-        """weight * mask, in the weight's layout."""
+        """Return weight * mask, in the weight's layout."""
         if self.fixed_mask is not None:
             return self.under_fixed_mask(self.weight)
         weight, threshold = self.effective()

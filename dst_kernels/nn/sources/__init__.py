@@ -1,13 +1,13 @@
-"""Where a layer's masked weight W * M comes from.
+"""Decide where a layer's masked weight W * M comes from.
 
 * fresh: the layer masks its weight in its forward; the default.
 * reused: the layer keeps what it masked for several forwards, inside `weights_unchanged`.
 * grouped: a hook on the model masks many layers in one launch, before the model's forward.
-* deferred: an optimizer's step made it, and makes the gradients of W and t from that of W * M.
+* deferred: an optimizer's step made it; the next step makes dW and dt from the gradient of W * M.
 * fixed: the layer takes W where a boolean mask is True (`MaskedWeight.set_fixed_mask`).
 
-`attached_weight` hands out what a group made for the call that runs; `source_of` says how the
-layer's own node makes W * M where there is nothing. `stamp.py` says what is stale.
+`attached_weight` returns what a group made for the current call; without that, `source_of` says how
+the layer makes W * M itself. `stamp.py` says what is stale.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What layers share with an optimizer of `dst_kernels.optim`, which makes their gradients.
+"""Share masked weights between layers and the optimizer of `dst_kernels.optim` that trains them.
 
 The backward of such a layer leaves the dense gradient G = dL/d(W * M) as the weight's gradient, and
-nothing for the threshold. The optimizer's step also writes the masked weight of the next training
-forward. Every other forward masks for itself: evaluation must see what was written to weights in
-ways that leave no trace, and must not write what a training thread reads.
+none for the threshold. The optimizer's step makes dW and dt from it, and also writes the masked
+weight of the next training forward. Every other forward masks again: evaluation must see writes to
+weights that PyTorch does not record, and must not write what a training thread reads.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 def deferral_of(layer: MaskedLayer) -> Deferral | None:
-    """Return what an optimizer makes this layer's gradients with, if one does.
+    """Return the `Deferral` of the optimizer that makes this layer's gradients, if there is one.
 
-    A frozen weight has no gradient that could be deferred, so its threshold gets its own.
+    A frozen weight has no gradient that could be deferred.
     """
     deferral = layer._deferral
     weight = layer._parameters.get("weight", layer.__dict__.get("weight"))  # DataParallel's replica
@@ -35,14 +35,14 @@ def deferral_of(layer: MaskedLayer) -> Deferral | None:
 
 
 def alike(layers: Sequence[MaskedLayer]) -> bool:
-    """Whether all mask their weight by the same numbers, whoever computes."""
+    """Return whether all have the same options, except backend and path."""
     return len({layer.masking._replace(backend="auto", path="auto") for layer in layers}) == 1
 
 
 class Deferral:
-    """The masked weights, which each step renews. Layers that share a weight share its own.
+    """Hold the masked weights that each step renews; layers that share a weight share W * M.
 
-    Holds for the parameters that the layers have when it is made, not for what takes their place.
+    It is for the parameters that the layers have when it is made, not for later replacements.
     `regularizes` says whether the optimizer adds the gradient of the sparse regulariser.
     """
 
@@ -63,13 +63,13 @@ class Deferral:
             layer._deferral = self
 
     def serves(self, layer: MaskedLayer) -> bool:
-        """Whether weight and threshold are those of then: none that functional_call swaps in, that
-        were assigned or that a parametrization computes; and tied layers still mask alike.
+        """Return whether the layer still has its weight and threshold, and tied layers are alike.
 
-        FSDP2 and DataParallel do swap parameters, and hand their gradients on.
+        It has not if functional_call or an assignment replaces them, or a parametrization computes
+        them. FSDP2 and DataParallel also replace them, but pass gradients on to the originals.
         """
         mine = self._layers.get(layer)
-        if mine is None:  # a replica, or released meanwhile, and perhaps dense
+        if mine is None:  # a replica, or a layer that was released and may be dense now
             return getattr(layer, "_is_replica", False)
         if layer._sharded_thresholds:
             return True
@@ -79,11 +79,10 @@ class Deferral:
         return layer not in self._tied or alike(self._tied[layer])
 
     def release(self, layers: Iterable[MaskedLayer] | None = None) -> None:
-        """Give `layers` (None: all), and those tied to them, gradients of their own again.
+        """Let `layers` (None: all), and those tied to them, compute dW and dt themselves again.
 
-        These are in the weight's dtype.
-
-        A G that waits in `.grad` for a step is dropped: another optimizer would mistake it for dW.
+        Gradients then have the weight's dtype again. A G that waits in `.grad` for a step is
+        dropped: another optimizer would mistake it for dW.
         """
         chosen = list(self._layers if layers is None else layers)
         for layer in {tied: None for each in chosen for tied in self._tied.get(each, [each])}:
@@ -106,14 +105,14 @@ class Deferral:
     # -- what a step made, and what it is to renew ----------------------------------------------
 
     def fresh(self, layer: MaskedLayer) -> Tensor | None:
-        """Return W * M if weight and threshold are as they were when it was made."""
+        """Return W * M if weight and threshold have not changed since it was made, else None."""
         masked, made_from, _ = self._made.get(id(layer._parameters["weight"]), _NOTHING)
         return masked if made_from is not None and made_from == stamp(layer) else None
 
     def store(self, layer: MaskedLayer, masked: Tensor) -> Tensor:
-        """Return the tensor that holds it from now on: the one from before, where that fits.
+        """Keep W * M; return the tensor that holds it: the previous one if that has its layout.
 
-        A captured CUDA graph goes on reading where it was captured.
+        A captured CUDA graph reads from the tensor that it was captured with.
         """
         weight, threshold = layer._parameters["weight"], layer._parameters["threshold"]
         key = id(weight)
@@ -127,18 +126,18 @@ class Deferral:
         return masked
 
     def refresh(self) -> None:
-        """Take every W * M for stale. Its memory stays."""
+        """Mark every W * M as stale, and keep its memory."""
         self._made = {key: (masked, None, ()) for key, (masked, *_) in self._made.items()}
 
     # -- resets by the guard, which forwards in evaluation mode do not commit --------------------
 
     def forward_commits_nothing(self, layer: MaskedLayer) -> None:
-        """Leave it to the next step to write a reset into the threshold."""
+        """Remember that the next step has to write the guard's reset into the threshold."""
         if layer.masking.reset_ratio is not None:
             self._uncommitted.add(layer)
 
     def commit(self, layer: MaskedLayer) -> None:
-        """Write a reset into the threshold, if the last forward with gradients did not."""
+        """Write the guard's reset into the threshold, if the last training forward did not."""
         ratio = layer.masking.reset_ratio
         if ratio is None or (layer.training and layer not in self._uncommitted):
             return
@@ -160,11 +159,11 @@ class Deferral:
         dtype: torch.dtype,
         parallel: bool,
     ) -> Sequence[Tensor]:
-        """Return every W * M of a forward with gradients, from the last step where it fits.
+        """Return every W * M of a forward with gradients; use the last step's if it is not stale.
 
-        The gradients of the weights are G: in `dtype` where that is bfloat16 and the model is not
-        in DistributedDataParallel (`parallel`), which wants the weight's dtype; else in that of the
-        weight, since GradScaler unscales no float16.
+        The gradients of the weights are G, in the weight's dtype. Only if `dtype` is bfloat16 and
+        the model is not in DistributedDataParallel (`parallel`), which needs the weight's dtype,
+        are they in bfloat16; not in float16, which GradScaler does not unscale.
         """
         masked = [self.fresh(layer) if layer.training else None for layer in layers]
         stale = [

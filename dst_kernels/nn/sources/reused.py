@@ -1,7 +1,7 @@
-"""Keeping a layer's masked weight for several forwards, while the user says it stays as it is.
+"""Keep a layer's masked weight for several forwards, while the user says that it does not change.
 
-Only the user can know that: writes through `.data` leave no trace, and fused optimizers do not
-count their versions up. Hence a scope, opened by name; inside it every change that can be seen
+Only the user can know that: PyTorch does not record writes through `.data`, and fused optimizers do
+not increase version counters. So the user opens a scope. Inside it, every change that can be seen
 still leads to a new copy.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Copies:
-    """One layer's masked weights by compute dtype, and what they were made from."""
+    """Hold one layer's masked weights by compute dtype, and what they were made from."""
 
     def __init__(self, layer: MaskedLayer) -> None:
         self._layer = layer
@@ -36,7 +36,7 @@ class Copies:
     def recall(
         self, weight: Tensor, threshold: Tensor, options: MaskOptions, dtype: torch.dtype
     ) -> Packed:
-        """Return the copy in `dtype`, a new one where weight or threshold were seen to change."""
+        """Return the copy in `dtype`; make a new one if weight or threshold are seen to change."""
         now = stamp(self._layer)
         if now is None:
             return pack(weight, threshold, options, dtype)
@@ -52,7 +52,7 @@ class Copies:
         return packed
 
     def threshold_was_committed(self, before: tuple | None) -> None:
-        """Go on with copies that were valid `before`: a commit writes what they were made with."""
+        """Keep copies that were valid `before` a commit: it writes the threshold they came from."""
         now = stamp(self._layer)
         self._made = {
             dtype: ((now if made_from == before else made_from, *rest), packed)
@@ -60,19 +60,19 @@ class Copies:
         }
 
 
-# By layer, while a scope is open. Not an attribute of the layer: copies of it would have it too.
+# By layer, while a scope is open. As an attribute, copies of the layer would have it, too.
 open_scopes: WeakKeyDictionary[MaskedLayer, Copies] = WeakKeyDictionary()
 
 
 def copies_of(layer: MaskedLayer) -> Copies | None:
-    """Return the copies of a layer in an open scope; None outside, and inside torch.func."""
+    """Return the copies of a layer in an open scope; None outside one, or in torch.func."""
     if not open_scopes or torch._C._are_functorch_transforms_active():
         return None
     return open_scopes.get(layer)
 
 
 def open_for(layers: Iterable[MaskedLayer]) -> dict[MaskedLayer, Copies]:
-    """Open a scope; layers of an outer scope go on with its copies, and are not in the result."""
+    """Open a scope for layers that are in no outer one; return their copies."""
     opened = {layer: Copies(layer) for layer in layers if layer not in open_scopes}
     open_scopes.update(opened)
     return opened
