@@ -8,6 +8,7 @@ dense gradients G = dL/d(W * M) of all of them have arrived.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -61,8 +62,7 @@ class _MaskWeights(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.rest = rest
         n = len(masked)
-        if rest[1] is not None:
-            ctx.threshold_shapes = [threshold.shape for threshold in parameters[n : 2 * n]]
+        ctx.threshold_shapes = [threshold.shape for threshold in parameters[n : 2 * n]]
         ctx.save_for_backward(*parameters[:n], *effective)
         return *masked, *copies
 
@@ -73,47 +73,61 @@ class _MaskWeights(torch.autograd.Function):
         if in_backward is not None:
             in_backward()
         n, saved, needed = len(options), ctx.saved_tensors, ctx.needs_input_grad[4:]
-        weights, effective = saved[:n], saved[n:]
+        weights, effective, incoming = saved[:n], saved[n:], grads[:n]
+        if all(needed[: 2 * n]) and all([grad is not None for grad in incoming]):
+            made = _gradients(incoming, weights, effective, options, matrices, ctx.threshold_shapes)
+            return None, None, None, None, *made[0], *made[1], *grads[n:]
         wanted = [i for i in range(n) if grads[i] is not None and (needed[i] or needed[n + i])]
         results: list[Tensor | None] = [None] * (2 * n)
         if wanted:
-            stacks = None if matrices is None else [matrices[i] for i in wanted]
-            chosen = [weights[i] for i in wanted]
-            incoming = [grads[i] for i in wanted]
-            if stacks is None:
-                effective = [effective[i] for i in wanted]
-            else:
-                ends = [sum(matrices[: i + 1]) for i in range(n)]
-                effective = [t for i in wanted for t in effective[ends[i] - matrices[i] : ends[i]]]
-            arguments = (
-                _split(incoming, stacks),
-                _split(chosen, stacks),
-                effective,
-                _repeat([options[i].surrogate for i in wanted], stacks),
-                _repeat([options[i].structure_gradient for i in wanted], stacks),
+            every = [1] * n if matrices is None else matrices
+            ends = [*accumulate(every)]
+            made = _gradients(
+                [grads[i] for i in wanted],
+                [weights[i] for i in wanted],
+                [t for i in wanted for t in effective[ends[i] - every[i] : ends[i]]],
+                [options[i] for i in wanted],
+                None if matrices is None else [matrices[i] for i in wanted],
+                [ctx.threshold_shapes[i] for i in wanted],
             )
-            backend = options[0].backend
-            made = out = None
-            if is_batched(incoming[0]):
-                each = zip(*arguments, strict=True)
-                found = [call(masked_weight_backward, *matrix, backend) for matrix in each]
-                found = [_join(each, stacks) for each in zip(*found, strict=True)]
-            else:
-                if stacks is not None:
-                    made = (
-                        [torch.empty_like(weight) for weight in chosen],
-                        [effective[0].new_empty(ctx.threshold_shapes[i]) for i in wanted],
-                    )
-                    out = [_split(each, stacks) for each in made]
-                function = _function("masked_weights_backward", backend, weights)
-                with without_autograd_and_autocast(weights[0].device.type):
-                    found = function(*arguments, out)
-            for i, of_weight, of_threshold in zip(wanted, *(made or found), strict=True):
-                if needed[i]:
-                    results[i] = of_weight
-                if needed[n + i]:
-                    results[n + i] = of_threshold
+            for i, of_weight, of_threshold in zip(wanted, *made, strict=True):
+                results[i] = of_weight if needed[i] else None
+                results[n + i] = of_threshold if needed[n + i] else None
         return None, None, None, None, *results, *grads[n:]  # autograd casts those of copies
+
+
+def _gradients(
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    effective: Sequence[Tensor],
+    options: Sequence[MaskOptions],
+    matrices: Sequence[int] | None,
+    threshold_shapes: Sequence[torch.Size],
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Return every dW and every dt from the gradients of W * M."""
+    backend = options[0].backend
+    arguments = (
+        _split(grads, matrices),
+        _split(weights, matrices),
+        effective,
+        _repeat([each.surrogate for each in options], matrices),
+        _repeat([each.structure_gradient for each in options], matrices),
+    )
+    if is_batched(grads[0]):
+        each = zip(*arguments, strict=True)
+        found = [call(masked_weight_backward, *matrix, backend) for matrix in each]
+        of_weights, of_thresholds = (_join(each, matrices) for each in zip(*found, strict=True))
+        return of_weights, of_thresholds
+    function = _function("masked_weights_backward", backend, weights)
+    with without_autograd_and_autocast(weights[0].device.type):
+        if matrices is None:
+            return function(*arguments)
+        made = (
+            [torch.empty_like(weight) for weight in weights],
+            [effective[0].new_empty(shape) for shape in threshold_shapes],
+        )
+        function(*arguments, [_split(each, matrices) for each in made])
+        return made
 
 
 def mask_weights(

@@ -20,6 +20,7 @@ _pack = torch.ops.dst_kernels_compiled.pack.default
 _post = torch.ops.dst_kernels_compiled.post.default
 _CODES = {name: code for code, name in enumerate(SURROGATES)}
 _NO_GUARD = -1
+_FLOAT32 = {torch.float32}
 
 
 def effective_threshold(weight: Tensor, threshold: Tensor, reset_ratio: float | None) -> Tensor:
@@ -55,9 +56,8 @@ def masked_weights(
     taken_weights, taken_thresholds = _operands(weights, thresholds)
     masked = _results(taken_weights, weights, out, dtype)
     effective = [torch.empty_like(threshold) for threshold in taken_thresholds]
-    settings: list[int] = []
-    for weight, reset_ratio, committed in zip(weights, reset_ratios, commit, strict=True):
-        settings += _collapsed(weight.numel(), reset_ratio), int(committed)
+    sizes = tuple([weight.numel() for weight in weights])
+    settings = _pack_settings(sizes, tuple(reset_ratios), tuple(commit))
     kept = weights[0].new_empty(len(masked), dtype=torch.int64)
     _pack(taken_weights, taken_thresholds, settings, masked, effective, kept)
     if taken_weights is weights:
@@ -72,6 +72,26 @@ def masked_weights(
             if commit[i]:
                 threshold.copy_(taken_thresholds[i])
     return masked, effective
+
+
+@functools.lru_cache(maxsize=256)
+def _pack_settings(
+    sizes: Sequence[int], reset_ratios: Sequence[float | None], commit: Sequence[bool]
+) -> list[int]:
+    """Return what the library's pack takes, for every weight one after the other."""
+    each = zip(sizes, reset_ratios, commit, strict=True)
+    return [
+        setting
+        for size, ratio, committed in each
+        for setting in (_collapsed(size, ratio), int(committed))
+    ]
+
+
+@functools.lru_cache(maxsize=256)
+def _post_settings(surrogates: Sequence[str], structure_gradients: Sequence[bool]) -> list[int]:
+    """Return what the library's post takes, for every weight one after the other."""
+    each = zip(surrogates, structure_gradients, strict=True)
+    return [setting for name, structure in each for setting in (_CODES[name], int(structure))]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -107,14 +127,12 @@ def masked_weights_backward(
     """As the reference's."""
     taken_weights, taken_thresholds = _operands(weights, thresholds)
     taken_grads = grads
-    if not (taken_weights is weights and all([grad.is_contiguous() for grad in grads])):
+    if not (taken_weights is weights and all(map(Tensor.is_contiguous, grads))):
         taken_grads = [_laid_out_as(*pair) for pair in zip(taken_weights, grads, strict=True)]
     for_weights, for_thresholds = (None, None) if out is None else out
     of_weights = _results(taken_weights, weights, for_weights)
     of_thresholds = _results(taken_thresholds, thresholds, for_thresholds)
-    settings: list[int] = []
-    for surrogate, structure in zip(surrogates, structure_gradients, strict=True):
-        settings += _CODES[surrogate], int(structure)
+    settings = _post_settings(tuple(surrogates), tuple(structure_gradients))
     _post(taken_grads, taken_weights, taken_thresholds, settings, of_weights, of_thresholds)
     if taken_weights is weights:
         return of_weights, of_thresholds
@@ -155,7 +173,9 @@ def _operands(
     weights: Sequence[Tensor], thresholds: Sequence[Tensor]
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Both as the libraries take them: the sequences themselves where all are so."""
-    if all(map(_are_usual, weights, thresholds)):
+    tensors = [*weights, *thresholds]
+    dtypes = {tensor.dtype for tensor in tensors}
+    if dtypes == _FLOAT32 and all(map(Tensor.is_contiguous, tensors)):
         return weights, thresholds
     taken = [
         pair if _are_usual(*pair) else _converted(*pair)

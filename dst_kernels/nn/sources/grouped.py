@@ -23,7 +23,7 @@ from ...ops import is_watched
 from ...ops.autocast import autocast_enabled
 from ...reference.conv import torch_reads
 from .deferred import Deferral, deferral_of
-from .reused import copies_of
+from .reused import copies_of, open_scopes
 from .stamp import tensor_stamp
 
 if TYPE_CHECKING:
@@ -71,15 +71,20 @@ def attached_weight(layer: MaskedLayer, input: Tensor) -> Tensor | None:
         if forward is None or layer in forward.called_in_other_mode:
             return None
         made = forward.made[layer]
-    masked, made_from = made
-    weight = layer._parameters.get("weight")
+    masked, (identity, version, address) = made
+    weight: Any = layer._parameters.get("weight")
     # The weight's stamp is enough within a forward, which has its effective threshold by now.
     if (
-        weight is None
-        or made_from != tensor_stamp(weight)
+        id(weight) != identity
+        or weight._version != version
+        or weight.data_ptr() != address
         or torch._C._are_functorch_transforms_active()
     ):
         return None
+    # As product_dtype says, in a fraction of its time where there is nothing to find out.
+    dtype = input.dtype
+    if dtype is masked.dtype is weight.dtype and not torch._C._is_any_autocast_enabled():
+        return masked
     return masked if product_dtype(input, weight) == masked.dtype else None
 
 
@@ -127,7 +132,7 @@ class Group:
         if is_watched():
             return
         for bucket in self._current_buckets():
-            masked = self._mask(bucket, forward, _is_parallel(module))
+            masked = self._mask(bucket, forward, module)
             made = zip(masked, map(tensor_stamp, bucket.weights), strict=True)
             forward.made.update(zip(bucket.layers, made, strict=True))
 
@@ -155,10 +160,10 @@ class Group:
 
     # -- masked weights ------------------------------------------------------------------------
 
-    def _mask(self, bucket: _Bucket, forward: _Forward, parallel: bool) -> Sequence[Tensor]:
+    def _mask(self, bucket: _Bucket, forward: _Forward, module: nn.Module) -> Sequence[Tensor]:
         if forward.with_grad and bucket.deferral is not None:
             return bucket.deferral.masked_weights(
-                bucket.layers, bucket.weights, bucket.thresholds, bucket.dtype, parallel
+                bucket.layers, bucket.weights, bucket.thresholds, bucket.dtype, _is_parallel(module)
             )
         commits = [layer._commits() for layer in bucket.layers]
         thresholds: list[Tensor] = [*bucket.thresholds]
@@ -170,15 +175,13 @@ class Group:
             return pack_weights(*arguments)[0]
 
         def in_backward() -> None:
-            # Once backward is through, no checkpoint will ask for the masked weights again.
-            queue = torch.autograd.Variable._execution_engine.queue_callback
-            queue(lambda: self._let_go(forward))
+            # All gradients have arrived: no checkpoint will ask for these masked weights again.
+            for layer in bucket.layers:
+                forward.made.pop(layer, None)
+            if not forward.made:
+                self._kept = [each for each in self._kept if each is not forward]
 
         return mask_weights(*arguments, in_backward=in_backward)
-
-    def _let_go(self, forward: _Forward) -> None:
-        forward.made.clear()  # one that was broken off is still among the running ones
-        self._kept = [each for each in self._kept if each is not forward]
 
     # -- buckets -------------------------------------------------------------------------------
 
@@ -193,8 +196,10 @@ class Group:
                 continue
             signature += (
                 id(weight), id(threshold), weight.dtype, weight.device, weight.requires_grad,
-                threshold.requires_grad, layer.masking, layer._deferral, copies_of(layer),
+                threshold.requires_grad, layer.masking, layer._deferral,
             )  # fmt: skip
+        if open_scopes:
+            signature += map(copies_of, self._layers)
         known, buckets = self._plan
         if signature != known:
             buckets = self._new_buckets()

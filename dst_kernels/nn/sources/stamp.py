@@ -15,13 +15,16 @@ if TYPE_CHECKING:
     from ..layer import MaskedLayer
 
 
-def tensor_stamp(tensor: Tensor) -> tuple:
-    """Return what stays the same as long as nobody is seen to write to a tensor."""
+def tensor_stamp(tensor: Tensor) -> tuple[object, int, int]:
+    """Return what stays the same as long as nobody is seen to write to a tensor.
+
+    That is identity, version and address.
+    """
     try:
         return id(tensor), tensor._version, tensor.data_ptr()
     except RuntimeError:
         # An inference tensor counts no versions and can be written to in inference mode only.
-        return (object(),)
+        return object(), 0, 0
 
 
 def stamp(layer: MaskedLayer) -> tuple | None:
