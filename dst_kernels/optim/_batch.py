@@ -198,7 +198,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def on_device(value: float | Tensor | None) -> Tensor | None:
-    """Return `value` if it is on a GPU: read there, its changes reach a captured CUDA graph."""
+    """Return `value` if it is on a GPU, else None; a captured CUDA graph then sees its changes."""
     return value if isinstance(value, Tensor) and value.is_cuda else None
 
 

@@ -1,8 +1,8 @@
-"""Ops on weights alone, one or many at a time, over the libraries' pack and post.
+"""Mask weights and make their gradients, one or many at a time, by the libraries' pack and post.
 
-The libraries take weights whose rows are dense in memory, thresholds of the arithmetic's dtype
-and outputs that are allocated already. What is not so goes in as a copy, and comes back with the
-layout and dtype that the caller's tensors have.
+The libraries take weights whose rows are dense in memory, thresholds in the dtype of the
+arithmetic (float32 or float64) and allocated outputs. Other tensors are copied first, and results
+are copied back to the layout and dtype of the caller's tensors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FLOAT32 = {torch.float32}
 
 
 def effective_threshold(weight: Tensor, threshold: Tensor, reset_ratio: float | None) -> Tensor:
-    """As the reference's."""
+    """Do as `reference.effective_threshold`."""
     if reset_ratio is None:
         return threshold.clone()
     return masked_weight(weight, threshold, reset_ratio, torch.bfloat16)[1]
@@ -33,7 +33,7 @@ def effective_threshold(weight: Tensor, threshold: Tensor, reset_ratio: float | 
 def masked_weight(
     weight: Tensor, threshold: Tensor, reset_ratio: float | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """As the reference's."""
+    """Do as `reference.masked_weight`."""
     if not _are_usual(weight, threshold):
         many = masked_weights([weight], [threshold], [reset_ratio], [False], dtype)
         return many[0][0], many[1][0]
@@ -52,7 +52,7 @@ def masked_weights(
     dtype: torch.dtype,
     out: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """As the reference's."""
+    """Do as `reference.masked_weights`."""
     taken_weights, taken_thresholds = _operands(weights, thresholds)
     masked = _results(taken_weights, weights, out, dtype)
     effective = [torch.empty_like(threshold) for threshold in taken_thresholds]
@@ -96,7 +96,7 @@ def _post_settings(surrogates: Sequence[str], structure_gradients: Sequence[bool
 
 @functools.lru_cache(maxsize=4096)
 def _collapsed(size: int, reset_ratio: float | None) -> int:
-    """The largest kept count at which the guard resets, as the library takes it."""
+    """Return the largest kept count at which the guard resets; _NO_GUARD if it never does."""
     if reset_ratio is None or not size:
         return _NO_GUARD
     return largest_collapsed_count(size, reset_ratio)
@@ -105,7 +105,7 @@ def _collapsed(size: int, reset_ratio: float | None) -> int:
 def masked_weight_backward(
     grad: Tensor, weight: Tensor, threshold: Tensor, surrogate: str, structure_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """As the reference's."""
+    """Do as `reference.masked_weight_backward`."""
     if not (_are_usual(weight, threshold) and grad.is_contiguous()):
         each = [grad], [weight], [threshold], [surrogate], [structure_gradient]
         many = masked_weights_backward(*each)
@@ -124,7 +124,7 @@ def masked_weights_backward(
     structure_gradients: Sequence[bool],
     out: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """As the reference's."""
+    """Do as `reference.masked_weights_backward`."""
     taken_weights, taken_thresholds = _operands(weights, thresholds)
     taken_grads = grads
     if not (taken_weights is weights and all(map(Tensor.is_contiguous, grads))):
@@ -153,7 +153,7 @@ def _results(
     out: Sequence[Tensor] | None,
     dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """What the libraries write into: `out` where the caller's own tensors were taken."""
+    """Return outputs for the libraries: new ones, or `out` where no copy was needed."""
     if out is None:
         return [torch.empty_like(each, dtype=dtype) for each in taken]
     return [
@@ -165,14 +165,14 @@ def _results(
 def _handed_back(
     made: Tensor, original: Tensor, target: Tensor | None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """In `target`, or with the layout of `original`."""
+    """Return `made` in `target`, or (without one) with the layout of `original`."""
     return _like(original, made, dtype) if target is None else target.copy_(made)
 
 
 def _operands(
     weights: Sequence[Tensor], thresholds: Sequence[Tensor]
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Both as the libraries take them: the sequences themselves where all are so."""
+    """Return both as the libraries take them: the sequences themselves if none needs a copy."""
     tensors = [*weights, *thresholds]
     dtypes = {tensor.dtype for tensor in tensors}
     if dtypes == _FLOAT32 and all(map(Tensor.is_contiguous, tensors)):
@@ -216,12 +216,12 @@ def _rows_are_dense(weight: Tensor) -> bool:
 
 
 def _laid_out_as(weight: Tensor, tensor: Tensor) -> Tensor:
-    """`tensor` with the weight's strides."""
+    """Return `tensor` with the weight's strides."""
     if tensor.is_contiguous() and weight.is_contiguous():
         return tensor
     return tensor if tensor.stride() == weight.stride() else _like(weight, tensor, tensor.dtype)
 
 
 def _like(original: Tensor, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A copy of `tensor` with the layout of `original` and, by default, its dtype."""
+    """Return a copy of `tensor` with the layout of `original` and, by default, its dtype."""
     return torch.empty_like(original, dtype=dtype).copy_(tensor)

@@ -1,8 +1,8 @@
-"""What a masked weight was made from, and with that whether it is stale.
+"""Record what a masked weight was made from, to tell whether it is stale.
 
-Stamps see other Parameters, in-place writes, new memory, other strides and another reset ratio. A
-write through `.data` to the same memory leaves no trace: for that, nothing is reused in evaluation,
-and optimizers have `refresh`.
+A stamp changes with other Parameters, in-place writes, new memory, other strides and another reset
+ratio. PyTorch does not record a write through `.data` to the same memory: for that reason nothing
+is reused in evaluation, and optimizers have `refresh`.
 """
 
 from __future__ import annotations
@@ -16,22 +16,19 @@ if TYPE_CHECKING:
 
 
 def tensor_stamp(tensor: Tensor) -> tuple[object, int, int]:
-    """Return what stays the same as long as nobody is seen to write to a tensor.
-
-    That is identity, version and address.
-    """
+    """Return identity, version and address: the same until PyTorch records a write."""
     try:
         return id(tensor), tensor._version, tensor.data_ptr()
     except RuntimeError:
-        # An inference tensor counts no versions and can be written to in inference mode only.
+        # An inference tensor has no version counter, so its stamp never equals another one.
         return object(), 0, 0
 
 
 def stamp(layer: MaskedLayer) -> tuple | None:
-    """Return what two calls with the same W * M have in common; None for a computed weight.
+    """Return the same value for calls with the same W * M; None for a computed weight.
 
-    Who keeps it beyond a forward keeps the memory, too (`memory_of`), so that no other tensor comes
-    to lie there.
+    If you keep a stamp beyond a forward, also keep the memory (`memory_of`), so that no other
+    tensor gets the same address.
     """
     own = layer._parameters
     weight, threshold = own.get("weight"), own.get("threshold")
@@ -42,10 +39,10 @@ def stamp(layer: MaskedLayer) -> tuple | None:
             id(weight), weight._version, weight.data_ptr(), weight.stride(),
             id(threshold), threshold._version, threshold.data_ptr(), layer.masking.reset_ratio,
         )  # fmt: skip
-    except RuntimeError:  # as above
+    except RuntimeError:  # an inference tensor, as in `tensor_stamp`
         return (object(),)
 
 
 def memory_of(layer: MaskedLayer) -> tuple[Tensor, Tensor]:
-    """Return tensors that hold on to the memory of weight and threshold."""
+    """Return tensors that keep the memory of weight and threshold alive."""
     return layer._parameters["weight"].detach(), layer._parameters["threshold"].detach()
