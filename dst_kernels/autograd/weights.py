@@ -8,7 +8,7 @@ dense gradients G = dL/d(W * M) of all of them have arrived.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, compress
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def pack_weights(
             dtype,
             *([] if out is None else [_split(out, matrices)]),
         )
-    committed = [t for t, wanted in zip(thresholds, commit, strict=True) if wanted]
+    committed = thresholds if all(commit) else [*compress(thresholds, commit)]
     if committed:
         torch.autograd.graph.increment_version(committed)
     return masked if out is None else out, effective

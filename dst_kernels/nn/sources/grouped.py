@@ -58,7 +58,7 @@ def attached_weight(layer: MaskedLayer, input: Tensor) -> Tensor | None:
     while forward is not None and (made := forward.made.get(layer)) is None:
         forward = forward.outer
     if made is not None and forward is not None:
-        if torch.is_grad_enabled() != forward.with_grad:
+        if torch.is_grad_enabled() is not forward.with_grad:
             forward.called_in_other_mode.add(layer)
             return None
     # Outside of forwards: a checkpoint that is recomputed in backward must save what it saved the
@@ -166,10 +166,9 @@ class Group:
                 bucket.layers, bucket.weights, bucket.thresholds, bucket.dtype, _is_parallel(module)
             )
         commits = [layer._commits() for layer in bucket.layers]
-        thresholds: list[Tensor] = [*bucket.thresholds]
-        if not all([weight.requires_grad for weight in bucket.weights]):  # the frozen keep theirs
-            pairs = zip(bucket.weights, thresholds, strict=True)
-            thresholds = [t if weight.requires_grad else t.detach() for weight, t in pairs]
+        thresholds: Sequence[Tensor] = bucket.thresholds
+        if not bucket.weights[0].requires_grad:  # nor do the others; the frozen keep theirs
+            thresholds = [threshold.detach() for threshold in thresholds]
         arguments = bucket.weights, thresholds, bucket.options, commits, bucket.dtype
         if not forward.with_grad:
             return pack_weights(*arguments)[0]
