@@ -1,7 +1,7 @@
-"""Many masked weights as one node: one launch forward, one backward.
+"""Mask many weights as one node: one launch forward, one backward.
 
 A weight may be a stack of matrices (the gates of a recurrent module), each masked and guarded by
-itself. What multiplies with the masked weights is torch's own. The node's backward runs when the
+itself. torch's own operations multiply with the masked weights. The node's backward runs when the
 dense gradients G = dL/d(W * M) of all of them have arrived.
 """
 
@@ -53,7 +53,7 @@ def pack_weights(
 
 
 class _MaskWeights(torch.autograd.Function):
-    """Inputs: what was made, then all weights, all thresholds, and what `copies` were made of."""
+    """Attach masked weights and `copies` to their weights, thresholds and `copied` tensors."""
 
     jvp = staticmethod(refuse_tangents)
 
@@ -143,10 +143,10 @@ def mask_weights(
     copies: Sequence[Tensor] = (),
     in_backward: Callable[[], None] | None = None,
 ) -> Sequence[Tensor]:
-    """Return as `pack_weights` does, with gradients to weights and thresholds.
+    """Return every W * M, as `pack_weights` does, with gradients to weights and thresholds.
 
-    `copied` are written into `copies`, cast to their dtype; these are returned after the masked
-    weights, with gradients to `copied`. `in_backward` is called when gradients are made.
+    The tensors `copied` are written into `copies`, cast to their dtype; `copies` are returned after
+    the masked weights, with gradients to `copied`. The backward pass first calls `in_backward`.
     """
     made: tuple[Sequence[Tensor], Sequence[Tensor]] = (
         pack_weights(weights, thresholds, options, commit, dtype, matrices, out)
@@ -176,7 +176,7 @@ class _WithDenseGradients(torch.autograd.Function):
         for weight, grad in zip(ctx.weights, grads, strict=True):
             so_far = weight.grad
             if so_far is not None and grad is not None and so_far.dtype != weight.dtype:
-                # The sum over micro-batches is in the weight's dtype, as it is anywhere in torch.
+                # Sum over micro-batches in the weight's dtype, as torch does everywhere.
                 weight.grad = None
                 weight.grad_dtype = weight.dtype
                 weight.grad = so_far.to(weight.dtype)
@@ -186,9 +186,9 @@ class _WithDenseGradients(torch.autograd.Function):
 def with_dense_gradients(
     masked: Sequence[Tensor], weights: Sequence[Tensor], thresholds: Sequence[Tensor]
 ) -> Sequence[Tensor]:
-    """Return `masked` as if made from the weights by the identity: their gradients are G itself.
+    """Return `masked`, attached to the weights by the identity: their gradient is G itself.
 
-    Thresholds take part without a gradient: whoever waits for all parameters (DDP) is told.
+    Thresholds are inputs without a gradient, so that DDP, which waits for every parameter, goes on.
     """
     return _WithDenseGradients.apply(masked, *weights, *thresholds)
 

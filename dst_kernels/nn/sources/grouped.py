@@ -1,10 +1,10 @@
-"""Masking all layers of a model at once, before its forward.
+"""Mask all layers of a model at once, before its forward.
 
 A hook on the model makes the masked weights of a bucket of layers in one launch and *attaches*
 them; the layers then are plain products. What is attached belongs to one forward: one thread and
-one grad mode. A layer takes it only where it is what it would have made itself; in all other cases
-(another dtype, swapped parameters, a call outside the model's forward, the compiler) it goes on by
-itself, with the same numbers.
+one grad mode. A layer uses it only if it equals what the layer would have made itself; in all other
+cases (another dtype, swapped parameters, a call outside the model's forward, the compiler) the
+layer masks its weight itself, with the same numbers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class _Forward:
-    """What is attached for one forward of a model, and for recomputing parts of it in backward."""
+    """Hold what is attached for one forward of a model and for recomputing parts in backward."""
 
     group: Group
     outer: _Forward | None  # that this one runs in
@@ -51,7 +51,7 @@ _groups: WeakSet[Group] = WeakSet()
 
 
 def attached_weight(layer: MaskedLayer, input: Tensor) -> Tensor | None:
-    """Return W * M as the model's group made it for this call; None where there is nothing."""
+    """Return W * M as the model's group made it for this call, or None if it made none."""
     if torch.compiler.is_compiling():
         return None
     forward, made = _running.forward, None
@@ -61,9 +61,9 @@ def attached_weight(layer: MaskedLayer, input: Tensor) -> Tensor | None:
         if torch.is_grad_enabled() is not forward.with_grad:
             forward.called_in_other_mode.add(layer)
             return None
-    # Outside of forwards: a checkpoint that is recomputed in backward must save what it saved the
-    # first time. One that ran without gradients (the reentrant kind) saved nothing, and runs a
-    # backward of its own.
+    # Outside a forward: a checkpoint that backward recomputes must save what it saved the first
+    # time. One that ran without gradients (the reentrant kind) saved nothing, and runs its own
+    # backward.
     elif not _groups or torch._C._current_graph_task_id() == -1:
         return None
     else:
@@ -102,7 +102,7 @@ class _Bucket:
 
 
 class Group:
-    """The hooks of one model. Copied or pickled with the model, it serves the copy."""
+    """Hold the hooks of one model; a copy or pickle of the model has its own."""
 
     def __init__(self, layers: list[MaskedLayer], bucket_bytes: int) -> None:
         self._layers = layers
@@ -137,7 +137,7 @@ class Group:
             forward.made.update(zip(bucket.layers, made, strict=True))
 
     def after(self, module: nn.Module, args: tuple, output: object) -> None:
-        """Detach what was made; the model's forward hook."""
+        """Detach the masked weights; the model's forward hook."""
         if torch.compiler.is_compiling():
             return
         forward, _running.forward = _running.forward, self._outer()
@@ -145,7 +145,7 @@ class Group:
             self._kept = [*self._kept, forward]
 
     def _outer(self) -> _Forward | None:
-        """What runs on this thread around a forward of this group; one that was cut off ends."""
+        """Return the forward on this thread around one of this group; end one that was cut off."""
         found = forward = _running.forward
         while forward is not None:
             if forward.group is self:
@@ -154,7 +154,7 @@ class Group:
         return found
 
     def kept(self) -> list[_Forward]:
-        """Forwards whose backward may still recompute a part of them, this thread's first."""
+        """Return forwards that backward may still recompute in part, this thread's first."""
         thread = threading.get_ident()
         return sorted(self._kept, key=lambda forward: forward.thread != thread)
 
@@ -174,7 +174,7 @@ class Group:
             return pack_weights(*arguments)[0]
 
         def in_backward() -> None:
-            # All gradients have arrived: no checkpoint will ask for these masked weights again.
+            # All gradients have arrived: no checkpoint needs these masked weights again.
             for layer in bucket.layers:
                 forward.made.pop(layer, None)
             if not forward.made:
@@ -185,7 +185,7 @@ class Group:
     # -- buckets -------------------------------------------------------------------------------
 
     def _current_buckets(self) -> list[_Bucket]:
-        """Made anew where anything has changed that they depend on."""
+        """Return the buckets; make new ones if anything has changed that they depend on."""
         signature: list[Any] = [_autocast("cpu"), _autocast("cuda")]
         for layer in self._layers:
             own = layer._parameters
@@ -202,11 +202,11 @@ class Group:
         known, buckets = self._plan
         if signature != known:
             buckets = self._new_buckets()
-            self._plan = signature, buckets  # at once: other threads read it
+            self._plan = signature, buckets  # in one assignment, as other threads read it
         return buckets
 
     def _new_buckets(self) -> list[_Bucket]:
-        """In the order of the layers, so that those done last in backward do not delay others."""
+        """Return buckets in layer order, so that the last ones in backward delay no others."""
         done: list[_Bucket] = []
         filling: dict[tuple, _Bucket] = {}
         for layer in self._layers:
@@ -214,7 +214,7 @@ class Group:
                 continue
             weight, threshold = layer._parameters["weight"], layer._parameters["threshold"]
             deferral = deferral_of(layer)
-            wanted = weight.requires_grad  # else nobody asks for G
+            wanted = weight.requires_grad  # otherwise no G is needed
             size = weight.numel() * weight.element_size()
             if deferral is None and size > self._bucket_bytes:
                 continue
@@ -250,7 +250,7 @@ def _can_be_grouped(layer: MaskedLayer) -> bool:
 
 
 def plan_again() -> None:
-    """Let every group choose its layers anew at its next forward."""
+    """Let every group choose its layers again at its next forward."""
     for group in _groups:
         group._plan = [], []
 
@@ -260,6 +260,6 @@ def _autocast(device_type: str) -> torch.dtype | None:
 
 
 def _is_parallel(module: nn.Module) -> bool:
-    """Whether this forward is one of DistributedDataParallel."""
+    """Return whether this forward is one of DistributedDataParallel."""
     ddp = nn.parallel.DistributedDataParallel
     return isinstance(module, ddp) or ddp._active_ddp_module is not None
