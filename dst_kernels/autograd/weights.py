@@ -62,7 +62,7 @@ class _MaskWeights(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.rest = rest
         n = len(masked)
-        ctx.threshold_shapes = [threshold.shape for threshold in parameters[n : 2 * n]]
+        ctx.threshold_shapes = [] if rest[1] is None else [t.shape for t in parameters[n : 2 * n]]
         ctx.save_for_backward(*parameters[:n], *effective)
         return *masked, *copies
 
@@ -88,7 +88,7 @@ class _MaskWeights(torch.autograd.Function):
                 [t for i in wanted for t in effective[ends[i] - every[i] : ends[i]]],
                 [options[i] for i in wanted],
                 None if matrices is None else [matrices[i] for i in wanted],
-                [ctx.threshold_shapes[i] for i in wanted],
+                [] if matrices is None else [ctx.threshold_shapes[i] for i in wanted],
             )
             for i, of_weight, of_threshold in zip(wanted, *made, strict=True):
                 results[i] = of_weight if needed[i] else None
