@@ -74,7 +74,7 @@ class _MaskWeights(torch.autograd.Function):
             in_backward()
         n, saved, needed = len(options), ctx.saved_tensors, ctx.needs_input_grad[4:]
         weights, effective, incoming = saved[:n], saved[n:], grads[:n]
-        if all(needed[: 2 * n]) and all([grad is not None for grad in incoming]):
+        if n and all(needed[: 2 * n]) and all([grad is not None for grad in incoming]):
             made = _gradients(incoming, weights, effective, options, matrices, ctx.threshold_shapes)
             return None, None, None, None, *made[0], *made[1], *grads[n:]
         wanted = [i for i in range(n) if grads[i] is not None and (needed[i] or needed[n + i])]
