@@ -148,7 +148,7 @@ class _TrainOptions:
     skip_last: Annotated[bool, _opt("skip_last", _SPARSITY, "Leave the last layer dense.")] = False
     epochs: Annotated[str | None, _opt("epochs", _RECIPE, "Passes over the training set.")] = None
     batch_size: Annotated[str | None, _opt("batch_size", _RECIPE, "Images per step.")] = None
-    optimizer: Annotated[str | None, _opt("optimizer", _RECIPE, "sgd or adam.")] = None
+    optimizer: Annotated[str | None, _opt("optimizer", _RECIPE, "sgd, adam or adamw.")] = None
     lr: Annotated[str | None, _opt("lr", _RECIPE, "Learning rate.")] = None
     momentum: Annotated[str | None, _opt("momentum", _RECIPE, "Momentum of sgd.")] = None
     weight_decay: Annotated[
@@ -183,6 +183,18 @@ class _TrainOptions:
     amp: Annotated[
         str | None, _opt("amp", _RUN, "Mixed precision: none, or bf16 for bfloat16 products.")
     ] = None
+    layer_by_layer: Annotated[
+        bool,
+        _opt(
+            "layer_by_layer",
+            _RUN,
+            "Mask each weight in its layer's forward, with torch's optimizer. The default is the "
+            "fastest way with the same result up to rounding: all in the optimizer's step.",
+        ),
+    ] = False
+    compile: Annotated[
+        bool, _opt("compile", _RUN, "Run the model through torch.compile; the first step is slow.")
+    ] = False
     workers: Annotated[
         str | None, _opt("workers", _RUN, "Number of processes that read an image folder.")
     ] = None

@@ -55,6 +55,8 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     amp: str = "none"
+    layer_by_layer: bool = False
+    compile: bool = False
     workers: int = 0
     threads: int = 1
 
@@ -64,7 +66,7 @@ class RunConfig:
 
         require_one_of("--preset", self.preset, PRESETS)
         require_one_of("--dataset", self.dataset, DATASET_PRESETS)
-        require_one_of("--optimizer", self.optimizer, ("sgd", "adam"))
+        require_one_of("--optimizer", self.optimizer, ("sgd", "adam", "adamw"))
         require_one_of("--granularity", self.granularity, GRANULARITIES)
         require_one_of("--surrogate", self.surrogate, SURROGATES)
         require_one_of("--amp", self.amp, ("none", "bf16"))
@@ -95,6 +97,19 @@ class RunConfig:
         require_one_of("--preset", preset, PRESETS)
         return cls(**{"preset": preset, **PRESETS[preset].values, **given})
 
+    @property
+    def execution(self) -> str:
+        """Return how masked weights and their gradients are made: the fastest way that there is.
+
+        "deferred": by the optimizer's step; "grouped": for all layers at once. All ways give the
+        same trajectory up to rounding.
+        """
+        if self.dense or self.layer_by_layer:
+            return "dense" if self.dense else "layer by layer"
+        decays = self.weight_decay or self.threshold_weight_decay
+        # Adam adds decay to the gradient, and no DST optimizer does: AdamW is another method.
+        return "grouped" if self.optimizer == "adam" and decays else "deferred"
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return {**dataclasses.asdict(self), "milestones": list(self.milestones)}
@@ -105,16 +120,20 @@ class RunConfig:
         expected = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(values, Mapping):
             raise UsageError(f"it is {values!r:.80}. Accepted: a mapping of options.")
+        values = {**_IN_OLDER_FILES, **values}
         if set(values) != expected:
             odd = [str(name) for name in expected.symmetric_difference(values)]
             raise UsageError(
                 f"missing or unknown are {', '.join(sorted(odd))!r:.300}. "
                 "Accepted: a configuration written by dst-kernels train."
             )
-        values = dict(values)
         if isinstance(values["milestones"], list):
             values["milestones"] = tuple(values["milestones"])
         return cls(**values)
+
+
+# What files mean that were written before there was an option.
+_IN_OLDER_FILES = {"layer_by_layer": True, "compile": False}
 
 
 def option(field: str) -> str:
@@ -132,6 +151,8 @@ RULES = {
     "dense": FLAG,
     "skip_first": FLAG,
     "skip_last": FLAG,
+    "layer_by_layer": FLAG,
+    "compile": FLAG,
     "image_size": integer(8, 4096),
     "alpha": _AT_LEAST_0,
     "epochs": integer(1, 1_000_000),

@@ -45,6 +45,8 @@ def show_header(
         f"{config.optimizer} lr {config.lr:g}",
         f"batch {config.batch_size}",
         f"seed {config.seed}",
+        *([] if config.dense else [config.execution]),
+        *(["compiled"] if config.compile else []),
         device + (" bf16" if config.amp == "bf16" else ""),
     ]
     console.print()

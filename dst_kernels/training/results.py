@@ -78,6 +78,7 @@ def write_results(
         "dense": config.dense,
         "alpha": config.alpha,
         "layers": last["layers"],
+        "execution": config.execution,
         "masked_weights": report.total if report else 0,
         "kept_weights": report.kept if report else 0,
         "thresholds": sum(values.size for values in thresholds.values()),

@@ -86,3 +86,9 @@ def test_foreign_configurations_are_refused():
     for wrong in ({**values, "extra": 1}, {}, [], {**values, "milestones": [3, 1]}):
         with pytest.raises(UsageError):
             RunConfig.from_dict(wrong)
+
+
+def test_files_of_older_versions_go_on_layer_by_layer():
+    config = RunConfig.from_preset("digits")
+    old = {k: v for k, v in config.to_dict().items() if k not in ("layer_by_layer", "compile")}
+    assert RunConfig.from_dict(old).execution == "layer by layer" != config.execution

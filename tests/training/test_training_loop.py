@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -110,12 +111,40 @@ def test_learning_rates_drop_at_the_milestones(data):
 def test_options_reach_the_optimizer(data):
     config = RunConfig(weight_decay=0.1, threshold_weight_decay=0.2, momentum=0.5)
     optimizer = new_state(config, data, CPU).optimizer
-    assert isinstance(optimizer, torch.optim.SGD)
+    assert isinstance(optimizer, dst_kernels.optim.DSTSGD)
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.2]
     assert [g["momentum"] for g in optimizer.param_groups] == [0.5, 0.5]
     adam = new_state(RunConfig(optimizer="adam", lr=0.003), data, CPU).optimizer
-    assert isinstance(adam, torch.optim.Adam)
-    assert [g["lr"] for g in adam.param_groups] == [0.003, 0.003]
+    assert isinstance(adam, dst_kernels.optim.DSTAdamW)
+    assert [(g["lr"], g["weight_decay"]) for g in adam.param_groups] == [(0.003, 0.0)] * 2
+
+
+@pytest.mark.parametrize(
+    ("execution", "kind", "options"),
+    [
+        ("deferred", torch.optim.SGD, {"weight_decay": 0.01, "lr": 0.1}),
+        ("deferred", torch.optim.Adam, {"optimizer": "adam", "lr": 3e-3}),
+        ("deferred", torch.optim.AdamW, {"optimizer": "adamw", "lr": 3e-3, "weight_decay": 0.1}),
+        ("grouped", torch.optim.Adam, {"optimizer": "adam", "lr": 3e-3, "weight_decay": 0.1}),
+    ],
+)
+def test_the_fast_way_trains_as_layer_by_layer_does(data, execution, kind, options):
+    config = RunConfig(epochs=3, alpha=0.05, **options)
+    assert config.execution == execution
+    plainly = replace(config, layer_by_layer=True)
+    fast, plain = run(config, data), run(plainly, data)
+    assert type(plain.optimizer) is kind and plainly.execution == "layer by layer"
+    assert fast.history[-1]["remaining_ratio"] < 0.99
+    start = new_state(config, data, CPU).model.state_dict()
+    for name, value in plain.model.state_dict().items():
+        moved = (value - start[name]).abs().max()
+        assert moved > 0, name
+        torch.testing.assert_close(
+            fast.model.state_dict()[name], value, rtol=0, atol=float(moved) * 1e-4
+        )
+    for index, state in plain.optimizer.state_dict()["state"].items():
+        found = fast.optimizer.state_dict()["state"][index]
+        assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in state.items()}
 
 
 def test_mixed_precision_computes_in_bf16_and_keeps_fp32_parameters(data):
