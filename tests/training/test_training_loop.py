@@ -193,3 +193,13 @@ def test_one_epoch_does_not_depend_on_what_was_drawn_before(data):
     config = RunConfig(epochs=3)
     plain, disturbed = run(config, data), run(config, data, Disturb())
     assert plain.history == disturbed.history
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_as_an_eager_one(data):
+    config = RunConfig(epochs=2, alpha=0.05, lr=0.1)
+    eager, compiled = run(config, data), run(replace(config, compile=True), data)
+    for ours, theirs in zip(compiled.history, eager.history, strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
+        assert ours["remaining_ratio"] == pytest.approx(theirs["remaining_ratio"], abs=2e-3)
+    assert eager.history[-1]["remaining_ratio"] < 0.99
