@@ -1,10 +1,10 @@
 """The documented result of the default preset, on the real data.
 
 Single runs scatter: over 24 seeds the final test accuracy had a mean of 96.6 %, a standard
-deviation of 0.67 points and a lowest value of 94.4 %, the remaining ratio a mean of 3.47 % and one of
-0.29; another rounding of the same sums (other kernels, other numbers of threads) is as good as
-another seed. The bounds leave three deviations around the means, and four below a single accuracy,
-so that they fail for a wrong method and not for a new kernel.
+deviation of 0.67 points and a lowest value of 94.4 %, the remaining ratio a mean of 3.47 % and a
+deviation of 0.29; another rounding of the same sums (other kernels, other numbers of threads) is as
+good as another seed. The bounds leave three deviations around the means, and four below a single
+accuracy, so that they fail for a wrong method and not for a new kernel.
 """
 
 from __future__ import annotations
