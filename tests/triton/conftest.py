@@ -58,6 +58,16 @@ def poisoned(monkeypatch, compiler_knows_torch):
 
 
 @pytest.fixture
+def fresh_plans():
+    """Nothing is kept of how `pack` runs, for tests that change what that is made from."""
+    from dst_kernels.backends.triton.pack import pack_plan
+
+    pack_plan.cache_clear()
+    yield
+    pack_plan.cache_clear()
+
+
+@pytest.fixture
 def float32_products():
     """Sets how some products round float32; pytest's monkeypatch cannot put such a setting back."""
     before = []

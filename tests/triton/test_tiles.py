@@ -10,7 +10,7 @@ import torch
 from triton_cases import check, crossed, gradient_along, normal, run, same, thresholds
 
 from dst_kernels import reference
-from dst_kernels.backends.triton import linear, tiles
+from dst_kernels.backends.triton import linear, pack, tiles
 from dst_kernels.backends.triton import weight as weight_ops
 from dst_kernels.backends.triton.tiles import (
     GradWeightTile,
@@ -113,11 +113,11 @@ STREAMS = [
 @pytest.mark.parametrize("granularity", ["row", "layer", "element"])
 @pytest.mark.parametrize(("tile", "shape"), STREAMS, ids=str)
 @pytest.mark.parametrize("multiprocessors", [1, 3])
-def test_pack_and_post(tile, shape, granularity, multiprocessors, device, monkeypatch):
+def test_pack_and_post(tile, shape, granularity, multiprocessors, device, monkeypatch, fresh_plans):
     """With one chunk of several blocks for each row block, and with several chunks."""
     monkeypatch.setattr(tiles, "MULTIPROCESSORS", multiprocessors)
-    for name in ("pack_tile", "post_tile"):
-        monkeypatch.setattr(weight_ops, name, lambda *_: tile)
+    monkeypatch.setattr(pack, "pack_tile", lambda *_: tile)
+    monkeypatch.setattr(weight_ops, "post_tile", lambda *_: tile)
     weight, threshold = normal(*shape, device=device), thresholds(shape, granularity, device=device)
     for ratio in (None, 0.0, 1.0):
         same(

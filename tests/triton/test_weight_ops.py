@@ -20,7 +20,6 @@ from triton_cases import (
 
 from dst_kernels import reference
 from dst_kernels.backends.triton import pack
-from dst_kernels.backends.triton import weight as weight_ops
 from dst_kernels.backends.triton.tiles import StreamTile
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -107,8 +106,8 @@ def test_the_guard_counts_exactly(shape, device):
     [((1030, 40), StreamTile(128, 32, 4)), ((20, 40), StreamTile(1, 32, 4))],
     ids=["more counts than one block", "more row blocks than programs of the second launch"],
 )
-def test_the_guard_counts_over_blocks_and_programs(shape, tile, device, monkeypatch):
-    monkeypatch.setattr(weight_ops, "pack_tile", lambda columns, column_stride: tile)
+def test_the_guard_counts_over_blocks_and_programs(shape, tile, device, monkeypatch, fresh_plans):
+    monkeypatch.setattr(pack, "pack_tile", lambda columns, column_stride: tile)
     monkeypatch.setattr(pack, "_GUARD_PROGRAMS", 3)
     weight = torch.full(shape, 0.25, device=device)
     weight[-1, -1] = -1.0

@@ -42,10 +42,10 @@ _NOTHING = contextlib.nullcontext()
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Return a context in which Triton launches on the tensor's device: it takes the current."""
-    device = tensor.device
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
+    index = tensor.get_device()  # -1 for a CPU
+    if index < 0 or index == torch.cuda.current_device():
         return _NOTHING
-    return torch.cuda.device(device)
+    return torch.cuda.device(index)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,28 +50,37 @@ class Matrix(NamedTuple):
 def as_matrices(*tensors: Tensor) -> list[Matrix] | None:
     """Return tensors of one shape [out, ...] as [out, all other dimensions] without a copy.
 
+    Return None if that is impossible: see `matrix_strides`.
+    """
+    shape = tensors[0].shape
+    found = matrix_strides(shape, *[tensor.stride() for tensor in tensors])
+    if found is None:
+        return None
+    sizes = shape[0], math.prod(shape[1:])
+    return [Matrix(tensor, *sizes, *of) for tensor, of in zip(tensors, found, strict=True)]
+
+
+def matrix_strides(
+    shape: Sequence[int], *strides: tuple[int, ...]
+) -> Sequence[Sequence[int]] | None:
+    """Return the strides of rows and columns where tensors of one shape are seen as matrices.
+
     Return None if that is impossible: with more than two dimensions, each row must be one piece of
     memory, and its elements in the same order in all tensors.
     """
-    shape = tensors[0].shape
     if len(shape) == 2:
-        return [Matrix(tensor, *shape, *tensor.stride()) for tensor in tensors]
-    rows, columns = shape[0], math.prod(shape[1:])
-    for tensor in tensors:
+        return strides
+    for of_tensor in strides:
         expected = 1
-        for stride, size in sorted(zip(tensor.stride()[1:], shape[1:], strict=True)):
+        for stride, size in sorted(zip(of_tensor[1:], shape[1:], strict=True)):
             if size != 1 and stride != expected:
                 return None
             expected *= size
     orders = {
-        tuple(
-            stride for stride, size in zip(tensor.stride()[1:], shape[1:], strict=True) if size > 1
-        )
-        for tensor in tensors
+        tuple(stride for stride, size in zip(of_tensor[1:], shape[1:], strict=True) if size > 1)
+        for of_tensor in strides
     }
-    if len(orders) > 1:
-        return None
-    return [Matrix(tensor, rows, columns, tensor.stride(0), 1) for tensor in tensors]
+    return None if len(orders) > 1 else [(of_tensor[0], 1) for of_tensor in strides]
 
 
 def matrices_of(*tensors: Tensor) -> list[Matrix]:
@@ -82,15 +92,19 @@ def matrices_of(*tensors: Tensor) -> list[Matrix]:
 
 def as_threshold(threshold: Tensor, weight: Matrix) -> Matrix:
     """Return a threshold with one value for each row, or one for all, as a matrix."""
-    rows, columns = weight.rows, weight.columns
-    if threshold.dim() == 1 and threshold.shape[0] == rows:
-        return Matrix(threshold, rows, columns, threshold.stride(0), 0, ALONG_R.value)
-    return Matrix(threshold, rows, columns, 0, 0, LAYER.value)
+    found = threshold_strides(weight.rows, threshold.shape, threshold.stride())
+    return Matrix(threshold, weight.rows, weight.columns, *found)
 
 
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """Return the dtype of comparisons and gradients: float64 if a tensor has it, else float32."""
-    for tensor in tensors:
-        if tensor.dtype is torch.float64:
-            return torch.float64
-    return torch.float32
+def threshold_strides(
+    rows: int, shape: Sequence[int], strides: Sequence[int]
+) -> tuple[int, int, int]:
+    """Return (row stride, column stride, axis) of a threshold for each row, or one for all."""
+    if len(shape) == 1 and shape[0] == rows:
+        return strides[0], 0, ALONG_R.value
+    return 0, 0, LAYER.value
+
+
+def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """Return the dtype of comparisons and gradients: float64 if one of these is, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32

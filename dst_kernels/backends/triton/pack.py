@@ -7,14 +7,20 @@ layer has collapsed does it go on, and writes zero thresholds and the unmasked w
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .launch import OPTIONS, TRITON_DTYPES, cdiv, least_pruned, on_device_of
-from .masking import ALONG_R, LAYER, elements, load_threshold, masked
-from .matrix import Matrix, compute_dtype
-from .tiles import StreamTile
+from .masking import ALONG_R, ELEMENT, LAYER, elements, load_threshold, masked
+from .matrix import Strided, compute_dtype, matrix_strides, threshold_strides
+from .tiles import StreamTile, pack_tile
 
 COUNTS = tl.constexpr(1024)
 """The number of counts that are added up at a time."""
@@ -102,34 +108,85 @@ def apply_guard_kernel(
 _GUARD_PROGRAMS = 264
 
 
-def pack(
-    weight: Matrix,
-    threshold: Matrix,
-    packed: Matrix | None,
-    effective: Matrix,
+class PackPlan(NamedTuple):
+    """Say how `pack` runs: the same for all tensors of one layout, so that it is kept.
+
+    `strides` are those of rows and columns, of weight, threshold, packed and effective. Without a
+    collapse guard `least_pruned` is None.
+    """
+
+    tile: StreamTile
+    axis: int
+    rows: int
+    columns: int
+    chunk: int
+    number_of_counts: int
+    least_pruned: int | None
+    strides: Sequence[Sequence[int]]
+    grid: tuple[int, int]
+    guard_grid: tuple[int]
+    constants: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=4096)
+def pack_plan(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    weight: tuple[int, ...],
+    threshold_shape: torch.Size,
+    threshold_dtype: torch.dtype,
+    threshold: tuple[int, ...],
+    packed: tuple[int, ...],
+    effective: tuple[int, ...],
     reset_ratio: float | None,
-    tile: StreamTile,
-) -> None:
-    """Fill `packed` (unless None) with W * M and `effective` with the effective threshold."""
-    R, C = weight.rows, weight.columns
+    tile: StreamTile | None = None,
+) -> PackPlan | None:
+    """Return how to mask a weight of this layout; None where a row is not one piece of memory.
+
+    `weight`, `threshold`, `packed` and `effective` are strides. Without a `tile` it is the default.
+    """
+    R, C, axis = shape[0], math.prod(shape[1:]), ELEMENT.value
+    if threshold_shape == shape:
+        strides = matrix_strides(shape, weight, threshold, packed, effective)
+    else:
+        strides = matrix_strides(shape, weight, packed)
+        if strides is not None:
+            *stored, axis = threshold_strides(R, threshold_shape, threshold)
+            *written, _ = threshold_strides(R, threshold_shape, effective)
+            strides = strides[0], stored, strides[1], written
+    if strides is None:
+        return None
+    tile = tile or pack_tile(C, strides[0][1])
     row_blocks = cdiv(R, tile.rows)
     chunk, chunks = tile.chunk(row_blocks, C)
-    counts = torch.empty(chunks * R, dtype=torch.int32, device=weight.tensor.device)
-    tensors = weight.strided, threshold.strided, packed and packed.strided, effective.strided
     constants = {
-        "THRESHOLD": threshold.axis,
-        "COMPUTE": TRITON_DTYPES[compute_dtype(weight.tensor, threshold.tensor)],
+        "THRESHOLD": axis,
+        "COMPUTE": TRITON_DTYPES[compute_dtype(dtype, threshold_dtype)],
         "ROWS": tile.rows,
         "BLOCK": tile.block,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         **OPTIONS,
     }
-    with on_device_of(weight.tensor):
-        pack_kernel[(row_blocks, chunks)](*tensors, counts, R, C, chunk, **constants)
-        if reset_ratio is None:
-            return
-        apply_guard_kernel[(min(row_blocks, _GUARD_PROGRAMS),)](
-            tensors[0], *tensors[2:], counts, chunks * R, least_pruned(R * C, reset_ratio), R, C,
-            **constants,
-        )  # fmt: skip
+    return PackPlan(
+        tile, axis, R, C, chunk, chunks * R,
+        None if reset_ratio is None else least_pruned(R * C, reset_ratio),
+        strides, (row_blocks, chunks), (min(row_blocks, _GUARD_PROGRAMS),), constants,
+    )  # fmt: skip
+
+
+def pack(
+    weight: Tensor, threshold: Tensor, packed: Tensor | None, effective: Tensor, plan: PackPlan
+) -> None:
+    """Fill `packed` (unless None) with W * M and `effective` with the effective threshold."""
+    _, _, R, C, chunk, number_of_counts, least, strides, grid, guard_grid, constants = plan
+    counts = weight.new_empty(number_of_counts, dtype=torch.int32)
+    w, t = Strided(weight, *strides[0]), Strided(threshold, *strides[1])
+    p = None if packed is None else Strided(packed, *strides[2])
+    e = Strided(effective, *strides[3])
+    with on_device_of(weight):
+        pack_kernel[grid](w, t, p, e, counts, R, C, chunk, **constants)
+        if least is not None:
+            apply_guard_kernel[guard_grid](
+                w, p, e, counts, number_of_counts, least, R, C, **constants
+            )

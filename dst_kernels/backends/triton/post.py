@@ -96,7 +96,7 @@ def post(
     R, C = weight.rows, weight.columns
     row_blocks = cdiv(R, tile.rows)
     chunk, chunks = tile.chunk(row_blocks, C)
-    dtype = compute_dtype(weight.tensor, threshold.tensor)
+    dtype = compute_dtype(weight.tensor.dtype, threshold.tensor.dtype)
     partial = None
     if grad_threshold is None:
         partial = torch.empty((chunks, R), dtype=dtype, device=weight.tensor.device)

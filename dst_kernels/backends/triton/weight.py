@@ -7,10 +7,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .matrix import Matrix, as_matrices, as_threshold
-from .pack import pack
+from .matrix import as_matrices, as_threshold
+from .pack import PackPlan, pack, pack_plan
 from .post import finish_threshold_gradient, post
-from .tiles import StreamTile, pack_tile, post_tile, stream_candidates
+from .tiles import StreamTile, post_tile, stream_candidates
 from .tuning import tuned, tuning_is_on
 
 
@@ -34,35 +34,33 @@ def masked_weight(
 def _pack(
     weight: Tensor, threshold: Tensor, reset_ratio: float | None, dtype: torch.dtype | None
 ) -> tuple[Tensor | None, Tensor]:
-    element_wise = threshold.shape == weight.shape
     packed = None if dtype is None else torch.empty_like(weight, dtype=dtype)
     effective = torch.empty_like(threshold)
-    tensors = [weight]
-    tensors += [threshold, effective] if element_wise else []
-    tensors += [] if packed is None else [packed]
-    seen = as_matrices(*tensors)
-    if seen is None:
+    strides = weight.stride()
+    layout = (
+        weight.shape, weight.dtype, strides, threshold.shape, threshold.dtype, threshold.stride(),
+        strides if packed is None else packed.stride(), effective.stride(), reset_ratio,
+    )  # fmt: skip
+    plan = pack_plan(*layout)
+    if plan is None:
         # A row is not one piece of memory: call this again with dense copies.
-        dense = threshold.contiguous() if element_wise else threshold
+        dense = threshold.contiguous() if threshold.shape == weight.shape else threshold
         results = _pack(weight.contiguous(), dense, reset_ratio, dtype)
         if packed is not None:
             packed.copy_(cast(Tensor, results[0]))
         return packed, effective.copy_(results[1])
-    matrix = seen[0]
-    if element_wise:
-        stored, written = seen[1:3]
-    else:
-        stored, written = as_threshold(threshold, matrix), as_threshold(effective, matrix)
-
-    def run(tile: StreamTile) -> None:
-        pack(matrix, stored, None if packed is None else seen[-1], written, reset_ratio, tile)
-
-    tile = pack_tile(matrix.columns, matrix.column_stride)
+    tensors = weight, threshold, packed, effective
     if packed is not None and tuning_is_on():
-        purpose = f"pack guard={reset_ratio is not None} axis={stored.axis}"
-        problem = f"{purpose} {_layout(matrix)} {weight.dtype} to {dtype}"
-        tile = tuned(problem, tile, stream_candidates(tile), run, weight)
-    run(tile)
+
+        def run(tile: StreamTile) -> None:
+            pack(*tensors, cast(PackPlan, pack_plan(*layout, tile)))
+
+        purpose = f"pack guard={reset_ratio is not None} axis={plan.axis}"
+        of_weight = _layout(plan.rows, plan.columns, plan.strides[0][1])
+        problem = f"{purpose} {of_weight} {weight.dtype} to {dtype}"
+        run(tuned(problem, plan.tile, stream_candidates(plan.tile), run, weight))
+    else:
+        pack(*tensors, plan)
     return packed, effective
 
 
@@ -107,7 +105,8 @@ def _post(
 
     tile = post_tile(matrix.columns, matrix.column_stride)
     if tuning_is_on():
-        problem = f"post axis={stored.axis} {_layout(matrix)} {weight.dtype} {grad.dtype}"
+        of_weight = _layout(matrix.rows, matrix.columns, matrix.column_stride)
+        problem = f"post axis={stored.axis} {of_weight} {weight.dtype} {grad.dtype}"
         tile = tuned(problem, tile, stream_candidates(tile), run, weight)
     partial = run(tile)
     if partial is None:
@@ -115,6 +114,6 @@ def _post(
     return grad_weight, finish_threshold_gradient(partial, threshold, stored.axis)
 
 
-def _layout(weight: Matrix) -> str:
+def _layout(rows: int, columns: int, column_stride: int) -> str:
     """Return a weight's part of the name of a problem."""
-    return f"{weight.rows}x{weight.columns} by rows={weight.column_stride == 1}"
+    return f"{rows}x{columns} by rows={column_stride == 1}"
