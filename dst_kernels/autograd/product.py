@@ -51,20 +51,18 @@ class _MaskedProduct(MaskedFunction):
     """Return (output,) if `packed` and `effective` are given, else (output, effective)."""
 
     @staticmethod
-    def compute(
-        input, weight, threshold, bias, packed, effective, product, grad_paths, keep_packed, how,
-        geometry,
-    ):  # fmt: skip
+    def compute(input, weight, threshold, bias, packed, effective, how):
+        product, geometry, _, _, reset_ratio, *_, backend = how
         if packed is not None:
             return (product.forward(input, packed, bias, *geometry),)
-        reset_ratio, *_, backend = how
         operands = input, weight, threshold, bias, reset_ratio
         return ops.call(product.fused_forward, *operands, *chain(*geometry), backend)
 
     @staticmethod
     def save(ctx, inputs, outputs):
-        input, weight, _, bias, packed, effective, ctx.product, *rest = inputs
-        (ctx.grad_input_path, ctx.grad_weight_path), keep_packed, (_, *options), geometry = rest
+        input, weight, _, bias, packed, effective, how = inputs
+        ctx.product, geometry, grad_paths, keep_packed, _, *options = how
+        ctx.grad_input_path, ctx.grad_weight_path = grad_paths
         if packed is None:
             effective = outputs[1]
             ctx.mark_non_differentiable(effective)
@@ -114,7 +112,7 @@ class _MaskedProduct(MaskedFunction):
                 grad_input = product.grad_input(grad, like, packed, *ctx.geometry)
         if ctx.needs_input_grad[3]:
             grad_bias = product.grad_bias(grad, ctx.bias_dtype)
-        return grad_input, *wanted(ctx, 1, grads), grad_bias, *[None] * 7
+        return grad_input, *wanted(ctx, 1, grads), grad_bias, None, None, None
 
 
 def masked_product(
@@ -146,11 +144,11 @@ def masked_product(
         packed = (source.recall or pack)(weight, threshold, options, input.dtype)
         masked, effective = packed
     grad_paths = plan.grad_input, _RAW if source.dense_gradient else plan.grad_weight
-    outputs = _MaskedProduct.apply(
-        input, weight, threshold, bias, masked, effective, product, grad_paths, source.keep,
-        (options.reset_ratio, options.surrogate, options.structure_gradient, options.backend),
-        geometry,
+    how = (
+        product, geometry, grad_paths, source.keep,
+        options.reset_ratio, options.surrogate, options.structure_gradient, options.backend,
     )  # fmt: skip
+    outputs = _MaskedProduct.apply(input, weight, threshold, bias, masked, effective, how)
     return outputs[0], outputs[1] if effective is None else effective
 
 

@@ -57,21 +57,19 @@ class _MaskedWeight(MaskedFunction):
     """Return (W * M,) if `masked` was made before, else (W * M, effective)."""
 
     @staticmethod
-    def compute(
-        weight, threshold, masked, effective, reset_ratio, dtype, surrogate, structure_gradient,
-        backend, dense_gradient,
-    ):  # fmt: skip
+    def compute(weight, threshold, masked, effective, how):
         if masked is not None:
             return (masked.detach(),)  # a new tensor, since autograd changes what is returned
-        arguments = weight, threshold, reset_ratio, dtype, backend
-        return ops.call(ops.masked_weight, *arguments)
+        reset_ratio, dtype, *_, backend = how
+        return ops.call(ops.masked_weight, weight, threshold, reset_ratio, dtype, backend)
 
     @staticmethod
     def save(ctx, inputs, output):
-        weight, _, masked, effective, _, _, *ctx.options, ctx.dense_gradient = inputs
+        weight, _, masked, effective, how = inputs
         if masked is None:
             effective = output[1]
             ctx.mark_non_differentiable(effective)
+        _, _, ctx.dense_gradient, *ctx.options = how
         if not ctx.dense_gradient:
             ctx.save_for_backward(weight, effective)
 
@@ -84,7 +82,7 @@ class _MaskedWeight(MaskedFunction):
             arguments = grad, weight, effective, *ctx.options
             grads = ops.call(ops.masked_weight_backward, *arguments)
         of_weight, of_threshold, *_ = ctx.needs_input_grad
-        return grads[0] if of_weight else None, grads[1] if of_threshold else None, *[None] * 8
+        return grads[0] if of_weight else None, grads[1] if of_threshold else None, None, None, None
 
 
 def masked_weight(
@@ -108,8 +106,10 @@ def masked_weight(
         masked, effective = source.recall(weight, threshold, options, dtype)
         if source is MADE:
             return Packed(masked, effective)
-    outputs = _MaskedWeight.apply(
-        weight, threshold, masked, effective, options.reset_ratio, dtype, options.surrogate,
-        options.structure_gradient, options.backend, source.dense_gradient,
+    # One tuple, as each argument of a node costs the host time.
+    how = (
+        options.reset_ratio, dtype, source.dense_gradient,
+        options.surrogate, options.structure_gradient, options.backend,
     )  # fmt: skip
+    outputs = _MaskedWeight.apply(weight, threshold, masked, effective, how)
     return Packed(outputs[0], outputs[1] if effective is None else effective)
