@@ -30,9 +30,10 @@ def _properties(device: torch.device):
 def variable(name: str) -> str | None:
     """Return `os.environ.get(name)`, but without its slow exceptions for a variable not set."""
     known = getattr(os.environ, "_data", None)
-    if known is not None and _encoded(name) not in known:
-        return None
-    return os.environ.get(name)
+    if known is None:
+        return os.environ.get(name)
+    value = known.get(_encoded(name))
+    return None if value is None else os.environ.decodevalue(value)
 
 
 _encoded = functools.cache(os.environ.encodekey)

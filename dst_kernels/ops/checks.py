@@ -170,7 +170,7 @@ def check_linear(input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor 
         and input.dtype in _REAL_DTYPES
         and input.device == weight.device
         and input.dim() >= 1
-        and input.size(-1) == weight.size(1)
+        and input.shape[-1] == weight.shape[1]
     ):
         return check_bias(bias, weight)  # the usual case, decided quickly
     check_value(
