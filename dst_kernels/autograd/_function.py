@@ -128,9 +128,11 @@ _CAST_BY_AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)  # it never c
 
 def product_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
     """Return the dtype of the product: under autocast its dtype, else the input's."""
-    device_type, dtype = device_type_of(weight), input.dtype
-    if autocast_enabled(device_type) and dtype in _CAST_BY_AUTOCAST:
-        return torch.get_autocast_dtype(device_type)
+    dtype = input.dtype
+    if torch._C._is_any_autocast_enabled() and dtype in _CAST_BY_AUTOCAST:
+        device_type = device_type_of(weight)
+        if autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
     if dtype is not weight.dtype:
         check_same_dtype(input, weight)
     return dtype

@@ -44,16 +44,14 @@ def _define(schema: str, check: Callable) -> Callable[[Callable], torch._ops.OpO
                 args[start : start + 4] = [Geometry(*args[start : start + 4])]
             if unchecked:
                 check(*args)
-            device = args[0].device
             double = not args[0].is_cpu and _any_double(args)
-            kernel = implementation(backend, device, name, double=double)
-            return kernel, device_type_of(args[0]), args
+            return implementation(backend, args[0].device, name, double=double), args
 
         def run(*args, unchecked=True):
-            kernel, device_type, args = prepared(args, unchecked)
-            if not (torch.is_grad_enabled() or autocast_enabled(device_type)):
+            kernel, args = prepared(args, unchecked)
+            if not (torch.is_grad_enabled() or torch._C._is_any_autocast_enabled()):
                 return kernel(*args)
-            with without_autograd_and_autocast(device_type):
+            with without_autograd_and_autocast(device_type_of(args[0])):
                 return kernel(*args)
 
         def run_fake(*args):

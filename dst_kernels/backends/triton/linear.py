@@ -68,7 +68,7 @@ def _product(
             reset_ratio=reset_ratio, effective=effective,
         )  # fmt: skip
 
-    M, R, C = len(x), weight.rows, weight.columns
+    M, R, C = x.shape[0], weight.rows, weight.columns
     tile = product_tile(M, R, C, traits)
     if tuning_is_on():
         purpose = f"product guard={reset_ratio is not None} axis={threshold.axis}"
@@ -125,7 +125,7 @@ def masked_linear_grad_weight(
             post_tile(matrix.columns, 1), slabs=len(slabs), slab_stride=weight.numel(),
         )  # fmt: skip
 
-    M, (R, C) = len(x), weight.shape
+    M, (R, C) = x.shape[0], weight.shape
     tile = grad_weight_tile(M, R, C, traits, element_wise)
     if tuning_is_on():
         purpose = f"grad_weight axis={stored.axis}"
