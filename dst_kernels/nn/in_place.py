@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..ops.dtensor import is_dtensor
 from .reading import members_for_reading
+from .tools import LEAF
 
 if TYPE_CHECKING:
     from ..autograd import MaskOptions
@@ -132,6 +133,7 @@ def unmask_module_(module: MaskedModule) -> nn.Module:
         module._buffers.pop(part.fixed_mask_name, None)
     for name in (
         "masking", "_deferral", "_sharded_thresholds", "_fixed", "_is_read", "_reads", "_layouts",
+        *LEAF,
     ):  # fmt: skip
         module.__dict__.pop(name, None)
     dense = cast(nn.Module, module)

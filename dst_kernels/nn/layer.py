@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import autograd
 from .. import functional as F
+from .in_place import shallow_copy
 from .module import MaskedModule
 from .reading import Readable
 from .sources import Deferral, attached_weight, copies_of, source_of
 from .sources.stamp import stamp
+from .tools import recorded
 from .weight import MaskedWeight
 
 
@@ -102,6 +105,16 @@ class MaskedLayer(MaskedModule):
         if not self._as_stored:
             weight, threshold = self._rows(weight), self._rows(threshold)
         return operation(weight, threshold, self.masking._replace(path="packed"), autograd.MADE)[0]
+
+    def _slow_forward(self, *args, **kwargs):
+        """Compute as a dense layer with W * M; torch calls this where torch.jit.trace records."""
+        if torch._C._get_tracing_state() is None:
+            return self.forward(*args, **kwargs)
+        dense: nn.Module = shallow_copy(self)
+        dense.__class__ = self.dense_class
+        dense.__dict__.pop("weight", None)  # where pruning has put a computed one
+        dense._parameters["weight"] = cast(nn.Parameter, recorded(MaskedWeight(self)))
+        return dense._slow_forward(*args, **kwargs)
 
     def _weight_to_compute_with(self, name: str, weight: Tensor) -> Tensor:
         """Return W * M in the weight's own dtype, for a user's own forward."""

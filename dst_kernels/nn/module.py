@@ -23,6 +23,7 @@ from ..ops.checks import check_effective_threshold
 from ..ops.dtensor import is_dtensor, reset_rows
 from ..plan import PATHS
 from .in_place import mask_module_, shallow_copy, unmask_module_
+from .tools import LEAF, answer, refuse_quantizing, refuse_scripting
 from .weight import Fixed, MaskedWeight
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class MaskedModule(nn.Module):
         check_options(options, self.accepted_paths)
         resolve(options.backend)
         thresholds = [self._new_threshold(part, options) for part in self.masked_weights()]
-        self.__dict__["masking"] = options
+        self.__dict__.update(LEAF, masking=options)
         for part, threshold in zip(self.masked_weights(), thresholds, strict=True):
             setattr(self, part.threshold_name, threshold)
 
@@ -172,6 +173,11 @@ class MaskedModule(nn.Module):
 
     @torch.no_grad()
     def _commit(self, threshold: Tensor, effective: Tensor, name: str = "threshold") -> None:
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                "torch.export records masked weights for inference only: call model.eval() first, "
+                "or dst_kernels.finalize_(model) for a dense one"
+            )
         shard = self._sharded_thresholds.get(name)
         if shard is not None:
             reset_rows(shard, (effective == 0) & (threshold != 0))
@@ -186,12 +192,20 @@ class MaskedModule(nn.Module):
     # -- torch.nn.Module machinery -------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
-        """Return an option, unless the module or the user's class has an attribute of its name."""
+        """Return an option, unless the module or the user's class has an attribute of its name.
+
+        Or what a tool asks for; see `tools.py`.
+        """
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name not in MaskOptions._fields or "masking" not in self.__dict__:
+            if "masking" not in self.__dict__:
                 raise
+            if name not in MaskOptions._fields:
+                found = answer(self, name)
+                if found is None:
+                    raise
+                return found
         return getattr(self.masking, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -208,6 +222,18 @@ class MaskedModule(nn.Module):
         super().__setattr__(name, value)
         if name == "_is_hf_initialized" and value:
             self._zero_uninitialized()
+
+    # Tools that ask for these, and nobody else; see `tools.py`.
+    __prepare_scriptable__ = refuse_scripting
+
+    @property
+    def qconfig(self) -> None:
+        """Raise AttributeError: there is none, and setting one is refused."""
+        raise AttributeError("a masked module has no qconfig")
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        refuse_quantizing(self, value)
 
     @torch.no_grad()
     def _zero_uninitialized(self) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .tools import recorded_if_traced
+
 
 class _Running(threading.local):
     """Hold what forwards on this thread may read, with W * M and its version once it was read."""
@@ -63,7 +65,9 @@ def _read(name: str, module: Any) -> Tensor:
         return weight
     read = running[key]
     if read is None:
-        masked = module._weight_to_compute_with(name, weight)
+        masked = recorded_if_traced(module, name)
+        if masked is None:
+            masked = module._weight_to_compute_with(name, weight)
         read = running[key] = masked, 0 if masked.is_inference() else masked._version
     return read[0]
 

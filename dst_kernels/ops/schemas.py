@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from ..backends import implementation
 from ..reference.conv import Geometry, conv_memory_format
+from ..reference.weight import recorded_masked_weight
 from . import checks, conv_checks
 from .autocast import autocast_enabled, device_type_of
 from .batching import is_batched, one_by_one
@@ -109,6 +110,8 @@ def call(op: torch._ops.OpOverload, *args):
     On a CPU the way through the dispatcher and back costs as much as a small layer.
     """
     if is_watched() or type(args[0]) not in (Tensor, Parameter):
+        if op is masked_weight and torch.compiler.is_exporting():
+            return recorded_masked_weight(*args[:-1])  # of torch's operations, which a file may name
         return op(*args)
     try:
         return _run[id(op)](*args, unchecked=False)

@@ -83,6 +83,24 @@ def _times_mask(weight: Tensor, threshold: Tensor, dtype: torch.dtype) -> Tensor
     return masked.to(dtype)
 
 
+def recorded_masked_weight(
+    weight: Tensor, threshold: Tensor, reset_ratio: float | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return what `masked_weight` does, without a gradient and without writing to any tensor.
+
+    For tools that record the operations of a forward in evaluation, such as exporters.
+    """
+    weight, threshold = weight.detach(), threshold.detach()
+    effective, numel = threshold, int(weight.numel())
+    if reset_ratio is not None and numel > 0:
+        pruned = weight.abs() <= broadcast_threshold(threshold, weight)
+        collapsed = numel - pruned.sum() <= largest_collapsed_count(numel, reset_ratio)
+        effective = torch.where(collapsed, torch.zeros_like(threshold), threshold)
+    limit = broadcast_threshold(effective, weight)
+    nan_or_zero = limit.clamp(0, 0).to(weight.dtype)  # as in `_times_mask`
+    return (nan_or_zero + weight * (weight.abs() > limit)).to(dtype), effective
+
+
 def masked_weight_backward(
     grad: Tensor, weight: Tensor, threshold: Tensor, surrogate: str, structure_gradient: bool
 ) -> tuple[Tensor, Tensor]:
