@@ -173,11 +173,6 @@ class MaskedModule(nn.Module):
 
     @torch.no_grad()
     def _commit(self, threshold: Tensor, effective: Tensor, name: str = "threshold") -> None:
-        if torch.compiler.is_exporting():
-            raise RuntimeError(
-                "torch.export records masked weights for inference only: call model.eval() first, "
-                "or dst_kernels.finalize_(model) for a dense one"
-            )
         shard = self._sharded_thresholds.get(name)
         if shard is not None:
             reset_rows(shard, (effective == 0) & (threshold != 0))

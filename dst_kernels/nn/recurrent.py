@@ -15,7 +15,7 @@ from ..ops.autocast import autocast_enabled
 from .cudnn_buffer import cudnn_takes, empty_parameters
 from .in_place import shallow_copy
 from .module import MaskedModule
-from .tools import recorded
+from .tools import recorded, refuse_training
 from .weight import MaskedWeight
 
 RECURRENT_PATHS = ("auto", "packed")  # the products are torch's: cuDNN's on a GPU
@@ -121,6 +121,8 @@ class MaskedRecurrent(MaskedModule, nn.RNNBase):
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Mask with registered ops, as fake tensors, dispatch modes, torch.func and FSDP2 need."""
         masked = []
+        if torch.compiler.is_exporting():
+            refuse_training(self)
         for part in parts:
             if torch._C._get_tracing_state() is not None:
                 masked.append(recorded(part).to(dtype))

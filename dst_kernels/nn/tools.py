@@ -28,15 +28,8 @@ LEAF = {"__module__": "torch.nn"}
 
 
 def recorded(part: MaskedWeight) -> Tensor:
-    """Return W * M, made by operations of torch alone, for a tool that records these.
-
-    Raises RuntimeError in training mode: what is recorded has no gradients of weight and threshold.
-    """
-    if part.module.training:
-        raise RuntimeError(
-            "torch.jit.trace and ONNX export record masked weights for inference only: call "
-            "model.eval() first, or dst_kernels.finalize_(model) for a dense one"
-        )
+    """Return W * M, made by operations of torch alone, for a tool that records these."""
+    refuse_training(part.module)
     if part.fixed_mask is not None:
         return part.under_fixed_mask(part.weight)
     with warnings.catch_warnings():  # the shape of a weight is a constant
@@ -46,6 +39,15 @@ def recorded(part: MaskedWeight) -> Tensor:
         ratio = part.module.masking.reset_ratio
         made = [recorded_masked_weight(*pair, ratio, rows.dtype)[0] for pair in pairs]
         return part.back(made[0] if len(made) == 1 else torch.cat(made), part.weight)
+
+
+def refuse_training(module: nn.Module) -> None:
+    """Raise RuntimeError in training mode: what tools record has no gradients of W and t."""
+    if module.training:
+        raise RuntimeError(
+            "torch.jit.trace, torch.export and ONNX record masked weights for inference only: call "
+            "model.eval() first, or dst_kernels.finalize_(model) for a dense one"
+        )
 
 
 def recorded_if_traced(module: MaskedModule, name: str) -> Tensor | None:

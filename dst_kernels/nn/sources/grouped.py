@@ -22,6 +22,7 @@ from ...autograd import MaskOptions, mask_weights, pack_weights, product_dtype
 from ...ops import is_watched
 from ...ops.autocast import autocast_enabled
 from ...reference.conv import torch_reads
+from ..tools import refuse_training
 from .deferred import Deferral, deferral_of
 from .reused import copies_of, open_scopes
 from .stamp import tensor_stamp
@@ -53,6 +54,8 @@ _groups: WeakSet[Group] = WeakSet()
 def attached_weight(layer: MaskedLayer, input: Tensor) -> Tensor | None:
     """Return W * M as the model's group made it for this call, or None if it made none."""
     if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting():
+            refuse_training(layer)
         return None
     forward, made = _running.forward, None
     while forward is not None and (made := forward.made.get(layer)) is None:
