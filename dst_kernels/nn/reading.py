@@ -40,7 +40,12 @@ class Readable(property):
         def write(module: nn.Module, value: Tensor) -> None:
             module.__dict__[name] = value
 
-        super().__init__(read, write)
+        def delete(module: nn.Module) -> None:  # torch.nn.utils.prune.remove does
+            if name not in module.__dict__:
+                raise AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}")
+            del module.__dict__[name]
+
+        super().__init__(read, write, delete)
 
 
 def stored_weight(module: nn.Module, name: str) -> Tensor:

@@ -111,7 +111,9 @@ def call(op: torch._ops.OpOverload, *args):
     """
     if is_watched() or type(args[0]) not in (Tensor, Parameter):
         if op is masked_weight and torch.compiler.is_exporting():
-            return recorded_masked_weight(*args[:-1])  # of torch's operations, which a file may name
+            return recorded_masked_weight(
+                *args[:-1]
+            )  # of torch's operations, which a file may name
         return op(*args)
     try:
         return _run[id(op)](*args, unchecked=False)
