@@ -10,6 +10,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Callable
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -90,9 +91,15 @@ def answer(module: MaskedModule, name: str) -> Callable | None:
     * An adapter of peft asks its `base_layer` for a layer inside that. To merge itself into the
       weight there is refused: what is added would be masked, too.
     """
-    if name == "__deepcopy__" and _caller(4).f_globals.get("__name__") == "torch.nn.utils.fusion":
+    if name == "__deepcopy__" and _is_called_by(
+        lambda frame: frame.f_globals.get("__name__") == "torch.nn.utils.fusion"
+    ):
         return lambda memo: copy.deepcopy(module.to_dense(), memo)
-    if name == "base_layer" and _caller(4).f_code.co_name == "merge" and _prunes(module):
+    if (
+        name == "base_layer"
+        and _is_called_by(lambda frame: frame.f_code.co_name == "merge")
+        and _prunes(module)
+    ):
         raise RuntimeError(
             "an adapter cannot be merged into a masked layer, which would mask weight + adapter: "
             "call dst_kernels.finalize_(model) first, then merge"
@@ -100,11 +107,22 @@ def answer(module: MaskedModule, name: str) -> Callable | None:
     return None
 
 
-def _caller(depth: int) -> Any:
-    """Return a frame; 1 is who calls this function. That of `answer` is called by `__getattr__`."""
-    return sys._getframe(depth)
+_NEAR = 6  # frames: ours, the tool's, and those of a user's class between them
+
+
+def _is_called_by(matches: Callable[[FrameType], bool]) -> bool:
+    """Return whether one of the nearest callers of `answer` matches."""
+    frame = sys._getframe(2)
+    for _ in range(_NEAR):
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+        if matches(frame):
+            return True
+    return False
 
 
 @torch.no_grad()
 def _prunes(module: MaskedModule) -> bool:
-    return any(bool(part.threshold.any()) for part in module.masked_weights())
+    parts = module.masked_weights()
+    return any(part.fixed_mask is not None or bool(part.threshold.any()) for part in parts)

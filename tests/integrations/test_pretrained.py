@@ -173,3 +173,24 @@ def test_adapters_on_a_masked_base_train():
     after = dict(model.named_parameters())
     assert all(not torch.equal(after[n], value) for n, value in adapters.items())
     assert all(torch.equal(thresholds(model)[n], value) for n, value in before.items())
+
+
+@pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
+def test_an_adapter_is_not_merged_into_a_masked_weight(how):
+    """Weight + adapter would be masked."""
+    peft = pytest.importorskip("peft")
+
+    def adapted(model):
+        options = {"target_modules": ["query", "value"], "init_lora_weights": False}
+        return peft.get_peft_model(model, peft.LoraConfig(**options)).eval()
+
+    model = adapted(trained("bert, some").eval())
+    expected = model(IDS)["logits"].detach()
+    with pytest.raises(RuntimeError, match=r"cannot be merged .*finalize_\(model\) first"):
+        getattr(model, how)()
+    assert torch.equal(model(IDS)["logits"], expected)
+
+    model = adapted(dst_kernels.finalize_(trained("bert, some").eval()))
+    expected = model(IDS)["logits"].detach()
+    merged = getattr(model, how)() or model
+    torch.testing.assert_close(merged(IDS)["logits"], expected, rtol=1e-4, atol=1e-5)

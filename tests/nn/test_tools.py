@@ -186,6 +186,15 @@ def test_a_batch_norm_is_folded_into_a_dense_copy(bias):
     folded.conv, folded.bn = fuse_conv_bn_eval(folded.conv, folded.bn), nn.Identity()
     assert type(folded.conv) is nn.Conv2d
     close(folded(x), expected)
+
+    class Mine(nn.Linear):
+        def __getattr__(self, name):
+            return super().__getattr__(name)
+
+    mine = Mine(72, 5, bias=bias).eval()
+    dst_kernels.sparsify_(nn.Sequential(mine))
+    mine.load_state_dict(model.fc.state_dict())
+    model.fc = mine
     linear, norm = model.fc, nn.BatchNorm1d(5).eval()
     norm.running_mean.uniform_(-1, 1)
     inner = torch.randn(2, 72)
