@@ -14,6 +14,7 @@ from torch import Tensor
 from .errors import UsageError
 from .files import SECONDS, check_history, write_atomically
 from .rules import Form, Rule, check
+from .tasks import task_of
 
 _FORMAT = "dst_kernels.training/2"
 _UNCHECKED_FORMAT = "dst_kernels.training/1"  # the same contents, without a checksum
@@ -114,7 +115,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     check(f"--resume: {path}:", contents, _CONTENTS)
     if contents["format"] == _FORMAT and not has_checksum:
         raise UsageError(f"{damaged} (its checksum is missing). {_ACCEPTED}")
-    check_history(f"--resume: {path}:", contents["history"])
+    task = task_of(contents["config"].get("dataset"))
+    check_history(f"--resume: {path}:", contents["history"], task)
     rng = contents["rng"]
     check(f"--resume: {path}: rng", rng, _RNG if "cuda" in rng else {"cpu": _RNG["cpu"]})
     if contents["format"] == _UNCHECKED_FORMAT:

@@ -71,7 +71,8 @@ class _TrainOptions:
         _opt(
             "model",
             _WHAT,
-            "lenet-300-100, lenet-5, lstm-a, lstm-b or a torchvision classifier (resnet18, ...).",
+            "lenet-300-100, lenet-5, lstm-a, lstm-b, a torchvision classifier (resnet18, ...) or, "
+            "for text, gpt-mini.",
         ),
     ] = None
     dataset: Annotated[
@@ -88,7 +89,8 @@ class _TrainOptions:
             "data_dir",
             _WHAT,
             "Folder with torchvision's data sets, or the image folder: "
-            "train/<class>/ and test/<class>/ (or val/<class>/). Not used by digits.",
+            "train/<class>/ and test/<class>/ (or val/<class>/). Of text: the file, in UTF-8; its "
+            "last 10 % are the test set. Not used by digits.",
         ),
     ] = None
     download: Annotated[
@@ -147,7 +149,9 @@ class _TrainOptions:
     )
     skip_last: Annotated[bool, _opt("skip_last", _SPARSITY, "Leave the last layer dense.")] = False
     epochs: Annotated[str | None, _opt("epochs", _RECIPE, "Passes over the training set.")] = None
-    batch_size: Annotated[str | None, _opt("batch_size", _RECIPE, "Images per step.")] = None
+    batch_size: Annotated[
+        str | None, _opt("batch_size", _RECIPE, "Images, or windows of a text, per step.")
+    ] = None
     optimizer: Annotated[str | None, _opt("optimizer", _RECIPE, "sgd, adam or adamw.")] = None
     lr: Annotated[str | None, _opt("lr", _RECIPE, "Learning rate.")] = None
     momentum: Annotated[str | None, _opt("momentum", _RECIPE, "Momentum of sgd.")] = None
@@ -210,7 +214,7 @@ class _TrainOptions:
 
 
 def train(**options: Any) -> None:
-    """Train a classifier that learns its own sparsity.
+    """Train a model that learns its own sparsity: a classifier, or a language model.
 
     Without options it trains LeNet-300-100 on scikit-learn's digits, on a CPU in under a minute.
     """

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from .errors import UsageError, require_one_of
 from .rules import FLAG, MILESTONES, MOST, TEXT, check, integer, number, or_none
+from .tasks import LANGUAGE, Task, task_of
 
 # The preset of each data set, if none is given. An alpha that suits 23 steps per epoch would prune
 # nearly everything in a run of 938 steps per epoch.
@@ -20,7 +21,9 @@ DATASET_PRESETS = {
     "cifar10": "cifar10",
     "cifar100": "cifar10",
     "image-folder": "cifar10",
+    "text": "text",
 }
+_LANGUAGE_MODEL = "gpt-mini"
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,23 @@ class RunConfig:
         require_one_of("--amp", self.amp, ("none", "bf16"))
         for name, rule in RULES.items():
             check(option(name), getattr(self, name), rule)
+        if (self.task is LANGUAGE) != (self.model == _LANGUAGE_MODEL):
+            models = _LANGUAGE_MODEL if self.task is LANGUAGE else "a classifier of images"
+            raise UsageError(
+                f"--model {self.model!r} does not fit --dataset {self.dataset}. "
+                f"Accepted for that: {models}. Accepted with {_LANGUAGE_MODEL}: --dataset text."
+            )
         drops, highest = len(self.milestones), max(self.lr, self.threshold_lr or 0)
         if math.log10(highest) + drops * math.log10(self.gamma) > math.log10(MOST):
             raise UsageError(
                 f"--gamma is {self.gamma!r}, which {drops} milestones raise to a learning rate "
                 f"above {MOST:g}. Accepted: a smaller factor or fewer milestones."
             )
+
+    @property
+    def task(self) -> Task:
+        """Return by what the run is judged."""
+        return task_of(self.dataset)
 
     @staticmethod
     def parse(field: str, text: str) -> Any:
@@ -214,6 +228,20 @@ PRESETS: dict[str, Preset] = {
             "milestones": (80, 120),
             "weight_decay": 1e-4,
             "threshold_weight_decay": 1e-4,
+            "threads": 0,
+        },
+    ),
+    "text": Preset(
+        "a small GPT on the characters of a text file, which --data-dir names",
+        {
+            "dataset": "text",
+            "model": "gpt-mini",
+            "data_dir": "data/input.txt",
+            "optimizer": "adam",
+            "lr": 1e-3,
+            "batch_size": 16,
+            "alpha": 1e-4,
+            "epochs": 4,
             "threads": 0,
         },
     ),

@@ -1,4 +1,4 @@
-"""Load data sets: small ones are kept in memory and batched by index, image folders streamed."""
+"""Load data sets: small ones and texts are kept in memory, image folders are streamed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 from .config import RunConfig
 from .errors import UsageError
+from .text import CONTEXT, TextBatches, read_text
 
 _CIFAR_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 _IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_TEST_BATCH = 1000
+_TEST_BATCH, _TEST_WINDOWS = 1000, 64
 
 
 class Batches(Protocol):
@@ -26,20 +27,26 @@ class Batches(Protocol):
         """Return the number of batches in an epoch of training."""
 
     def epoch(self, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images [N, C, H, W] and labels [N] (int64) on the device, in batches.
+        """Yield batches on the device: images [N, C, H, W] and labels [N] (int64).
 
-        The generator shuffles them; without one they come in order.
+        Of a text, ids of characters and of those that follow, both [N, context] (int64). The
+        generator shuffles them; without one they come in order.
         """
 
 
 @dataclass(frozen=True)
 class Data:
-    """Hold both splits, the shape [C, H, W] of an image and the number of classes."""
+    """Hold both splits, the shape of an input and the number of classes.
+
+    The shape is [C, H, W] for images. For a text it is [context], the classes are the characters,
+    and the vocabulary has them in the order of their ids.
+    """
 
     train: Batches
     test: Batches
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     classes: int
+    vocabulary: str = ""
 
 
 class TensorBatches:
@@ -148,6 +155,15 @@ def load_data(
     """
     if config.dataset == "image-folder":
         return _image_folder(config, device)
+    if config.dataset == "text":
+        ids, test_ids, vocabulary = read_text(config.data_dir, device)
+        return Data(
+            TextBatches(ids, config.batch_size),
+            TextBatches(test_ids, _TEST_WINDOWS),
+            (CONTEXT,),
+            len(vocabulary),
+            vocabulary,
+        )
     if config.dataset == "digits":
         splits, statistics, padding = _digits(), None, 0
     elif config.dataset in ("mnist", "fashion-mnist"):

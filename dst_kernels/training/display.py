@@ -20,6 +20,7 @@ from rich.text import Text
 from .config import RunConfig
 from .files import Record
 from .loop import Observer
+from .tasks import Task, task_of
 
 if TYPE_CHECKING:
     from dst_kernels import SparsityReport
@@ -80,7 +81,7 @@ class _Lines(Observer):
     """Print a line for every epoch, for logs and pipes."""
 
     def __init__(self, console: Console, config: RunConfig) -> None:
-        self.console, self.epochs = console, config.epochs
+        self.console, self.epochs, self.task = console, config.epochs, config.task
         self.started = time.perf_counter()
 
     def epoch(self, record: Record) -> None:
@@ -88,7 +89,7 @@ class _Lines(Observer):
         self.console.print(
             f"epoch {record['epoch']:>{width}}/{self.epochs}"
             f"  train loss {record['train_loss']:.4f}  test loss {record['test_loss']:.4f}"
-            f"  test accuracy {percent(record['test_accuracy']):>8}"
+            f"  test {self.task.quality} {self.task.show(record[self.task.key]):>8}"
             f"  remaining {percent(record['remaining_ratio']):>8}"
             f"  {time.perf_counter() - self.started:.1f} s",
             highlight=False,
@@ -107,7 +108,7 @@ class _View(Observer):
         steps: int,
         shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
-        self.console, self.shapes = console, shapes
+        self.console, self.shapes, self.kind = console, shapes, config.task
         self.record: Record | None = history[-1] if history else None
         self.progress = Progress(
             TextColumn("epoch"),
@@ -131,7 +132,9 @@ class _View(Observer):
     def __rich__(self) -> Group:
         if self.record is None:
             return Group(self.progress)
-        return Group(self.progress, _metrics_line(self.record), self._ratios(self.record))
+        return Group(
+            self.progress, _metrics_line(self.record, self.kind), self._ratios(self.record)
+        )
 
     def _ratios(self, record: Record) -> Table:
         table = Table(box=None, padding=(0, 2, 0, 0))
@@ -155,11 +158,11 @@ def _bar(ratio: float) -> Bar:
     return Bar(size=1, begin=0, end=ratio, width=32, color=_RATIO_COLOR, bgcolor="grey23")
 
 
-def _metrics_line(record: Record) -> Text:
+def _metrics_line(record: Record, task: Task) -> Text:
     return Text.from_markup(
         f"[dim]train loss[/] {record['train_loss']:.4f}   "
         f"[dim]test loss[/] {record['test_loss']:.4f}   "
-        f"[dim]test accuracy[/] [bold]{percent(record['test_accuracy'])}[/]\n"
+        f"[dim]test {task.quality}[/] [bold]{task.show(record[task.key])}[/]\n"
     )
 
 
@@ -170,8 +173,9 @@ def show_result(
     if report is not None:
         console.print(_layer_table(report))
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    accuracy, ratio = summary["test_accuracy"], summary["remaining_ratio"]
-    table.add_row("test accuracy", f"[bold]{percent(accuracy)}[/]", "of the final epoch")
+    task, ratio = task_of(summary["dataset"]), summary["remaining_ratio"]
+    quality = task.show(summary[task.key])
+    table.add_row(f"test {task.quality}", f"[bold]{quality}[/]", "of the final epoch")
     if report is not None:
         table.add_row("remaining", f"[bold]{percent(ratio)}[/]", _times_fewer(ratio))
     table.add_row("time", f"{summary['seconds']:.1f} s", f"{summary['epochs']} epochs")
@@ -220,13 +224,13 @@ def show_comparison(
     table.add_column("final epoch")
     for name in ("dense", "sparse", "difference"):
         table.add_column(name, justify="right")
-    points = 100 * (sparse["test_accuracy"] - dense["test_accuracy"])
-    ratio = sparse["remaining_ratio"]
+    task, ratio = task_of(sparse["dataset"]), sparse["remaining_ratio"]
+    difference = task.show_difference(sparse[task.key] - dense[task.key])
     table.add_row(
-        "test accuracy",
-        percent(dense["test_accuracy"]),
-        percent(sparse["test_accuracy"]),
-        f"[bold]{points:+.2f} points[/]",
+        f"test {task.quality}",
+        task.show(dense[task.key]),
+        task.show(sparse[task.key]),
+        f"[bold]{difference}[/]",
     )
     table.add_row(
         "test loss",

@@ -17,31 +17,29 @@ from typing import Any, BinaryIO
 from .config import RunConfig
 from .errors import UsageError
 from .rules import TEXT, Rule, check, integer, number
+from .tasks import CLASSIFICATION, LANGUAGE, Task, task_of
 
 CONFIG = "config.json"
 METRICS = "metrics.csv"
 SUMMARY = "summary.json"
 MODEL = "model.safetensors"
 CHECKPOINT = "checkpoint.pt"
-PLOT, PLOT_OF_LAYERS, PLOT_OF_THRESHOLDS = (
-    "accuracy_and_ratio.png",
-    "layer_ratios.png",
-    "thresholds.png",
-)
+VOCABULARY = "vocabulary.json"  # the characters of a text in the order of their ids
+PLOT_OF_LAYERS, PLOT_OF_THRESHOLDS = "layer_ratios.png", "thresholds.png"
 SUMS = "SHA256SUMS"
 COMPARISON = "comparison.json"
 PLOT_OF_COMPARISON = "comparison.png"
 LOCK = ".dst-kernels.lock"
 TWINS = ("dense", "sparse")
 
-_RESULTS = (CONFIG, METRICS, MODEL, PLOT, PLOT_OF_LAYERS, PLOT_OF_THRESHOLDS, SUMMARY)
+_PLOTS = (CLASSIFICATION.plot, LANGUAGE.plot, PLOT_OF_LAYERS, PLOT_OF_THRESHOLDS)
+_RESULTS = (CONFIG, VOCABULARY, METRICS, MODEL, *_PLOTS, SUMMARY)
 _FILES = (*_RESULTS, CHECKPOINT, SUMS, COMPARISON, PLOT_OF_COMPARISON)
 _ACCEPTED = "Accepted: a folder written by dst-kernels train"
 
 Record = dict[str, Any]
 """One finished epoch: `epoch`, the columns below, and `layers`, a ratio for each layer's name."""
 
-_COLUMNS = ("lr", "train_loss", "test_loss", "test_accuracy", "remaining_ratio")
 _LAYER = "remaining_ratio/"
 
 SECONDS = number("a number of at least 0", lambda value: value >= 0)
@@ -60,12 +58,10 @@ _RECORD = {
     "lr": SECONDS,
     "train_loss": _LOSS,
     "test_loss": _LOSS,
-    "test_accuracy": _SHARE,
     "remaining_ratio": _SHARE,
     "layers": _SHARES,
 }
 _SUMMARY = {
-    "test_accuracy": _SHARE,
     "remaining_ratio": _SHARE,
     "test_loss": _LOSS,
     "train_loss": _LOSS,
@@ -83,19 +79,15 @@ _SUMMARY = {
     "kept_weights": _COUNT,
     "thresholds": _COUNT,
     "parameters": _COUNT,
-    "input_shape": Rule(
-        "three sizes: channels, height, width",
-        lambda value: (
-            isinstance(value, list)
-            and len(value) == 3
-            and all(integer(1).holds(size) for size in value)
-        ),
-    ),
     "classes": integer(1),
     "device": TEXT,
     "threads": _COUNT,
     "versions": Rule("versions by package", lambda value: isinstance(value, dict)),
 }
+
+
+def _columns(task: Task) -> tuple[str, ...]:
+    return "epoch", "lr", "train_loss", "test_loss", task.key, "remaining_ratio"
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -152,25 +144,25 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def write_metrics(directory: Path, history: Sequence[Record]) -> None:
+def write_metrics(directory: Path, history: Sequence[Record], task: Task) -> None:
     """Write metrics.csv from the whole history; floats keep their exact values."""
     text = io.StringIO()
     layers = list(history[0]["layers"]) if history else []
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["epoch", *_COLUMNS, *(_LAYER + name for name in layers)])
+    writer.writerow([*_columns(task), *(_LAYER + name for name in layers)])
     for record in history:
         ratios = [record["layers"][name] for name in layers]
-        writer.writerow([record["epoch"], *(record[name] for name in _COLUMNS), *ratios])
+        writer.writerow([*(record[name] for name in _columns(task)), *ratios])
     write_atomically(directory / METRICS, lambda file: file.write(text.getvalue().encode()))
 
 
-def read_metrics(directory: Path) -> list[Record]:
+def read_metrics(directory: Path, task: Task) -> list[Record]:
     """Return the history that `write_metrics` wrote; raise UsageError if it is damaged."""
     path = directory / METRICS
     try:
         with open(path, newline="", encoding="utf-8") as file:
             header, *rows = csv.reader(file)
-        known = ["epoch", *_COLUMNS]
+        known = list(_columns(task))
         layers = [name.removeprefix(_LAYER) for name in header[len(known) :]]
         if header != known + [_LAYER + name for name in layers]:
             raise ValueError(f"its first line is not {','.join(known)},{_LAYER}<layer>,...")
@@ -182,13 +174,13 @@ def read_metrics(directory: Path) -> list[Record]:
             history.append({"epoch": int(epoch), **numbers, "layers": ratios})
     except (OSError, ValueError, csv.Error) as error:
         raise _unreadable(path, error) from error
-    check_history(f"{path}:", history)
+    check_history(f"{path}:", history, task)
     return history
 
 
-def check_history(name: str, history: Any) -> None:
+def check_history(name: str, history: Any, task: Task) -> None:
     """Raise UsageError unless the history is one that training makes: epochs 1, 2, 3, ..."""
-    check(f"{name} history", history, [_RECORD])
+    check(f"{name} history", history, [{**_RECORD, task.key: task.values}])
     for index, record in enumerate(history):
         where = f"{name} history[{index}]"
         check(f"{where}.epoch", record["epoch"], integer(index + 1, index + 1))
@@ -211,10 +203,40 @@ def read_summary(directory: Path) -> dict[str, Any]:
         **_read_json(directory / SUMMARY),
     }  # once the only way
     try:
-        check(f"{directory / SUMMARY}:", summary, _SUMMARY)
+        task = task_of(summary.get("dataset"))
+        form = {**_SUMMARY, task.key: task.values, "input_shape": _sizes(task)}
+        check(f"{directory / SUMMARY}:", summary, form)
     except UsageError as error:
         raise UsageError(f"{error} {_made_again(directory)}") from error
     return summary
+
+
+def _sizes(task: Task) -> Rule:
+    return Rule(
+        f"a list of sizes: {', '.join(task.sizes)}",
+        lambda value: (
+            isinstance(value, list)
+            and len(value) == len(task.sizes)
+            and all(integer(1).holds(size) for size in value)
+        ),
+    )
+
+
+def keep_vocabulary(directory: Path, vocabulary: str) -> None:
+    """Write vocabulary.json, unless the data has none ("").
+
+    Raises UsageError if the file is there and has other characters.
+    """
+    path = directory / VOCABULARY
+    if not vocabulary:
+        return
+    if not path.exists():
+        write_json(path, {"characters": vocabulary})
+    elif _read_json(path) != {"characters": vocabulary}:
+        raise UsageError(
+            f"{path} does not have the {len(vocabulary)} characters of the text that --data-dir "
+            "names. Accepted: the text with which the run began, or a new run."
+        )
 
 
 def checksums(directory: Path) -> str:
@@ -245,7 +267,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _unreadable(path: Path, error: Exception) -> UsageError:
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    again = "" if path.name == CONFIG else f" {_made_again(path.parent)}"
+    again = "" if path.name in (CONFIG, VOCABULARY) else f" {_made_again(path.parent)}"
     return UsageError(f"{path} cannot be read: {reason}. {_ACCEPTED}.{again}")
 
 

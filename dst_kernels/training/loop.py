@@ -22,7 +22,7 @@ from .config import RunConfig
 from .data import Data
 from .errors import DivergedError, UsageError
 from .files import Record
-from .models import build_model
+from .models import build_model, example_input
 from .rules import Form, Rule, check
 
 _CHECKED = 8  # images for check_masks: enough to reach every layer, and quick
@@ -171,7 +171,7 @@ def _check_amp(model: nn.Module, config: RunConfig, data: Data, device: torch.de
     training = model.training
     try:
         with _precision(config, device):
-            model.eval()(torch.zeros(2, *data.shape, device=device))
+            model.eval()(example_input(data.shape).to(device))
     except RuntimeError as error:
         reason = str(error).split(". ")[0]
         raise UsageError(
@@ -199,8 +199,8 @@ def train(
         epoch = len(state.history)
         lr = _set_learning_rates(state.optimizer, config, epoch)
         train_loss = _train_epoch(state, config, data, observer)
-        test_loss, test_accuracy = _evaluate(state.model, config, data)
-        if not math.isfinite(train_loss + test_loss):
+        test_loss, quality = _evaluate(state.model, config, data)
+        if not math.isfinite(train_loss + test_loss + quality):
             raise DivergedError(
                 f"training diverged: the losses of epoch {epoch + 1} are {train_loss:g} in "
                 f"training and {test_loss:g} in the test. "
@@ -212,7 +212,7 @@ def train(
             "lr": lr,
             "train_loss": train_loss,
             "test_loss": test_loss,
-            "test_accuracy": test_accuracy,
+            config.task.key: quality,
             "remaining_ratio": report.remaining_ratio if report else 1.0,
             "layers": {layer.name: layer.remaining_ratio for layer in report.layers}
             if report
@@ -235,21 +235,21 @@ def _train_epoch(state: State, config: RunConfig, data: Data, observer: Observer
     for images, labels in data.train.epoch(torch.default_generator):
         state.optimizer.zero_grad(set_to_none=True)
         with _precision(config, images.device):
-            loss = cross_entropy(model(images), labels)
+            loss = _cross_entropy(model(images), labels)
         objective = loss
         if regularized:
             objective = loss + config.alpha * dst_kernels.sparse_regularization(state.model)
         objective.backward()
         state.optimizer.step()
-        total = total + loss.detach() * len(labels)  # summed on the device: no wait in the loop
-        samples += len(labels)
+        total = total + loss.detach() * labels.numel()  # summed on the device: no wait in the loop
+        samples += labels.numel()
         observer.step()
     return float(total) / samples
 
 
 @torch.no_grad()
 def _evaluate(model: nn.Module, config: RunConfig, data: Data) -> tuple[float, float]:
-    """Return the mean loss and the accuracy (0 to 1) on the test set."""
+    """Return the mean loss, and the quality as the task defines it, on the test set."""
     model.eval()
     loss: Tensor | float = 0.0
     correct: Tensor | int = 0
@@ -258,10 +258,16 @@ def _evaluate(model: nn.Module, config: RunConfig, data: Data) -> tuple[float, f
         for images, labels in data.test.epoch(None):
             with _precision(config, images.device):
                 logits = model(images)
-                loss = loss + cross_entropy(logits, labels, reduction="sum")
-            correct = correct + (logits.argmax(1) == labels).sum()
-            samples += len(labels)
-    return float(loss) / samples, int(correct) / samples
+                loss = loss + _cross_entropy(logits, labels, reduction="sum")
+            correct = correct + (logits.argmax(-1) == labels).sum()
+            samples += labels.numel()
+    mean = float(loss) / samples
+    return mean, config.task.measure(mean, int(correct) / samples)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """Return the cross-entropy of logits [*labels.shape, classes]."""
+    return cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction=reduction)
 
 
 def _precision(config: RunConfig, device: torch.device) -> torch.autocast:

@@ -1,4 +1,4 @@
-"""Build classifiers by name: the paper's networks, and every classifier of torchvision.
+"""Build models by name: the paper's networks, torchvision's classifiers, a language model.
 
 The networks of this file take images [N, *shape] and return logits [N, classes].
 """
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from .config import RunConfig
 from .errors import UsageError, require_one_of
+from .gpt import GPT
 
 
 class LeNet300(nn.Module):
@@ -143,7 +144,7 @@ class WideResNet(nn.Sequential):
         super().__init__(stem, *blocks, *norm, *head)
 
 
-_PAPERS: dict[str, Callable[..., nn.Module]] = {
+_OURS: dict[str, Callable[..., nn.Module]] = {
     "lenet-300-100": LeNet300,
     "lenet-5": LeNet5,
     "lstm-a": functools.partial(RowLSTM, units=128),
@@ -152,26 +153,27 @@ _PAPERS: dict[str, Callable[..., nn.Module]] = {
     "wrn-16-8": functools.partial(WideResNet, depth=16),
     "wrn-16-10": functools.partial(WideResNet, depth=16, width=10),
     "wrn-28-8": WideResNet,
+    "gpt-mini": GPT,
 }
 
 
 def input_channels(name: str) -> int | None:
     """Return the number of channels a model needs, None if any; raise UsageError for its name."""
-    if name in _PAPERS:
+    if name in _OURS:
         return None
     import torchvision.models as zoo
 
     require_one_of(
         "--model",
         name,
-        (*_PAPERS, *zoo.list_models(module=zoo)),
-        note=f"{', '.join(_PAPERS)} or a name from torchvision.models.list_models(), "
+        (*_OURS, *zoo.list_models(module=zoo)),
+        note=f"{', '.join(_OURS)} or a name from torchvision.models.list_models(), "
         "such as resnet18 or vgg16_bn",
     )
     return 3
 
 
-def build_model(config: RunConfig, shape: tuple[int, int, int], classes: int) -> nn.Module:
+def build_model(config: RunConfig, shape: tuple[int, ...], classes: int) -> nn.Module:
     """Return the configured model on the CPU, with new weights from torch's global generator.
 
     The dense twin gets the same weights as the sparse model. Raises UsageError if the model does
@@ -183,8 +185,8 @@ def build_model(config: RunConfig, shape: tuple[int, int, int], classes: int) ->
     try:
         model = _dense_model(config.model, shape, classes)
         with torch.no_grad():  # in eval mode, which does not change running statistics
-            logits = model.eval()(torch.zeros(2, *shape))
-        if logits.shape != (2, classes):
+            logits = model.eval()(example_input(shape))
+        if logits.shape != ((2, *shape, classes) if len(shape) == 1 else (2, classes)):
             raise ValueError(f"its output has shape {list(logits.shape)}")
     except (RuntimeError, ValueError, AssertionError, AttributeError) as error:
         size = "x".join(map(str, shape))
@@ -206,9 +208,14 @@ def build_model(config: RunConfig, shape: tuple[int, int, int], classes: int) ->
     return dst_kernels.sparsify_(model, sparse)
 
 
-def _dense_model(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
-    if name in _PAPERS:
-        return _PAPERS[name](shape, classes)
+def example_input(shape: tuple[int, ...]) -> Tensor:
+    """Return zeros in the place of two inputs: images of a shape [C, H, W], or ids of [context]."""
+    return torch.zeros(2, *shape, dtype=torch.int64 if len(shape) == 1 else torch.float32)
+
+
+def _dense_model(name: str, shape: tuple[int, ...], classes: int) -> nn.Module:
+    if name in _OURS:
+        return _OURS[name](shape, classes)
     import torchvision.models as zoo
 
     options: dict[str, object] = {}

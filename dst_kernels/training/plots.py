@@ -20,6 +20,7 @@ from matplotlib.ticker import (
 )
 
 from .files import Record, write_atomically
+from .tasks import Task
 
 _FEW = 8  # at most so many lines get a hue each
 _MOST_NAMED = 27  # at most so many lines are in the legend
@@ -64,19 +65,17 @@ def plot_layer_ratios(path: Path, history: Sequence[Record], title: str) -> None
     _save(figure, path)
 
 
-def plot_accuracy_and_ratio(path: Path, history: Sequence[Record], title: str) -> None:
-    """Draw the test accuracy, and below it the remaining ratio, over the epochs."""
+def plot_quality_and_ratio(path: Path, history: Sequence[Record], title: str, task: Task) -> None:
+    """Draw the task's measure of quality, and below it the remaining ratio, over the epochs."""
     figure, axes = _figure(title, 2)
     epochs = [record["epoch"] for record in history]
-    for axis, name, color in zip(
-        axes, ("test_accuracy", "remaining_ratio"), _PALETTE, strict=False
-    ):
+    for axis, name, color in zip(axes, (task.key, "remaining_ratio"), _PALETTE, strict=False):
         values = [record[name] for record in history]
-        shown = values if name == "test_accuracy" else _shown(values)
+        shown = values if name == task.key else _shown(values)
         axis.plot(epochs, shown, color=color, **_marker(epochs))
         axis.plot(epochs[-1], shown[-1], "o", color=color)
         axis.annotate(
-            _percent(values[-1]),
+            task.show(values[-1], ".3g") if name == task.key else _percent(values[-1]),
             (epochs[-1], shown[-1]),
             xytext=(8, 0),
             textcoords="offset points",
@@ -85,7 +84,7 @@ def plot_accuracy_and_ratio(path: Path, history: Sequence[Record], title: str) -
             weight="bold",
             annotation_clip=False,
         )
-    _accuracy_axis(axes[0], [history])
+    _quality_axis(axes[0], [history], task)
     _ratio_axis(axes[1])
     _epoch_axis(axes[1])
     _save(figure, path)
@@ -121,37 +120,37 @@ def plot_thresholds(path: Path, thresholds: Mapping[str, np.ndarray], title: str
     _save(figure, path)
 
 
-def plot_runs(path: Path, curves: Sequence[Curve], title: str) -> None:
-    """Draw accuracy and ratio of several runs over the epochs, and final accuracy over ratio."""
+def plot_runs(path: Path, curves: Sequence[Curve], title: str, task: Task) -> None:
+    """Draw quality and ratio of several runs over the epochs, and final quality over ratio."""
     figure = Figure(figsize=(12.5, 4.6), layout="constrained", dpi=140)
     figure.suptitle(_plain(title), x=0.01, ha="left", weight="bold")
-    accuracy, ratio, end = figure.subplots(1, 3)
+    quality, ratio, end = figure.subplots(1, 3)
     for curve, color in zip(curves, _colors(len(curves)), strict=True):
         if not curve.history:
             continue
         epochs = [record["epoch"] for record in curve.history]
-        accuracies = [record["test_accuracy"] for record in curve.history]
+        qualities = [record[task.key] for record in curve.history]
         ratios = _shown([record["remaining_ratio"] for record in curve.history])
         style = "--" if curve.dense else "-"
-        accuracy.plot(epochs, accuracies, style, color=color, **_marker(epochs))
+        quality.plot(epochs, qualities, style, color=color, **_marker(epochs))
         ratio.plot(epochs, ratios, style, color=color, label=_plain(curve.label), **_marker(epochs))
         end.plot(
             ratios[-1],
-            accuracies[-1],
+            qualities[-1],
             "s" if curve.dense else "o",
             color=color,
             markersize=8,
             markerfacecolor="none" if curve.dense else color,
         )
-    _accuracy_axis(accuracy, [curve.history for curve in curves if curve.history])
+    _quality_axis(quality, [curve.history for curve in curves if curve.history], task)
     _ratio_axis(ratio)
-    _epoch_axis(accuracy)
+    _epoch_axis(quality)
     _epoch_axis(ratio)
     end.set_xscale("log")
     _log_percent(end.xaxis)
     end.set_xlabel("remaining ratio at the end")
-    end.set_ylabel("test accuracy at the end")
-    end.yaxis.set_major_formatter(FuncFormatter(_percent))
+    end.set_ylabel(f"test {task.quality} at the end")
+    end.yaxis.set_major_formatter(FuncFormatter(lambda value, _: task.show(value, ".3g")))
     end.margins(0.12)
     _tidy(end)
     figure.legend(
@@ -222,16 +221,16 @@ def _log_percent(axis: XAxis | YAxis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _accuracy_axis(axis: Axes, histories: Sequence[Sequence[Record]]) -> None:
-    """Scale the axis to the accuracies after the first tenth of the epochs."""
+def _quality_axis(axis: Axes, histories: Sequence[Sequence[Record]], task: Task) -> None:
+    """Scale the axis to the values after the first tenth of the epochs."""
     settled = [
-        record["test_accuracy"] for history in histories for record in history[len(history) // 10 :]
+        record[task.key] for history in histories for record in history[len(history) // 10 :]
     ]
     low, high = min(settled), max(settled)
     margin = 0.08 * (high - low) or 0.01
     axis.set_ylim(low - margin, high + margin)
-    axis.set_ylabel("test accuracy")
-    axis.yaxis.set_major_formatter(FuncFormatter(_percent))
+    axis.set_ylabel(f"test {task.quality}")
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: task.show(value, ".3g")))
     _tidy(axis)
 
 

@@ -17,6 +17,7 @@ from .config import RunConfig
 from .display import percent
 from .errors import UsageError
 from .files import CONFIG, METRICS, SUMMARY, TWINS, Record, read_config, read_metrics, read_summary
+from .tasks import Task
 
 
 class Run(NamedTuple):
@@ -47,7 +48,8 @@ def read_runs(directories: Iterable[Path]) -> list[Run]:
                 raise UsageError(
                     f"DIR {str(path)!r} {problem}. Accepted: folders written by dst-kernels train."
                 )
-            config, history = read_config(path), read_metrics(path)
+            config = read_config(path)
+            history = read_metrics(path, config.task)
             if not history:
                 raise UsageError(f"DIR {str(path)!r} holds no finished epoch.")
             seconds = None
@@ -66,10 +68,18 @@ def report(directories: Sequence[Path], plot: Path, console: Console) -> list[Ru
     if plot.suffix.lower() != ".png":
         raise UsageError(f"--plot is {str(plot)!r}. Accepted: a name that ends in .png.")
     runs = read_runs(directories)
-    console.print(_table(runs))
+    task = runs[0].config.task
+    odd = [run.directory for run in runs if run.config.task is not task]
+    if odd:
+        raise UsageError(
+            f"DIR {str(odd[0])!r} is measured in another quantity than {str(runs[0].directory)!r}, "
+            f"in {task.quality}. Accepted: runs on images, or runs on text."
+        )
+    console.print(_table(runs, task))
     curves = [plots.Curve(str(run.directory), run.history, run.config.dense) for run in runs]
     replaced = plot.exists()
-    plots.plot_runs(plot, curves, f"{len(runs)} runs" if len(runs) > 1 else str(runs[0].directory))
+    title = f"{len(runs)} runs" if len(runs) > 1 else str(runs[0].directory)
+    plots.plot_runs(plot, curves, title, task)
     console.print(
         f"plot {'replaced' if replaced else 'written'}: {escape(str(plot))}",
         highlight=False,
@@ -78,7 +88,7 @@ def report(directories: Sequence[Path], plot: Path, console: Console) -> list[Ru
     return runs
 
 
-def _table(runs: Sequence[Run]) -> Table:
+def _table(runs: Sequence[Run], task: Task) -> Table:
     # A model and data set that all runs share go above the table: terminals are narrow.
     subjects = {f"{run.config.model} on {run.config.dataset}" for run in runs}
     shared = len(subjects) == 1
@@ -93,7 +103,7 @@ def _table(runs: Sequence[Run]) -> Table:
     table.add_column("run", overflow="fold")
     if not shared:
         table.add_column("model on data", overflow="fold")
-    for name in ("alpha", "seed", "epochs", "accuracy", "remaining", "loss", "seconds"):
+    for name in ("alpha", "seed", "epochs", task.quality, "remaining", "loss", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
 
     def add(name: str, config: RunConfig, *cells: str, style: str | None = None) -> None:
@@ -108,20 +118,20 @@ def _table(runs: Sequence[Run]) -> Table:
             run.config,
             str(run.config.seed),
             str(done) if done == epochs else f"[yellow]{done} of {epochs}[/]",
-            percent(last["test_accuracy"]),
+            task.show(last[task.key]),
             percent(last["remaining_ratio"]),
             f"{last['test_loss']:.4f}",
             "" if run.seconds is None else f"{run.seconds:.1f}",
         )
     for recipe, finals in _over_seeds(runs).items():
-        accuracies = [record["test_accuracy"] for record in finals]
+        qualities = [record[task.key] for record in finals]
         ratios = [record["remaining_ratio"] for record in finals]
         loss = mean(record["test_loss"] for record in finals)
         table.add_section()
         name = f"mean of {len(finals)} seeds"
-        row = (percent(mean(accuracies)), percent(mean(ratios)), f"{loss:.4f}", "")
+        row = (task.show(mean(qualities)), percent(mean(ratios)), f"{loss:.4f}", "")
         add(name, recipe, "", str(recipe.epochs), *row, style="bold")
-        row = (f"± {percent(stdev(accuracies))}", f"± {percent(stdev(ratios))}", "", "")
+        row = (f"± {task.show(stdev(qualities))}", f"± {percent(stdev(ratios))}", "", "")
         add("standard deviation", recipe, "", "", *row, style="dim")
     return table
 

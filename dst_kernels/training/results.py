@@ -22,7 +22,6 @@ from .device import device_name, select_device
 from .files import (
     COMPARISON,
     MODEL,
-    PLOT,
     PLOT_OF_COMPARISON,
     PLOT_OF_LAYERS,
     PLOT_OF_THRESHOLDS,
@@ -36,6 +35,7 @@ from .files import (
     write_metrics,
 )
 from .loop import State
+from .tasks import task_of
 
 
 def write_results(
@@ -48,7 +48,8 @@ def write_results(
     from safetensors.torch import save
 
     tensors = {name: value.cpu().contiguous() for name, value in state.model.state_dict().items()}
-    write_metrics(directory, state.history)
+    task = config.task
+    write_metrics(directory, state.history, task)
     write_atomically(directory / MODEL, lambda file: file.write(save(tensors)))
 
     report = None if config.dense else dst_kernels.sparsity_report(state.model)
@@ -58,14 +59,14 @@ def write_results(
     }
     kind = "dense" if config.dense else f"alpha {config.alpha:g}"
     title = f"{config.model} on {config.dataset}, {kind}, seed {config.seed}"
-    plots.plot_accuracy_and_ratio(directory / PLOT, state.history, title)
+    plots.plot_quality_and_ratio(directory / task.plot, state.history, title, task)
     if report is not None:
         plots.plot_layer_ratios(directory / PLOT_OF_LAYERS, state.history, title)
         plots.plot_thresholds(directory / PLOT_OF_THRESHOLDS, thresholds, title)
 
     last = state.history[-1]
     summary = {
-        "test_accuracy": last["test_accuracy"],
+        task.key: last[task.key],
         "remaining_ratio": last["remaining_ratio"],
         "test_loss": last["test_loss"],
         "train_loss": last["train_loss"],
@@ -99,15 +100,19 @@ def write_comparison(
     directory: Path, dense: dict[str, Any], sparse: dict[str, Any]
 ) -> dict[str, Any]:
     """Write and return the comparison of two finished twins by their summaries, and plot it."""
+    task = task_of(sparse["dataset"])
     comparison = {
-        "accuracy_difference": sparse["test_accuracy"] - dense["test_accuracy"],
+        f"{task.quality}_difference": sparse[task.key] - dense[task.key],
         "dense": dense,
         "sparse": sparse,
     }
     write_json(directory / COMPARISON, comparison)
-    curves = [plots.Curve(name, read_metrics(directory / name), name == "dense") for name in TWINS]
+    curves = [
+        plots.Curve(name, read_metrics(directory / name, task), name == "dense") for name in TWINS
+    ]
     title = f"{sparse['model']} on {sparse['dataset']}, alpha {sparse['alpha']:g}"
-    plots.plot_runs(directory / PLOT_OF_COMPARISON, curves, f"{title}, seed {sparse['seed']}")
+    title = f"{title}, seed {sparse['seed']}"
+    plots.plot_runs(directory / PLOT_OF_COMPARISON, curves, title, task)
     return comparison
 
 

@@ -29,6 +29,7 @@ from .files import (
     holds_run,
     is_finished,
     is_leftover,
+    keep_vocabulary,
     read_config,
     read_summary,
     write_json,
@@ -38,6 +39,7 @@ from .lock import locked
 from .loop import State, check_masks, new_state, restore, train
 from .models import input_channels
 from .results import count_parameters, weights_by_layer, write_comparison, write_results
+from .tasks import task_of
 
 _FOLDER = "Accepted: a new or empty folder where you may write."
 
@@ -161,6 +163,7 @@ class _Resumed:
             )
             return read_summary(directory)
         data = _load(config)
+        keep_vocabulary(directory, data.vocabulary)
         state = new_state(config, data, select_device(config.device))
         if self.checkpoint is None:
             check_masks(state, config, data)
@@ -190,11 +193,12 @@ def _run(
             "rng": state.rng,
         }
         save_checkpoint(directory / CHECKPOINT, contents)
-        write_metrics(directory, state.history)
+        write_metrics(directory, state.history, config.task)
 
     if config.threads:
         torch.set_num_threads(config.threads)
     with _resumable(root, directory, config.epochs):
+        keep_vocabulary(directory, data.vocabulary)
         device, parameters = select_device(config.device), count_parameters(state.model)
         display.show_header(console, config, parameters, directory, device_name(device))
         shapes = {
@@ -219,8 +223,9 @@ def _resumable(root: Path, directory: Path, epochs: int) -> Iterator[None]:
             ) from None
         finished = 0
         if (directory / CHECKPOINT).exists():
-            history = load_checkpoint(directory / CHECKPOINT)["history"]
-            write_metrics(directory, history)
+            checkpoint = load_checkpoint(directory / CHECKPOINT)
+            history = checkpoint["history"]
+            write_metrics(directory, history, task_of(checkpoint["config"].get("dataset")))
             finished = len(history)
         raise Interrupted(root, finished, epochs) from None
 
