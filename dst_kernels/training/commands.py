@@ -150,7 +150,7 @@ class _TrainOptions:
     skip_last: Annotated[bool, _opt("skip_last", _SPARSITY, "Leave the last layer dense.")] = False
     epochs: Annotated[str | None, _opt("epochs", _RECIPE, "Passes over the training set.")] = None
     batch_size: Annotated[
-        str | None, _opt("batch_size", _RECIPE, "Images, or windows of a text, per step.")
+        str | None, _opt("batch_size", _RECIPE, "Images, or windows of 128 characters, per step.")
     ] = None
     optimizer: Annotated[str | None, _opt("optimizer", _RECIPE, "sgd, adam or adamw.")] = None
     lr: Annotated[str | None, _opt("lr", _RECIPE, "Learning rate.")] = None
