@@ -86,19 +86,19 @@ def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
     write_atomically(path, write)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU.
+def load_checkpoint(path: Path, argument: str = "--resume") -> dict[str, Any]:
+    """Read a checkpoint onto the CPU; `argument` is what named its folder, for messages.
 
     Only tensors and plain values are unpickled, so an untrusted file cannot run code. Warns of a
     checkpoint of an earlier version, which has no checksum. Raises UsageError if the file is
     damaged, was not written by `dst-kernels train` or has contents that training never makes.
     """
-    damaged = f"--resume: {path} is damaged or not a checkpoint"
+    damaged = f"{argument}: {path} is damaged or not a checkpoint"
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UsageError(
-            f"--resume: {path} cannot be read: {error.strerror}. {_ACCEPTED}"
+            f"{argument}: {path} cannot be read: {error.strerror}. {_ACCEPTED}"
         ) from error
     seal, sealed = data[-_SEAL_SIZE:], memoryview(data)[:-_SEAL_SIZE]
     has_checksum = seal.startswith(_SEAL)
@@ -111,14 +111,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # a damaged file makes torch.load raise many types
         raise UsageError(f"{damaged} ({type(error).__name__}). {_ACCEPTED}") from error
     if not isinstance(contents, dict) or "format" not in contents:
-        raise UsageError(f"--resume: {path} is not a checkpoint of dst-kernels train. {_ACCEPTED}")
-    check(f"--resume: {path}:", contents, _CONTENTS)
+        raise UsageError(
+            f"{argument}: {path} is not a checkpoint of dst-kernels train. {_ACCEPTED}"
+        )
+    check(f"{argument}: {path}:", contents, _CONTENTS)
     if contents["format"] == _FORMAT and not has_checksum:
         raise UsageError(f"{damaged} (its checksum is missing). {_ACCEPTED}")
     task = task_of(contents["config"].get("dataset"))
-    check_history(f"--resume: {path}:", contents["history"], task)
+    check_history(f"{argument}: {path}:", contents["history"], task)
     rng = contents["rng"]
-    check(f"--resume: {path}: rng", rng, _RNG if "cuda" in rng else {"cpu": _RNG["cpu"]})
+    check(f"{argument}: {path}: rng", rng, _RNG if "cuda" in rng else {"cpu": _RNG["cpu"]})
     if contents["format"] == _UNCHECKED_FORMAT:
         warnings.warn(
             f"{path} is from an earlier version, without a checksum: "

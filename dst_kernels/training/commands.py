@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
-import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from .config import DATASET_PRESETS, PRESETS, RULES, RunConfig, option
 from .errors import UsageError
 from .rules import FLAG
+from .terminal import messages, new_console, usable_path
 
 app = typer.Typer(
     name="dst-kernels",
@@ -31,7 +24,6 @@ app = typer.Typer(
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(RunConfig)}
 _ON_RESUME = ("epochs", "device")
 _PATHS = ("out", "resume")
-_WIDTH_OF_A_PIPE = 120  # columns; rich's default of 80 is too narrow for the tables
 
 
 def _opt(name: str, panel: str, help: str, default: str | None = None) -> Any:
@@ -221,7 +213,7 @@ def train(**options: Any) -> None:
     given = {
         name: value for name, value in options.items() if value is not None and value is not False
     }
-    with _messages():
+    with messages():
         if "resume" in given:
             _resume(given)
         else:
@@ -246,7 +238,7 @@ app.command()(train)
 def _start(given: dict[str, Any]) -> None:
     """Train a new run from the options `given`."""
     compare, download = given.pop("compare", False), given.pop("download", False)
-    out = _path("--out", given.pop("out")) if "out" in given else None
+    out = usable_path("--out", given.pop("out")) if "out" in given else None
     if compare and given.get("dense"):
         raise UsageError(
             "--compare and --dense contradict each other: --compare trains the dense twin too. "
@@ -261,12 +253,12 @@ def _start(given: dict[str, Any]) -> None:
     from . import run
 
     action = run.compare if compare else run.start
-    action(config, out, _console(), download=download)
+    action(config, out, new_console(), download=download)
 
 
 def _resume(given: dict[str, Any]) -> None:
     """Continue the run in the folder `given["resume"]`."""
-    directory = _path("--resume", given.pop("resume"))
+    directory = usable_path("--resume", given.pop("resume"))
     fixed = [option(name) for name in given if name not in _ON_RESUME]
     if fixed:
         raise UsageError(
@@ -277,7 +269,26 @@ def _resume(given: dict[str, Any]) -> None:
 
     from . import run
 
-    run.resume(directory, _console(), **given)
+    run.resume(directory, new_console(), **given)
+
+
+@app.command()
+def evaluate(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="Folder that train has written.")],
+    data_dir: Annotated[
+        str | None, _opt("data_dir", _WHAT, "Where the data set is now.", "that of the run")
+    ] = None,
+    device: Annotated[
+        str | None, _opt("device", _RUN, "auto, cpu, cuda or cuda:N.", "that of the run")
+    ] = None,
+) -> None:
+    """Evaluate a run on its test set, as it was after its last epoch."""
+    given = {"data_dir": data_dir, "device": device}
+    with messages():
+        from .evaluate import evaluate as evaluate_run
+
+        given = {name: _parsed(name, value) for name, value in given.items() if value is not None}
+        evaluate_run(usable_path("DIR", directory), new_console(), given)
 
 
 @app.command()
@@ -290,60 +301,12 @@ def report(
     ] = "report.png",
 ) -> None:
     """Compare runs in one table and one plot; average those that differ only in the seed."""
-    with _messages():
+    with messages():
         from .report import report as compare_runs
 
-        paths = [_path("DIR", directory) for directory in directories]
-        compare_runs(paths, _path("--plot", plot), _console())
-
-
-def _console() -> Console:
-    console = Console(emoji=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = _WIDTH_OF_A_PIPE
-    return console
-
-
-@contextmanager
-def _messages() -> Iterator[None]:
-    """Show warnings, and errors that a user can correct, as messages; end errors with a code."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
-
-    def warn(message: Warning | str, *where: object) -> None:
-        console.print(f"[bold yellow]Warning:[/] {escape(str(message))}")
-
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = warn  # type: ignore[assignment]
-            yield
-    except UsageError as error:
-        console.print(f"[bold red]Error:[/] {escape(str(error))}")
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt as interrupt:
-        console.print(escape(str(interrupt) or "Interrupted."))
-        sys.stdout.flush()
-        raise typer.Exit(130) from None
+        paths = [usable_path("DIR", directory) for directory in directories]
+        compare_runs(paths, usable_path("--plot", plot), new_console())
 
 
 def _parsed(name: str, value: Any) -> Any:
     return RunConfig.parse(name, value) if isinstance(value, str) else value
-
-
-def _path(argument: str, text: str) -> Path:
-    """Return the path that an argument gives; raise UsageError if it cannot be used."""
-    path, problem = Path(text), None
-    try:
-        text.encode()  # a command that we print must name it
-        if not text.strip():
-            problem = "it is blank (a variable that is not set?)"
-        elif path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
-            problem = "you may not read it"
-    except UnicodeEncodeError:
-        problem = "it is no text"
-    except OSError as error:
-        problem = str(error.strerror)
-    if problem is not None:
-        raise UsageError(
-            f"{argument} is {text!r:.80}: {problem}. Accepted: the path of a file or folder."
-        )
-    return path

@@ -185,6 +185,30 @@ def show_result(
     console.print(f"[dim]{'  '.join(names)}[/]", highlight=False)
 
 
+def show_evaluation(
+    console: Console,
+    config: RunConfig,
+    directory: Path,
+    record: Record,
+    measured: tuple[float, float],
+    report: SparsityReport | None,
+) -> None:
+    """Print the loss and quality that were measured, beside those recorded after training."""
+    console.print(f"\n[bold]{escape(str(directory))}[/]", highlight=False, soft_wrap=True)
+    if report is not None:
+        console.print(_layer_table(report))
+    (loss, quality), task = measured, config.task
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    then = f"of epoch {record['epoch']} of {config.epochs}, when it was"
+    before = f"{then} {task.show(record[task.key])}"
+    table.add_row(f"test {task.quality}", f"[bold]{task.show(quality)}[/]", before)
+    table.add_row("test loss", f"{loss:.4f}", f"{then} {record['test_loss']:.4f}")
+    if report is not None:
+        ratio = report.remaining_ratio
+        table.add_row("remaining", f"[bold]{percent(ratio)}[/]", _times_fewer(ratio))
+    console.print(table, highlight=False)
+
+
 def _layer_table(report: SparsityReport) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("layer", overflow="fold")

@@ -199,7 +199,7 @@ def train(
         epoch = len(state.history)
         lr = _set_learning_rates(state.optimizer, config, epoch)
         train_loss = _train_epoch(state, config, data, observer)
-        test_loss, quality = _evaluate(state.model, config, data)
+        test_loss, quality = evaluate(state.model, config, data)
         if not math.isfinite(train_loss + test_loss + quality):
             raise DivergedError(
                 f"training diverged: the losses of epoch {epoch + 1} are {train_loss:g} in "
@@ -248,7 +248,7 @@ def _train_epoch(state: State, config: RunConfig, data: Data, observer: Observer
 
 
 @torch.no_grad()
-def _evaluate(model: nn.Module, config: RunConfig, data: Data) -> tuple[float, float]:
+def evaluate(model: nn.Module, config: RunConfig, data: Data) -> tuple[float, float]:
     """Return the mean loss, and the quality as the task defines it, on the test set."""
     model.eval()
     loss: Tensor | float = 0.0

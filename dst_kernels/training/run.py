@@ -57,7 +57,7 @@ def start(
 ) -> dict[str, Any]:
     """Train one model into a new directory and return its summary; raises UsageError."""
     _refuse_used(out)
-    data = _load(config, download)
+    data = load(config, download)
     state = new_state(config, data, select_device(config.device))
     check_masks(state, config, data)
     # All input is checked by now, so that wrong input leaves no directory behind.
@@ -74,7 +74,7 @@ def compare(
 ) -> dict[str, Any]:
     """Train the dense twin and the sparse model into a new directory; return the comparison."""
     _refuse_used(out)
-    data = _load(config, download)
+    data = load(config, download)
     configs = _twins(config)
     device = select_device(config.device)
     states = {name: new_state(twin, data, device) for name, twin in configs.items()}
@@ -162,7 +162,7 @@ class _Resumed:
                 soft_wrap=True,
             )
             return read_summary(directory)
-        data = _load(config)
+        data = load(config)
         keep_vocabulary(directory, data.vocabulary)
         state = new_state(config, data, select_device(config.device))
         if self.checkpoint is None:
@@ -257,7 +257,8 @@ def _show_comparison(
     return comparison
 
 
-def _load(config: RunConfig, download: bool = False) -> Data:
+def load(config: RunConfig, download: bool = False) -> Data:
+    """Read the configured data set; raises UsageError."""
     # Check the model's name first: that takes no time, but the data may need a download.
     channels = input_channels(config.model)
     return load_data(config, select_device(config.device), channels, download)

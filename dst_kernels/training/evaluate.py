@@ -1,0 +1,66 @@
+"""Evaluate a run's model on the test set, as it was after the last epoch that was kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import dst_kernels
+
+from . import display
+from .checkpoint import load_checkpoint
+from .config import RunConfig
+from .device import select_device
+from .errors import UsageError
+from .files import CHECKPOINT, SUMS, TWINS, is_finished, keep_vocabulary
+from .loop import evaluate as measure
+from .loop import new_state, restore
+from .run import load
+
+
+def evaluate(directory: Path, console: Console, given: dict[str, Any]) -> None:
+    """Evaluate the run in `directory`, or both of a comparison, and print what is found.
+
+    `given` replaces fields of the configuration: `data_dir`, `device`. Raises UsageError where
+    there is no checkpoint, or one that is damaged or does not fit; warns of results that are not
+    those which the run wrote.
+    """
+    both = [directory / name for name in TWINS if (directory / name / CHECKPOINT).is_file()]
+    for each in both or [directory]:
+        _evaluate(each, console, given)
+
+
+def _evaluate(directory: Path, console: Console, given: dict[str, Any]) -> None:
+    path = directory / CHECKPOINT
+    if not path.is_file():
+        raise UsageError(
+            f"{directory} has no {CHECKPOINT}. Accepted: a folder in which dst-kernels train has "
+            "finished an epoch."
+        )
+    if (directory / SUMS).exists() and not is_finished(directory):
+        warnings.warn(
+            f"{directory}: the results are not those that the run wrote (sha256sum -c {SUMS})",
+            stacklevel=2,
+        )
+    checkpoint = load_checkpoint(path, "DIR")
+    try:
+        config = dataclasses.replace(RunConfig.from_dict(checkpoint["config"]), **given)
+    except UsageError as error:
+        raise UsageError(f"DIR: {path}: config: {error}") from error
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    data = load(config)
+    keep_vocabulary(directory, data.vocabulary)
+    state = new_state(config, data, select_device(config.device))
+    try:
+        restore(state, config, checkpoint)
+    except UsageError as error:
+        raise UsageError(f"DIR: {path} does not fit the model {config.model!r}: {error}") from error
+    measured = measure(state.model, config, data)
+    report = None if config.dense else dst_kernels.sparsity_report(state.model)
+    display.show_evaluation(console, config, directory, state.history[-1], measured, report)
