@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Task as ProgressTask
 from rich.table import Table
 from rich.text import Text
 
@@ -63,9 +63,12 @@ def watch(
     steps: int,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Iterator[Observer]:
-    """Show the progress of training, with `steps` per epoch and the weights' `shapes` by name."""
+    """Show a live view of training, if the console is a terminal.
+
+    `steps` are those of an epoch, `shapes` those of the weights by name.
+    """
     if not console.is_terminal:
-        yield _Lines(console, config)
+        yield Observer()
         return
     view = _View(console, config, history, steps, shapes)
     with Live(
@@ -77,24 +80,15 @@ def watch(
         yield view
 
 
-class _Lines(Observer):
-    """Print a line for every epoch, for logs and pipes."""
+class _Rate(ProgressColumn):
+    """Show how many samples a second are trained with."""
 
-    def __init__(self, console: Console, config: RunConfig) -> None:
-        self.console, self.epochs, self.task = console, config.epochs, config.task
-        self.started = time.perf_counter()
+    def __init__(self, batch_size: int) -> None:
+        super().__init__()
+        self.batch_size = batch_size
 
-    def epoch(self, record: Record) -> None:
-        width = len(str(self.epochs))
-        self.console.print(
-            f"epoch {record['epoch']:>{width}}/{self.epochs}"
-            f"  train loss {record['train_loss']:.4f}  test loss {record['test_loss']:.4f}"
-            f"  test {self.task.quality} {self.task.show(record[self.task.key]):>8}"
-            f"  remaining {percent(record['remaining_ratio']):>8}"
-            f"  {time.perf_counter() - self.started:.1f} s",
-            highlight=False,
-            soft_wrap=True,
-        )
+    def render(self, task: ProgressTask) -> Text:
+        return Text(f"{self.batch_size * (task.speed or 0):,.0f} samples/s", style="dim")
 
 
 class _View(Observer):
@@ -116,13 +110,14 @@ class _View(Observer):
             BarColumn(bar_width=40),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             TextColumn("left"),
+            _Rate(config.batch_size),
             console=console,
         )
         self.task = self.progress.add_task(
             "", total=config.epochs * steps, completed=len(history) * steps, epoch=len(history)
         )
 
-    def step(self) -> None:
+    def step(self, loss: Callable[[], float]) -> None:
         self.progress.advance(self.task)
 
     def epoch(self, record: Record) -> None:

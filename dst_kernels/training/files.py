@@ -24,6 +24,7 @@ METRICS = "metrics.csv"
 SUMMARY = "summary.json"
 MODEL = "model.safetensors"
 CHECKPOINT = "checkpoint.pt"
+LOG = "train.log"  # only added to
 VOCABULARY = "vocabulary.json"  # the characters of a text in the order of their ids
 PLOT_OF_LAYERS, PLOT_OF_THRESHOLDS = "layer_ratios.png", "thresholds.png"
 SUMS = "SHA256SUMS"

@@ -31,11 +31,26 @@ _CHECKED = 8  # images for check_masks: enough to reach every layer, and quick
 class Observer:
     """Receive the events of training; this base class ignores them."""
 
-    def step(self) -> None:
-        """Act after an optimizer step."""
+    def step(self, loss: Callable[[], float]) -> None:
+        """Act after an optimizer step; `loss()` waits for the device: the epoch's mean so far."""
 
     def epoch(self, record: Record) -> None:
         """Act after an epoch, once it is saved."""
+
+
+class Observers(Observer):
+    """Pass every event on to several observers."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self.observers = observers
+
+    def step(self, loss: Callable[[], float]) -> None:
+        for each in self.observers:
+            each.step(loss)
+
+    def epoch(self, record: Record) -> None:
+        for each in self.observers:
+            each.epoch(record)
 
 
 @dataclass
@@ -243,7 +258,7 @@ def _train_epoch(state: State, config: RunConfig, data: Data, observer: Observer
         state.optimizer.step()
         total = total + loss.detach() * labels.numel()  # summed on the device: no wait in the loop
         samples += labels.numel()
-        observer.step()
+        observer.step(lambda total=total, samples=samples: float(total) / samples)
     return float(total) / samples
 
 

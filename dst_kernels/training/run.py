@@ -35,8 +35,9 @@ from .files import (
     write_json,
     write_metrics,
 )
+from .journal import Journal
 from .lock import locked
-from .loop import State, check_masks, new_state, restore, train
+from .loop import Observers, State, check_masks, new_state, restore, train
 from .models import input_channels
 from .results import count_parameters, weights_by_layer, write_comparison, write_results
 from .tasks import task_of
@@ -204,8 +205,10 @@ def _run(
         shapes = {
             name: tuple(part.weight.shape) for name, part in weights_by_layer(state.model).items()
         }
-        with display.watch(console, config, state.history, len(data.train), shapes) as observer:
-            train(state, config, data, observer, save)
+        steps = len(data.train)
+        journal = Journal(directory, console, config, state.history, steps)
+        with display.watch(console, config, state.history, steps, shapes) as view:
+            train(state, config, data, Observers(view, journal), save)
         summary, report = write_results(config, directory, data, state)
         display.show_result(console, summary, report, directory)
         return summary

@@ -50,6 +50,7 @@ def test_a_run_writes_config_metrics_summary_model_and_plots(finished):
         "model.safetensors",
         "checkpoint.pt",
         "SHA256SUMS",
+        "train.log",
         *PLOTS,
     }
     config = json.loads((directory / "config.json").read_text())

@@ -1,0 +1,119 @@
+"""Write a run's journal: lines in train.log, and on the console where it is no terminal."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from .config import RunConfig
+from .errors import DivergedError
+from .files import LOG, Record, cannot_write
+from .loop import Observer
+
+_EVERY = 30.0  # seconds between two lines within an epoch: each waits for the device
+_WITHOUT_EFFECT = 3  # epochs
+_NEARLY_NONE, _NEARLY_ALL = 0.05, 0.9  # of a layer's weights: the guard leads from one to the other
+
+
+class Journal(Observer):
+    """Write a line after each epoch and, within long ones, every 30 seconds; warn of trouble.
+
+    Trouble is a loss that is not finite (DivergedError, at the next line), a layer that keeps no
+    weight or that the guard has restarted, and an alpha that prunes nothing. Raises UsageError
+    where train.log cannot be written.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        console: Console,
+        config: RunConfig,
+        history: list[Record],
+        steps: int,
+    ) -> None:
+        self.path, self.console, self.config = directory / LOG, console, config
+        self.history, self.steps = history, steps
+        self.step_of_epoch = self.steps_done = 0
+        self.started = self.last = time.perf_counter()
+        self._log(f"{config.model} on {config.dataset}, from epoch {len(history) + 1}")
+
+    def step(self, loss: Callable[[], float]) -> None:
+        self.step_of_epoch += 1
+        self.steps_done += 1
+        now = time.perf_counter()
+        if now - self.last < _EVERY:
+            return
+        self.last, value, epoch = now, loss(), len(self.history) + 1
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"training diverged: the mean loss of epoch {epoch} is {value:g} after "
+                f"{self.step_of_epoch} of {self.steps} steps. --lr is {self.config.lr:g}, --alpha "
+                f"{self.config.alpha:g}: try smaller ones."
+            )
+        per_step = (now - self.started) / self.steps_done
+        left = (self.config.epochs - epoch + 1) * self.steps - self.step_of_epoch
+        self._line(
+            f"epoch {epoch}/{self.config.epochs}  step {self.step_of_epoch}/{self.steps}"
+            f"  train loss {value:.4f}  {self.config.batch_size / per_step:,.0f} samples/s"
+            f"  {duration(left * per_step)} left"
+        )
+
+    def epoch(self, record: Record) -> None:
+        epochs, task = self.config.epochs, self.config.task
+        self.step_of_epoch, self.last = 0, time.perf_counter()
+        self._line(
+            f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}"
+            f"  train loss {record['train_loss']:.4f}  test loss {record['test_loss']:.4f}"
+            f"  test {task.quality} {task.show(record[task.key]):>8}"
+            f"  remaining {100 * record['remaining_ratio']:>6.2f} %"
+            f"  {self.last - self.started:.1f} s"
+        )
+        for trouble in self._troubles(record):
+            self._log(f"warning: {trouble}")
+            self.console.print(f"[bold yellow]Warning:[/] {escape(trouble)}", soft_wrap=True)
+
+    def _troubles(self, record: Record) -> list[str]:
+        found, epoch = [], record["epoch"]
+        before = self.history[-2]["layers"] if len(self.history) > 1 else {}
+        for name, ratio in record["layers"].items():
+            if ratio == 0:
+                found.append(f"{name} keeps no weight after epoch {epoch}: try a smaller --alpha")
+            elif before.get(name, 1.0) < _NEARLY_NONE and ratio > _NEARLY_ALL:
+                found.append(
+                    f"{name} was restarted with all weights in epoch {epoch}, since no more than "
+                    f"--reset-ratio {self.config.reset_ratio} would have remained: try a smaller "
+                    "--alpha"
+                )
+        untouched = all(each["remaining_ratio"] == 1 for each in self.history)
+        if not self.config.dense and epoch == _WITHOUT_EFFECT and untouched:
+            found.append(
+                f"--alpha {self.config.alpha:g} has pruned nothing in {epoch} epochs: try a larger "
+                "--alpha or --threshold-lr"
+            )
+        return found
+
+    def _line(self, text: str) -> None:
+        self._log(text)
+        if not self.console.is_terminal:
+            self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def _log(self, text: str) -> None:
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+
+def duration(seconds: float) -> str:
+    """Return a number of seconds as text: 45 s, 12 min, 3 h 05 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
