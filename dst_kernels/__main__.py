@@ -1,4 +1,7 @@
-"""Print versions, devices, libraries and backends, and why any is missing."""
+"""Print versions, devices, libraries and backends, and why any is missing.
+
+With arguments, `python -m dst_kernels` is the command `dst-kernels`.
+"""
 
 from __future__ import annotations
 
@@ -55,4 +58,9 @@ def _device() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:]:
+        from .training.cli import main as command
+
+        command()
+    else:
+        main()

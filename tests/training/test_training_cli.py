@@ -243,3 +243,10 @@ def test_the_installed_command_answers():
     assert found.returncode == 0
     assert "train" in found.stdout
     assert "report" in found.stdout
+
+
+def test_the_package_runs_as_the_command(tmp_path):
+    command = [sys.executable, "-m", "dst_kernels", "evaluate", "nowhere"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "nowhere has no checkpoint.pt" in done.stderr
