@@ -1,8 +1,8 @@
-"""Show progress and results: a live view or plain lines while training, tables at the end."""
+"""Show progress and results: a live view while training, tables at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeR
 from rich.progress import Task as ProgressTask
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from .config import RunConfig
 from .files import Record
@@ -117,7 +118,7 @@ class _View(Observer):
             "", total=config.epochs * steps, completed=len(history) * steps, epoch=len(history)
         )
 
-    def step(self, loss: Callable[[], float]) -> None:
+    def step(self, total: Tensor, samples: int) -> None:
         self.progress.advance(self.task)
 
     def epoch(self, record: Record) -> None:

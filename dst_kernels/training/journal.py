@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
+from torch import Tensor
 
 from .config import RunConfig
 from .errors import DivergedError
@@ -43,13 +43,13 @@ class Journal(Observer):
         self.started = self.last = time.perf_counter()
         self._log(f"{config.model} on {config.dataset}, from epoch {len(history) + 1}")
 
-    def step(self, loss: Callable[[], float]) -> None:
+    def step(self, total: Tensor, samples: int) -> None:
         self.step_of_epoch += 1
         self.steps_done += 1
         now = time.perf_counter()
         if now - self.last < _EVERY:
             return
-        self.last, value, epoch = now, loss(), len(self.history) + 1
+        self.last, value, epoch = now, float(total) / samples, len(self.history) + 1
         if not math.isfinite(value):
             raise DivergedError(
                 f"training diverged: the mean loss of epoch {epoch} is {value:g} after "

@@ -31,8 +31,8 @@ _CHECKED = 8  # images for check_masks: enough to reach every layer, and quick
 class Observer:
     """Receive the events of training; this base class ignores them."""
 
-    def step(self, loss: Callable[[], float]) -> None:
-        """Act after an optimizer step; `loss()` waits for the device: the epoch's mean so far."""
+    def step(self, total: Tensor, samples: int) -> None:
+        """Act after a step; `total` is the loss summed over the `samples` of the epoch so far."""
 
     def epoch(self, record: Record) -> None:
         """Act after an epoch, once it is saved."""
@@ -44,9 +44,9 @@ class Observers(Observer):
     def __init__(self, *observers: Observer) -> None:
         self.observers = observers
 
-    def step(self, loss: Callable[[], float]) -> None:
+    def step(self, total: Tensor, samples: int) -> None:
         for each in self.observers:
-            each.step(loss)
+            each.step(total, samples)
 
     def epoch(self, record: Record) -> None:
         for each in self.observers:
@@ -258,7 +258,7 @@ def _train_epoch(state: State, config: RunConfig, data: Data, observer: Observer
         state.optimizer.step()
         total = total + loss.detach() * labels.numel()  # summed on the device: no wait in the loop
         samples += labels.numel()
-        observer.step(lambda total=total, samples=samples: float(total) / samples)
+        observer.step(total, samples)
     return float(total) / samples
 
 

@@ -6,6 +6,7 @@ import io
 import re
 
 import pytest
+import torch
 from rich.console import Console
 
 from dst_kernels.training import journal
@@ -81,4 +82,4 @@ def test_the_error_says_what_to_try(tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "_EVERY", 0.0)
     run = Journal(tmp_path, Console(file=io.StringIO()), RunConfig(), [], steps=5)
     with pytest.raises(DivergedError, match=r"--lr is 0\.01, --alpha 0\.004: try smaller ones"):
-        run.step(lambda: float("nan"))
+        run.step(torch.tensor(float("nan")), 1)

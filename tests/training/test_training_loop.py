@@ -173,7 +173,7 @@ def test_the_observer_hears_of_every_step_and_epoch(data):
     heard = []
 
     class Count(Observer):
-        def step(self, loss):
+        def step(self, total, samples):
             heard.append("step")
 
         def epoch(self, record):

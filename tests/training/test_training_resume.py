@@ -33,7 +33,7 @@ def interrupt_in(monkeypatch, epoch, step):
         counter = {"epoch": len(args[2]) + 1, "step": 0}
 
         class Interrupting:
-            def step(self, loss):
+            def step(self, total, samples):
                 counter["step"] += 1
                 if (counter["epoch"], counter["step"]) == (epoch, step):
                     raise KeyboardInterrupt
