@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops import is_exporting
 from .tools import recorded_if_traced, refuse_training
 
 
@@ -63,7 +64,7 @@ def stored_weight(module: nn.Module, name: str) -> Tensor:
 def _read(name: str, module: Any) -> Tensor:
     weight = stored_weight(module, name)
     if torch.compiler.is_compiling():  # a compiled forward reads a weight only to compute with it
-        if torch.compiler.is_exporting():
+        if is_exporting():
             refuse_training(module)
         is_read = module.__dict__.get("_is_read") or name in type(module)._own_reads
         return module._weight_to_compute_with(name, weight) if is_read else weight

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import autograd
-from ..ops import is_watched
+from ..ops import is_exporting, is_watched
 from ..ops.autocast import autocast_enabled
 from .cudnn_buffer import cudnn_takes, empty_parameters
 from .in_place import shallow_copy
@@ -121,7 +121,7 @@ class MaskedRecurrent(MaskedModule, nn.RNNBase):
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Mask with registered ops, as fake tensors, dispatch modes, torch.func and FSDP2 need."""
         masked = []
-        if torch.compiler.is_exporting():
+        if is_exporting():
             refuse_training(self)
         for part in parts:
             if torch._C._get_tracing_state() is not None:

@@ -110,7 +110,7 @@ def call(op: torch._ops.OpOverload, *args):
     On a CPU the way through the dispatcher and back costs as much as a small layer.
     """
     if is_watched() or type(args[0]) not in (Tensor, Parameter):
-        if op is masked_weight and torch.compiler.is_exporting():
+        if op is masked_weight and is_exporting():
             return recorded_masked_weight(
                 *args[:-1]
             )  # of torch's operations, which a file may name
@@ -121,6 +121,11 @@ def call(op: torch._ops.OpOverload, *args):
         if not is_batched(args[0]):  # in a backward, the first argument is the gradient
             raise
     return op(*args)
+
+
+def is_exporting() -> bool:
+    """Return `torch.compiler.is_exporting()`, which older compilers take for True when they run."""
+    return torch.compiler._is_exporting_flag
 
 
 def is_watched() -> bool:

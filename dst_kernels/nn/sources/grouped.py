@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...autograd import MaskOptions, mask_weights, pack_weights, product_dtype
-from ...ops import is_watched
+from ...ops import is_exporting, is_watched
 from ...ops.autocast import autocast_enabled
 from ...reference.conv import torch_reads
 from ..tools import refuse_training
@@ -54,7 +54,7 @@ _groups: WeakSet[Group] = WeakSet()
 def attached_weight(layer: MaskedLayer, input: Tensor) -> Tensor | None:
     """Return W * M as the model's group made it for this call, or None if it made none."""
     if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting():
+        if is_exporting():
             refuse_training(layer)
         return None
     forward, made = _running.forward, None
