@@ -23,7 +23,7 @@ app = typer.Typer(
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(RunConfig)}
 _ON_RESUME = ("epochs", "device")
-_PATHS = ("out", "resume")
+_PATHS = ("out", "resume", "init")
 
 
 def _opt(name: str, panel: str, help: str, default: str | None = None) -> Any:
@@ -91,6 +91,15 @@ class _TrainOptions:
     image_size: Annotated[
         str | None,
         _opt("image_size", _WHAT, "Height and width (pixels) to which a folder's images are cut."),
+    ] = None
+    init: Annotated[
+        str | None,
+        _opt(
+            "init",
+            _WHAT,
+            "Start from the weights in this file, the state dict of the dense model or of a masked "
+            "one: .safetensors, or written by torch.save.",
+        ),
     ] = None
     dense: Annotated[
         bool, _opt("dense", _WHAT, "Train the dense twin: same initial weights and data, no masks.")
@@ -244,6 +253,8 @@ def _start(given: dict[str, Any]) -> None:
             "--compare and --dense contradict each other: --compare trains the dense twin too. "
             "Accepted: one of them."
         )
+    if "init" in given:
+        usable_path("--init", given["init"])
     given = {name: _parsed(name, value) for name, value in given.items()}
     preset = given.pop("preset", None)
     if preset is None:

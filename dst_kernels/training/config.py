@@ -38,6 +38,7 @@ class RunConfig:
     dataset: str = "digits"
     data_dir: str = "data"
     image_size: int = 224
+    init: str | None = None
     dense: bool = False
     alpha: float = 4e-3
     epochs: int = 100
@@ -147,7 +148,7 @@ class RunConfig:
 
 
 # What files mean that were written before there was an option.
-_IN_OLDER_FILES = {"layer_by_layer": True, "compile": False}
+_IN_OLDER_FILES = {"layer_by_layer": True, "compile": False, "init": None}
 
 
 def option(field: str) -> str:
@@ -162,6 +163,7 @@ RULES = {
     "model": TEXT,
     "data_dir": TEXT,
     "device": TEXT,
+    "init": or_none(TEXT),
     "dense": FLAG,
     "skip_first": FLAG,
     "skip_last": FLAG,

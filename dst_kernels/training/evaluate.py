@@ -56,7 +56,7 @@ def _evaluate(directory: Path, console: Console, given: dict[str, Any]) -> None:
         torch.set_num_threads(config.threads)
     data = load(config)
     keep_vocabulary(directory, data.vocabulary)
-    state = new_state(config, data, select_device(config.device))
+    state = new_state(config, data, select_device(config.device), initial=False)
     try:
         restore(state, config, checkpoint)
     except UsageError as error:

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .config import RunConfig
 from .data import Data
 from .errors import DivergedError, UsageError
 from .files import Record
-from .models import build_model, example_input
+from .models import build_model, example_input, load_weights
 from .rules import Form, Rule, check
 
 _CHECKED = 8  # images for check_masks: enough to reach every layer, and quick
@@ -68,13 +69,19 @@ class State:
     seconds: float = 0.0
 
 
-def new_state(config: RunConfig, data: Data, device: torch.device) -> State:
+def new_state(
+    config: RunConfig, data: Data, device: torch.device, *, initial: bool = True
+) -> State:
     """Return newly initialised weights and a new optimizer.
 
-    Raises UsageError if torch cannot run the model in the dtype of --amp.
+    The weights are those of --init, if that is given and they are the `initial` ones. Raises
+    UsageError if they do not fit, or if torch cannot run the model in the dtype of --amp.
     """
     torch.manual_seed(config.seed)
-    model = build_model(config, data.shape, data.classes).to(device)
+    model = build_model(config, data.shape, data.classes)
+    if initial and config.init is not None:
+        load_weights(model, Path(config.init))
+    model = model.to(device)
     _check_amp(model, config, data, device)
     if config.dense:
         groups = [{"params": list(model.parameters()), "weight_decay": config.weight_decay}]

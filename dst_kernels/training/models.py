@@ -6,6 +6,7 @@ The networks of this file take images [N, *shape] and return logits [N, classes]
 from __future__ import annotations
 
 import functools
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -224,6 +225,48 @@ def _dense_model(name: str, shape: tuple[int, ...], classes: int) -> nn.Module:
     elif name.startswith("vit_"):
         options = {"image_size": shape[1]}
     return zoo.get_model(name, weights=None, num_classes=classes, **options)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state dict of the dense model, or of a masked one, whose thresholds a dense one drops.
+
+    Only tensors and plain values are unpickled. Raises UsageError if the file is missing, damaged
+    or of another model.
+    """
+    accepted = "Accepted: a state dict of this model, as .safetensors or written by torch.save."
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            values = load_file(path)
+        else:
+            values = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes both raise many types
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise UsageError(f"--init {str(path)!r} cannot be read: {reason}. {accepted}") from error
+    if not isinstance(values, dict) or not all(isinstance(v, Tensor) for v in values.values()):
+        raise UsageError(f"--init {str(path)!r} is not a mapping of names to tensors. {accepted}")
+    known = model.state_dict()
+    if not any(is_threshold(name) for name in known):
+        values = {name: value for name, value in values.items() if not is_threshold(name)}
+    needed = {name for name in known if name in values or not is_threshold(name)}
+    for problem, names in (
+        ("lacks", needed - set(values)),
+        ("has", set(values) - set(known)),
+        (
+            "has another shape of",
+            {n for n in needed & set(values) if known[n].shape != values[n].shape},
+        ),
+    ):
+        if names:
+            found = reprlib.repr(sorted(names))[1:-1]
+            raise UsageError(f"--init {str(path)!r} {problem} {found}. {accepted}")
+    model.load_state_dict(values)
+
+
+def is_threshold(name: str) -> bool:
+    """Return whether a name in a state dict is that of a threshold."""
+    return name.rpartition(".")[2].startswith("threshold")
 
 
 def load_model(directory: str | Path) -> nn.Module:

@@ -165,7 +165,8 @@ class _Resumed:
             return read_summary(directory)
         data = load(config)
         keep_vocabulary(directory, data.vocabulary)
-        state = new_state(config, data, select_device(config.device))
+        device, initial = select_device(config.device), self.checkpoint is None
+        state = new_state(config, data, device, initial=initial)
         if self.checkpoint is None:
             check_masks(state, config, data)
         else:
