@@ -15,6 +15,7 @@ from ..model.planning import FilterFn
 from ..nn import MaskedModule
 from ..nn.find import named_masked_weights
 from ..nn.in_place import reading_class
+from ..nn.weight import is_of_mask
 from .accelerate import install_clipping_
 from .common import add_regularization_, check_alpha, check_training, figures
 
@@ -145,10 +146,10 @@ def from_pretrained(
     loading: Any = type(model_class.__name__, (model_class,), {**names, "__init__": build})
     kwargs["output_loading_info"] = True
     model, info = loading.from_pretrained(path, *args, config=config, **kwargs)
-    fixed.update(key for key in info["unexpected_keys"] if _is_of_mask(key, "fixed_mask"))
+    fixed.update(key for key in info["unexpected_keys"] if is_of_mask(key, "fixed_mask"))
     if fixed:  # load again: only the checkpoint says which masks are fixed
         model, info = loading.from_pretrained(path, *args, config=config, **kwargs)
-    lost = sorted(key for key in info["unexpected_keys"] if _is_of_mask(key))
+    lost = sorted(key for key in info["unexpected_keys"] if is_of_mask(key))
     if lost:
         raise ValueError(
             f"sparsify: the checkpoint's {lost[0]} ({len(lost)} such) has no place in this model: "
@@ -157,10 +158,6 @@ def from_pretrained(
     model.__class__ = model_class if type(model) is loading else reading_class(model_class)
     _tie_thresholds_(model, set(info["missing_keys"]))
     return model
-
-
-def _is_of_mask(key: str, kinds: str | tuple[str, ...] = ("threshold", "fixed_mask")) -> bool:
-    return key.rpartition(".")[2].startswith(kinds)
 
 
 def _tie_thresholds_(model: nn.Module, missing: set[str]) -> None:

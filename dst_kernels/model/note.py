@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..nn import MaskedModule
+from ..nn.weight import is_of_mask
 from .config import SparsifyConfig
 
 NOTE = "dst_kernels"  # in the model's config, and so in config.json
@@ -44,7 +45,7 @@ def forget_masks_(model: nn.Module) -> None:
         delattr(of_model, NOTE)
         vars(model).pop("_tied_weights_keys", None)
         tied = vars(model).get("all_tied_weights_keys", {})
-        for key in [key for key in tied if key.rpartition(".")[2].startswith("threshold")]:
+        for key in [key for key in tied if is_of_mask(key, "threshold")]:
             del tied[key]
 
 

@@ -1,4 +1,4 @@
-"""What tools find that record, fuse, quantise or merge modules: W * M, or what to do first.
+"""Give tools that record, fuse, quantise or merge modules W * M, or say what to do first.
 
 Such tools read parameters, types and names, not what a forward does. All that is here hangs on
 what torch or a tool asks of a module on those occasions alone, so that a forward costs no more.

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 OUT_IN, TRANSPOSED = "out, in", "in, out"
 
 
+def is_of_mask(key: str, kinds: str | tuple[str, ...] = ("threshold", "fixed_mask")) -> bool:
+    """Return whether a name in a state dict is that of a threshold or of a fixed mask."""
+    return key.rpartition(".")[2].startswith(kinds)
+
+
 class Fixed(NamedTuple):
     """Hold a fixed mask's kind of gradient, and whether the threshold trained before."""
 

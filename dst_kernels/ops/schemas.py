@@ -110,10 +110,8 @@ def call(op: torch._ops.OpOverload, *args):
     On a CPU the way through the dispatcher and back costs as much as a small layer.
     """
     if is_watched() or type(args[0]) not in (Tensor, Parameter):
-        if op is masked_weight and is_exporting():
-            return recorded_masked_weight(
-                *args[:-1]
-            )  # of torch's operations, which a file may name
+        if op is masked_weight and is_exporting():  # a file may name torch's operations only
+            return recorded_masked_weight(*args[:-1])
         return op(*args)
     try:
         return _run[id(op)](*args, unchecked=False)

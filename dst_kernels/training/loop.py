@@ -82,6 +82,8 @@ def new_state(
     if initial and config.init is not None:
         load_weights(model, Path(config.init))
     model = model.to(device)
+    if device.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)  # cuDNN's fastest
     _check_amp(model, config, data, device)
     if config.dense:
         groups = [{"params": list(model.parameters()), "weight_decay": config.weight_decay}]
@@ -93,8 +95,6 @@ def new_state(
             threshold_lr=config.threshold_lr,
             threshold_weight_decay=config.threshold_weight_decay,
         )
-    if device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)  # cuDNN's fastest
     return State(model, _optimizer(model, groups, config), _rng_states(device))
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..nn.weight import is_of_mask
 from .config import RunConfig
 from .errors import UsageError, require_one_of
 from .gpt import GPT
@@ -247,9 +248,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if not isinstance(values, dict) or not all(isinstance(v, Tensor) for v in values.values()):
         raise UsageError(f"--init {str(path)!r} is not a mapping of names to tensors. {accepted}")
     known = model.state_dict()
-    if not any(is_threshold(name) for name in known):
-        values = {name: value for name, value in values.items() if not is_threshold(name)}
-    needed = {name for name in known if name in values or not is_threshold(name)}
+    if not any(is_of_mask(name, "threshold") for name in known):
+        values = {
+            name: value for name, value in values.items() if not is_of_mask(name, "threshold")
+        }
+    needed = {name for name in known if name in values or not is_of_mask(name, "threshold")}
     for problem, names in (
         ("lacks", needed - set(values)),
         ("has", set(values) - set(known)),
@@ -262,11 +265,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
             found = reprlib.repr(sorted(names))[1:-1]
             raise UsageError(f"--init {str(path)!r} {problem} {found}. {accepted}")
     model.load_state_dict(values)
-
-
-def is_threshold(name: str) -> bool:
-    """Return whether a name in a state dict is that of a threshold."""
-    return name.rpartition(".")[2].startswith("threshold")
 
 
 def load_model(directory: str | Path) -> nn.Module:

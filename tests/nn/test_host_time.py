@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 LAYERS, SIZE = 10, 8
-# Times torch's own layers; reached are 3.1, 1.95 and 1.45.
+# Times torch's own layers; reached are 2.95, 1.92 and 1.43.
 LIMITS = {"layer by layer": 3.4, "grouped": 2.15, "deferred": 1.6}
 
 

@@ -115,7 +115,7 @@ def test_a_trace_computes_with_masked_weights(name, fixed):
 
 
 @every_case
-def test_an_exported_program_needs_torch_alone(name, tmp_path):
+def test_an_exported_program_needs_torch_alone(name):
     model, x, expected = masked(name)
     program = torch.export.export(model, (x,))
     close(program.module()(x), expected)
