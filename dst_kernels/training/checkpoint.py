@@ -40,6 +40,7 @@ _CONTENTS: dict[str, Form] = {
     "history": Rule("a list of epochs", lambda value: isinstance(value, list) and value != []),
     "seconds": SECONDS,
     "model": _MAPPING,
+    "best": _MAPPING,
     "optimizer": {"state": _MAPPING, "param_groups": Rule("a list", lambda v: isinstance(v, list))},
     "rng": _MAPPING,
 }
@@ -114,6 +115,7 @@ def load_checkpoint(path: Path, argument: str = "--resume") -> dict[str, Any]:
         raise UsageError(
             f"{argument}: {path} is not a checkpoint of dst-kernels train. {_ACCEPTED}"
         )
+    contents.setdefault("best", {})  # files from before there was --validation
     check(f"{argument}: {path}:", contents, _CONTENTS)
     if contents["format"] == _FORMAT and not has_checksum:
         raise UsageError(f"{damaged} (its checksum is missing). {_ACCEPTED}")

@@ -92,6 +92,16 @@ class _TrainOptions:
         str | None,
         _opt("image_size", _WHAT, "Height and width (pixels) to which a folder's images are cut."),
     ] = None
+    validation: Annotated[
+        str | None,
+        _opt(
+            "validation",
+            _WHAT,
+            "Hold out this share of the training set, chosen by --seed within each class (of a "
+            "text: its end), and measure it after each epoch. The weights of the epoch with the "
+            "lowest loss there are kept too, in best.safetensors.",
+        ),
+    ] = None
     init: Annotated[
         str | None,
         _opt(

@@ -38,6 +38,7 @@ class RunConfig:
     dataset: str = "digits"
     data_dir: str = "data"
     image_size: int = 224
+    validation: float | None = None
     init: str | None = None
     dense: bool = False
     alpha: float = 4e-3
@@ -148,7 +149,7 @@ class RunConfig:
 
 
 # What files mean that were written before there was an option.
-_IN_OLDER_FILES = {"layer_by_layer": True, "compile": False, "init": None}
+_IN_OLDER_FILES = {"layer_by_layer": True, "compile": False, "init": None, "validation": None}
 
 
 def option(field: str) -> str:
@@ -169,6 +170,7 @@ RULES = {
     "skip_last": FLAG,
     "layer_by_layer": FLAG,
     "compile": FLAG,
+    "validation": or_none(number("a number above 0 and below 1", lambda value: 0 < value < 1)),
     "image_size": integer(8, 4096),
     "alpha": _AT_LEAST_0,
     "epochs": integer(1, 1_000_000),

@@ -36,10 +36,11 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Data:
-    """Hold both splits, the shape of an input and the number of classes.
+    """Hold the splits, the shape of an input and the number of classes.
 
     The shape is [C, H, W] for images. For a text it is [context], the classes are the characters,
-    and the vocabulary has them in the order of their ids.
+    and the vocabulary has them in the order of their ids. `validation` is what --validation holds
+    out of the training set, if it is given.
     """
 
     train: Batches
@@ -47,6 +48,7 @@ class Data:
     shape: tuple[int, ...]
     classes: int
     vocabulary: str = ""
+    validation: Batches | None = None
 
 
 class TensorBatches:
@@ -157,12 +159,18 @@ def load_data(
         return _image_folder(config, device)
     if config.dataset == "text":
         ids, test_ids, vocabulary = read_text(config.data_dir, device)
+        held_out = None
+        if config.validation is not None:
+            # Both parts need a window and one character more, which follows it.
+            count = _held_out(config.validation, len(ids), "characters", CONTEXT + 1)
+            ids, held_out = ids.tensor_split([len(ids) - count])
         return Data(
             TextBatches(ids, config.batch_size),
             TextBatches(test_ids, _TEST_WINDOWS),
             (CONTEXT,),
             len(vocabulary),
             vocabulary,
+            None if held_out is None else TextBatches(held_out, _TEST_WINDOWS),
         )
     if config.dataset == "digits":
         splits, statistics, padding = _digits(), None, 0
@@ -174,12 +182,51 @@ def load_data(
     (images, labels), (test_images, test_labels) = splits
     if channels is not None and images.shape[1] == 1:
         images, test_images = (part.expand(-1, channels, -1, -1) for part in (images, test_images))
+    validation = None
+    if config.validation is not None:
+        kept, held_out = split(labels, config.validation, config.seed)
+        validation = _in_order(images[held_out], labels[held_out], device, statistics)
+        images, labels = images[kept], labels[kept]
     train = TensorBatches(
         images.to(device), labels.to(device), config.batch_size, statistics, padding
     )
-    test = TensorBatches(test_images.to(device), test_labels.to(device), _TEST_BATCH, statistics)
+    test = _in_order(test_images, test_labels, device, statistics)
     shape = images.shape[1], images.shape[2], images.shape[3]
-    return Data(train, test, shape, 100 if config.dataset == "cifar100" else 10)
+    classes = 100 if config.dataset == "cifar100" else 10
+    return Data(train, test, shape, classes, validation=validation)
+
+
+def _in_order(
+    images: Tensor, labels: Tensor, device: torch.device, statistics: Any
+) -> TensorBatches:
+    return TensorBatches(images.to(device), labels.to(device), _TEST_BATCH, statistics)
+
+
+def split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Return the ascending indices of what is trained on, and of what --validation holds out.
+
+    Of `labels` [N] (int64) the seed chooses round(share * N), of each class its share up to one.
+    Raises UsageError if that leaves nothing to hold out, or fewer than two to train on.
+    """
+    held_out = _held_out(share, len(labels), "images", 1)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = order[labels[order].argsort(stable=True)]  # class after class, shuffled within each
+    # As evenly spaced as integers can be, so that each class gives its share.
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    chosen[order[torch.arange(held_out) * len(labels) // held_out]] = True
+    return (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
+
+
+def _held_out(share: float, count: int, unit: str, least: int) -> int:
+    """Return how many of `count` are held out; raise UsageError where either part is too small."""
+    held_out, trained = round(share * count), max(least, 2)  # batch normalisation needs two images
+    if held_out < least or count - held_out < trained:
+        raise UsageError(
+            f"--validation {share!r} holds out {held_out:,} of {count:,} {unit} and trains on "
+            f"{count - held_out:,}. Accepted: a share that holds out {least:,} or more and leaves "
+            f"{trained:,} or more."
+        )
+    return held_out
 
 
 _Splits = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -258,11 +305,21 @@ def _image_folder(config: RunConfig, device: torch.device) -> Data:
             f"--data-dir {config.data_dir!r}: the classes {', '.join(odd)} are in only one of "
             f"train and {held_out.name}. Accepted: the same classes in both."
         )
+
+    def batches(images: Any) -> FolderBatches:
+        return FolderBatches(images, config.batch_size, config.workers, device)
+
+    trained_on: Any = train
+    validation = None
+    if config.validation is not None:
+        kept, chosen = split(torch.tensor(train.targets), config.validation, config.seed)
+        # The same files once more, but cut like the test's.
+        whole = ImageFolder(root / "train", transforms.Compose(center), loader=_read_image)
+        validation = batches(torch.utils.data.Subset(whole, chosen.tolist()))
+        trained_on = torch.utils.data.Subset(train, kept.tolist())
+    shape = (3, size, size)
     return Data(
-        FolderBatches(train, config.batch_size, config.workers, device),
-        FolderBatches(test, config.batch_size, config.workers, device),
-        (3, size, size),
-        len(train.classes),
+        batches(trained_on), batches(test), shape, len(train.classes), validation=validation
     )
 
 

@@ -174,6 +174,13 @@ def show_result(
     table.add_row(f"test {task.quality}", f"[bold]{quality}[/]", "of the final epoch")
     if report is not None:
         table.add_row("remaining", f"[bold]{percent(ratio)}[/]", _times_fewer(ratio))
+    best = summary["best"]
+    if best is not None:
+        epoch = f"of epoch {best['epoch']}, the best in validation"
+        table.add_row(f"test {task.quality}", task.show(best[task.key]), epoch)
+        if report is not None:
+            ratio = best["remaining_ratio"]
+            table.add_row("remaining", percent(ratio), f"then, {_times_fewer(ratio)}")
     table.add_row("time", f"{summary['seconds']:.1f} s", f"{summary['epochs']} epochs")
     names = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
     table.add_row("written", escape(str(directory)), "")

@@ -61,6 +61,6 @@ def _evaluate(directory: Path, console: Console, given: dict[str, Any]) -> None:
         restore(state, config, checkpoint)
     except UsageError as error:
         raise UsageError(f"DIR: {path} does not fit the model {config.model!r}: {error}") from error
-    measured = measure(state.model, config, data)
+    measured = measure(state.model, config, data.test)
     report = None if config.dense else dst_kernels.sparsity_report(state.model)
     display.show_evaluation(console, config, directory, state.history[-1], measured, report)

@@ -10,19 +10,20 @@ import json
 import os
 import secrets
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .config import RunConfig
 from .errors import UsageError
-from .rules import TEXT, Rule, check, integer, number
+from .rules import TEXT, Form, Rule, check, integer, number
 from .tasks import CLASSIFICATION, LANGUAGE, Task, task_of
 
 CONFIG = "config.json"
 METRICS = "metrics.csv"
 SUMMARY = "summary.json"
 MODEL = "model.safetensors"
+BEST = "best.safetensors"  # of the epoch with the lowest loss on what --validation holds out
 CHECKPOINT = "checkpoint.pt"
 LOG = "train.log"  # only added to
 VOCABULARY = "vocabulary.json"  # the characters of a text in the order of their ids
@@ -34,7 +35,7 @@ LOCK = ".dst-kernels.lock"
 TWINS = ("dense", "sparse")
 
 _PLOTS = (CLASSIFICATION.plot, LANGUAGE.plot, PLOT_OF_LAYERS, PLOT_OF_THRESHOLDS)
-_RESULTS = (CONFIG, VOCABULARY, METRICS, MODEL, *_PLOTS, SUMMARY)
+_RESULTS = (CONFIG, VOCABULARY, METRICS, MODEL, BEST, *_PLOTS, SUMMARY)
 _FILES = (*_RESULTS, CHECKPOINT, SUMS, COMPARISON, PLOT_OF_COMPARISON)
 _ACCEPTED = "Accepted: a folder written by dst-kernels train"
 
@@ -75,6 +76,7 @@ _SUMMARY = {
     "dense": Rule("true or false", lambda value: isinstance(value, bool)),
     "alpha": SECONDS,
     "layers": _SHARES,
+    "best": Rule("a mapping or none", lambda value: value is None or isinstance(value, dict)),
     "execution": TEXT,
     "masked_weights": _COUNT,
     "kept_weights": _COUNT,
@@ -87,8 +89,17 @@ _SUMMARY = {
 }
 
 
-def _columns(task: Task) -> tuple[str, ...]:
-    return "epoch", "lr", "train_loss", "test_loss", task.key, "remaining_ratio"
+def _columns(task: Task, names: Collection[str]) -> tuple[str, ...]:
+    """Return the columns, with those of the validation if they are among `names`."""
+    validation = ("validation_loss", task.validation_key) if "validation_loss" in names else ()
+    return "epoch", "lr", "train_loss", *validation, "test_loss", task.key, "remaining_ratio"
+
+
+def best_record(history: Sequence[Record]) -> Record | None:
+    """Return the first epoch with the lowest validation loss; None if that was not measured."""
+    if not history or "validation_loss" not in history[0]:
+        return None
+    return min(history, key=lambda record: record["validation_loss"])
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -150,10 +161,11 @@ def write_metrics(directory: Path, history: Sequence[Record], task: Task) -> Non
     text = io.StringIO()
     layers = list(history[0]["layers"]) if history else []
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*_columns(task), *(_LAYER + name for name in layers)])
+    columns = _columns(task, history[0] if history else ())
+    writer.writerow([*columns, *(_LAYER + name for name in layers)])
     for record in history:
         ratios = [record["layers"][name] for name in layers]
-        writer.writerow([*(record[name] for name in _columns(task)), *ratios])
+        writer.writerow([*(record[name] for name in columns), *ratios])
     write_atomically(directory / METRICS, lambda file: file.write(text.getvalue().encode()))
 
 
@@ -163,7 +175,7 @@ def read_metrics(directory: Path, task: Task) -> list[Record]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             header, *rows = csv.reader(file)
-        known = list(_columns(task))
+        known = list(_columns(task, header))
         layers = [name.removeprefix(_LAYER) for name in header[len(known) :]]
         if header != known + [_LAYER + name for name in layers]:
             raise ValueError(f"its first line is not {','.join(known)},{_LAYER}<layer>,...")
@@ -181,7 +193,11 @@ def read_metrics(directory: Path, task: Task) -> list[Record]:
 
 def check_history(name: str, history: Any, task: Task) -> None:
     """Raise UsageError unless the history is one that training makes: epochs 1, 2, 3, ..."""
-    check(f"{name} history", history, [{**_RECORD, task.key: task.values}])
+    form: dict[str, Form] = {**_RECORD, task.key: task.values}
+    first = history[0] if isinstance(history, list) and history else None
+    if isinstance(first, dict) and "validation_loss" in first:
+        form |= {"validation_loss": _LOSS, task.validation_key: task.values}
+    check(f"{name} history", history, [form])
     for index, record in enumerate(history):
         where = f"{name} history[{index}]"
         check(f"{where}.epoch", record["epoch"], integer(index + 1, index + 1))
@@ -199,10 +215,9 @@ def read_config(directory: Path) -> RunConfig:
 
 def read_summary(directory: Path) -> dict[str, Any]:
     """Return the contents of summary.json; raise UsageError if it is damaged."""
-    summary = {
-        "execution": "layer by layer",
-        **_read_json(directory / SUMMARY),
-    }  # once the only way
+    # What files mean that were written before there was an option.
+    older = {"execution": "layer by layer", "best": None}
+    summary = {**older, **_read_json(directory / SUMMARY)}
     try:
         task = task_of(summary.get("dataset"))
         form = {**_SUMMARY, task.key: task.values, "input_shape": _sizes(task)}

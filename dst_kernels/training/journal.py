@@ -67,9 +67,13 @@ class Journal(Observer):
     def epoch(self, record: Record) -> None:
         epochs, task = self.config.epochs, self.config.task
         self.step_of_epoch, self.last = 0, time.perf_counter()
+        losses = "".join(
+            f"  {kind} loss {record[f'{kind}_loss']:.4f}"
+            for kind in ("train", "validation", "test")
+            if f"{kind}_loss" in record
+        )
         self._line(
-            f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}"
-            f"  train loss {record['train_loss']:.4f}  test loss {record['test_loss']:.4f}"
+            f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}{losses}"
             f"  test {task.quality} {task.show(record[task.key]):>8}"
             f"  remaining {100 * record['remaining_ratio']:>6.2f} %"
             f"  {self.last - self.started:.1f} s"

@@ -20,9 +20,9 @@ import dst_kernels
 from ..nn.find import named_masked_weights
 from ..optim import DSTSGD, DSTAdamW
 from .config import RunConfig
-from .data import Data
+from .data import Batches, Data
 from .errors import DivergedError, UsageError
-from .files import Record
+from .files import Record, best_record
 from .models import build_model, example_input, load_weights
 from .rules import Form, Rule, check
 
@@ -59,7 +59,8 @@ class State:
     """Hold all that a run needs to continue as if it had never stopped.
 
     `rng`: the states of torch's global generators, the only source of random numbers. `seconds`:
-    time spent training so far.
+    time spent training so far. `best`: the state dict of the best epoch, on the CPU; {} without
+    --validation.
     """
 
     model: nn.Module
@@ -67,6 +68,7 @@ class State:
     rng: dict[str, Tensor]
     history: list[Record] = field(default_factory=list)
     seconds: float = 0.0
+    best: dict[str, Tensor] = field(default_factory=dict)
 
 
 def new_state(
@@ -141,7 +143,11 @@ def restore(state: State, config: RunConfig, checkpoint: Mapping[str, Any]) -> N
     The optimizer's groups follow from the configuration, so only its state is taken.
     """
     model, optimizer = checkpoint["model"], checkpoint["optimizer"]["state"]
-    check("model", model, {name: _like(t) for name, t in state.model.state_dict().items()})
+    weights: Form = {name: _like(t) for name, t in state.model.state_dict().items()}
+    check("model", model, weights)
+    check("best", checkpoint["best"], {} if config.validation is None else weights)
+    held_out = {key: _ANY for key in checkpoint["history"][0] if key == "validation_loss"}
+    check("history[0]", held_out, {} if config.validation is None else {"validation_loss": _ANY})
     groups = state.optimizer.param_groups
     check(
         "optimizer.state",
@@ -160,6 +166,7 @@ def restore(state: State, config: RunConfig, checkpoint: Mapping[str, Any]) -> N
         {"state": optimizer, "param_groups": state.optimizer.state_dict()["param_groups"]}
     )
     state.history, state.seconds = checkpoint["history"], checkpoint["seconds"]
+    state.best = checkpoint["best"]
     state.rng = checkpoint["rng"]
 
 
@@ -221,8 +228,12 @@ def train(
         epoch = len(state.history)
         lr = _set_learning_rates(state.optimizer, config, epoch)
         train_loss = _train_epoch(state, config, data, observer)
-        test_loss, quality = evaluate(state.model, config, data)
-        if not math.isfinite(train_loss + test_loss + quality):
+        validation = {}
+        if data.validation is not None:
+            loss, quality = evaluate(state.model, config, data.validation)
+            validation = {"validation_loss": loss, config.task.validation_key: quality}
+        test_loss, quality = evaluate(state.model, config, data.test)
+        if not math.isfinite(train_loss + test_loss + quality + sum(validation.values())):
             raise DivergedError(
                 f"training diverged: the losses of epoch {epoch + 1} are {train_loss:g} in "
                 f"training and {test_loss:g} in the test. "
@@ -233,6 +244,7 @@ def train(
             "epoch": epoch + 1,
             "lr": lr,
             "train_loss": train_loss,
+            **validation,
             "test_loss": test_loss,
             config.task.key: quality,
             "remaining_ratio": report.remaining_ratio if report else 1.0,
@@ -241,6 +253,9 @@ def train(
             else {},
         }
         state.history.append(record)
+        if best_record(state.history) is record:
+            weights = state.model.state_dict()
+            state.best = {name: value.to("cpu", copy=True) for name, value in weights.items()}
         state.rng = _rng_states(device)
         state.seconds += time.perf_counter() - started
         save(state)
@@ -270,14 +285,14 @@ def _train_epoch(state: State, config: RunConfig, data: Data, observer: Observer
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, config: RunConfig, data: Data) -> tuple[float, float]:
-    """Return the mean loss, and the quality as the task defines it, on the test set."""
+def evaluate(model: nn.Module, config: RunConfig, batches: Batches) -> tuple[float, float]:
+    """Return the mean loss, and the quality as the task defines it, on these batches in order."""
     model.eval()
     loss: Tensor | float = 0.0
     correct: Tensor | int = 0
     samples = 0
     with contextlib.nullcontext() if config.dense else dst_kernels.weights_unchanged(model):
-        for images, labels in data.test.epoch(None):
+        for images, labels in batches.epoch(None):
             with _precision(config, images.device):
                 logits = model(images)
                 loss = loss + _cross_entropy(logits, labels, reduction="sum")

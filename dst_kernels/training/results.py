@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from .config import RunConfig
 from .data import Data
 from .device import device_name, select_device
 from .files import (
+    BEST,
     COMPARISON,
     MODEL,
     PLOT_OF_COMPARISON,
@@ -28,6 +30,7 @@ from .files import (
     SUMMARY,
     SUMS,
     TWINS,
+    best_record,
     checksums,
     read_metrics,
     write_atomically,
@@ -47,10 +50,16 @@ def write_results(
     """
     from safetensors.torch import save
 
-    tensors = {name: value.cpu().contiguous() for name, value in state.model.state_dict().items()}
+    def write_weights(name: str, weights: Mapping[str, Tensor]) -> None:
+        tensors = {key: value.cpu().contiguous() for key, value in weights.items()}
+        write_atomically(directory / name, lambda file: file.write(save(tensors)))
+
     task = config.task
     write_metrics(directory, state.history, task)
-    write_atomically(directory / MODEL, lambda file: file.write(save(tensors)))
+    write_weights(MODEL, state.model.state_dict())
+    best = best_record(state.history)
+    if best is not None:
+        write_weights(BEST, state.best)
 
     report = None if config.dense else dst_kernels.sparsity_report(state.model)
     thresholds = {
@@ -79,6 +88,7 @@ def write_results(
         "dense": config.dense,
         "alpha": config.alpha,
         "layers": last["layers"],
+        "best": best,
         "execution": config.execution,
         "masked_weights": report.total if report else 0,
         "kept_weights": report.kept if report else 0,

@@ -191,6 +191,7 @@ def _run(
             "history": state.history,
             "seconds": state.seconds,
             "model": state.model.state_dict(),
+            "best": state.best,
             "optimizer": state.optimizer.state_dict(),
             "rng": state.rng,
         }

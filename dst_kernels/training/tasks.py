@@ -30,6 +30,11 @@ class Task(NamedTuple):
         return f"test_{self.quality}"
 
     @property
+    def validation_key(self) -> str:
+        """Return the name of the measure on the images or text that --validation holds out."""
+        return f"validation_{self.quality}"
+
+    @property
     def plot(self) -> str:
         """Return the name of the picture of the measure and the ratio over the epochs."""
         return f"{self.quality}_and_ratio.png"

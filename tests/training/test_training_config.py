@@ -62,6 +62,8 @@ def test_every_preset_is_valid_and_survives_json():
         ("seed", -1, "at least 0 and at most 9223372036854775807"),
         ("seed", 2**63, "at least 0 and at most 9223372036854775807"),
         ("seed", 1.0, "at least 0 and at most 9223372036854775807"),
+        ("validation", 0.0, "above 0 and below 1, or none"),
+        ("validation", 1.0, "above 0 and below 1, or none"),
         ("workers", -1, "at least 0"),
         ("dense", "yes", "true or false"),
         ("model", "", "a name"),
