@@ -222,6 +222,15 @@ class _TrainOptions:
             "thread gives equal runs on any number of cores; more do not speed up small models.",
         ),
     ] = None
+    track: Annotated[
+        str | None,
+        _opt(
+            "track",
+            _RUN,
+            "tensorboard: write each epoch's figures and histograms of the thresholds into the "
+            "run's folder, for tensorboard --logdir. none: do not.",
+        ),
+    ] = None
 
 
 def train(**options: Any) -> None:

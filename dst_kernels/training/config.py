@@ -64,6 +64,7 @@ class RunConfig:
     compile: bool = False
     workers: int = 0
     threads: int = 1
+    track: str = "none"
 
     def __post_init__(self) -> None:
         from dst_kernels.nn import GRANULARITIES
@@ -75,6 +76,7 @@ class RunConfig:
         require_one_of("--granularity", self.granularity, GRANULARITIES)
         require_one_of("--surrogate", self.surrogate, SURROGATES)
         require_one_of("--amp", self.amp, ("none", "bf16"))
+        require_one_of("--track", self.track, ("none", "tensorboard"))
         for name, rule in RULES.items():
             check(option(name), getattr(self, name), rule)
         if (self.task is LANGUAGE) != (self.model == _LANGUAGE_MODEL):
@@ -149,7 +151,13 @@ class RunConfig:
 
 
 # What files mean that were written before there was an option.
-_IN_OLDER_FILES = {"layer_by_layer": True, "compile": False, "init": None, "validation": None}
+_IN_OLDER_FILES = {
+    "layer_by_layer": True,
+    "compile": False,
+    "init": None,
+    "validation": None,
+    "track": "none",
+}
 
 
 def option(field: str) -> str:

@@ -26,6 +26,7 @@ MODEL = "model.safetensors"
 BEST = "best.safetensors"  # of the epoch with the lowest loss on what --validation holds out
 CHECKPOINT = "checkpoint.pt"
 LOG = "train.log"  # only added to
+TRACKED = "tensorboard"  # a folder of events, only added to
 VOCABULARY = "vocabulary.json"  # the characters of a text in the order of their ids
 PLOT_OF_LAYERS, PLOT_OF_THRESHOLDS = "layer_ratios.png", "thresholds.png"
 SUMS = "SHA256SUMS"

@@ -41,6 +41,7 @@ from .loop import Observers, State, check_masks, new_state, restore, train
 from .models import input_channels
 from .results import count_parameters, weights_by_layer, write_comparison, write_results
 from .tasks import task_of
+from .tracking import require_tracker, track
 
 _FOLDER = "Accepted: a new or empty folder where you may write."
 
@@ -58,6 +59,7 @@ def start(
 ) -> dict[str, Any]:
     """Train one model into a new directory and return its summary; raises UsageError."""
     _refuse_used(out)
+    require_tracker(config)
     data = load(config, download)
     state = new_state(config, data, select_device(config.device))
     check_masks(state, config, data)
@@ -75,6 +77,7 @@ def compare(
 ) -> dict[str, Any]:
     """Train the dense twin and the sparse model into a new directory; return the comparison."""
     _refuse_used(out)
+    require_tracker(config)
     data = load(config, download)
     configs = _twins(config)
     device = select_device(config.device)
@@ -163,6 +166,7 @@ class _Resumed:
                 soft_wrap=True,
             )
             return read_summary(directory)
+        require_tracker(config)
         data = load(config)
         keep_vocabulary(directory, data.vocabulary)
         device, initial = select_device(config.device), self.checkpoint is None
@@ -209,8 +213,11 @@ def _run(
         }
         steps = len(data.train)
         journal = Journal(directory, console, config, state.history, steps)
-        with display.watch(console, config, state.history, steps, shapes) as view:
-            train(state, config, data, Observers(view, journal), save)
+        with (
+            track(config, directory, state) as tracker,
+            display.watch(console, config, state.history, steps, shapes) as view,
+        ):
+            train(state, config, data, Observers(view, journal, tracker), save)
         summary, report = write_results(config, directory, data, state)
         display.show_result(console, summary, report, directory)
         return summary
