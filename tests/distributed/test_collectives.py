@@ -1,0 +1,222 @@
+"""What a step sends over 8, 64 and 1,024 processes: counted, and as docs/scale.md has it.
+
+torch's fake process group is one process of as many as one likes; its collectives move nothing, but
+the profiler sees each with its tensors. What is not the fake group's: how long anything takes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import dst_kernels
+from dst_kernels.optim import DSTSGD, DSTAdamW
+
+# (process, processes): at 64 and 1,024 the last one, whose shards of small layers are empty.
+WORLDS = [(0, 8), (63, 64), (1023, 1024)]
+MODES = ("layer by layer", "grouped", "DSTSGD", "DSTAdamW")
+BUCKET_MB = 0.003  # for DistributedDataParallel: several buckets even here
+KINDS = {
+    "c10d::_allgather_base_": "all-gather",
+    "c10d::allgather_into_tensor_coalesced_": "all-gather",
+    "c10d::_reduce_scatter_base_": "reduce-scatter",
+    "c10d::allreduce_": "all-reduce",
+}
+
+Traffic = Counter  # how often by (kind, bytes of the whole: of what a process gathers or reduces)
+Unit = list[tuple[tuple[int, ...], bool]]  # shapes that are sent together; whether of a threshold
+
+
+@pytest.fixture(params=WORLDS, ids=lambda world: f"{world[1]}")
+def processes(request) -> Iterator[int]:
+    rank, size = request.param
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+    yield size
+    dist.destroy_process_group()
+
+
+# -- the formulas ----------------------------------------------------------------------------------
+
+
+def of_ddp(units: list[Unit]) -> Traffic:
+    """All gradients in float32, those of thresholds too, also where a DST optimizer leaves none."""
+    return Counter({("all-reduce", 4 * sum(math.prod(shape) for shape, _ in chain(*units))): 1})
+
+
+def of_fsdp(
+    units: list[Unit], shards: int, *, replicas: int = 1, mode: str = "dense", gathered: int = 4
+) -> Traffic:
+    """A unit is gathered before its forward and again before its backward; the last, the root, once.
+
+    `gathered`: bytes of an element then; gradients have 4. Without gradients of thresholds, which
+    DST optimizers make, those are not sent.
+    """
+    expected: Traffic = Counter()
+    for unit in units:
+        weights, thresholds = (
+            sum(padded(shape, shards) for shape, of_threshold in unit if of_threshold is kind)
+            for kind in (False, True)
+        )
+        gathers = 1 if unit is units[-1] else 2
+        expected["all-gather", gathered * (weights + thresholds)] += gathers
+        gradients = 4 * (weights if mode.startswith("DST") else weights + thresholds)
+        expected["reduce-scatter", gradients] += 1
+        if replicas > 1:
+            expected["all-reduce", gradients // shards] += 1
+    return expected + regulariser(mode)
+
+
+def regulariser(mode: str) -> Traffic:
+    """Its value in the loss is one sum over all shards; the alpha of an optimizer needs none."""
+    return Counter({("all-reduce", 4): 1} if mode in ("layer by layer", "grouped") else {})
+
+
+def padded(shape: tuple[int, ...], shards: int) -> int:
+    """Elements with which FSDP2 sends a parameter: it cuts rows, the same number for all."""
+    return math.ceil(shape[0] / shards) * shards * math.prod(shape[1:])
+
+
+def sent(traffic: Traffic, size: int) -> float:
+    """Bytes that each process sends if these collectives are rings."""
+    rounds = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
+    return sum(rounds[kind] * n * bytes for (kind, bytes), n in traffic.items()) * (size - 1) / size
+
+
+# -- counting --------------------------------------------------------------------------------------
+
+
+def counted(step: Callable[[], object]) -> Traffic:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
+    ) as profile:
+        step()
+    found: Traffic = Counter()
+    events = list(profile.profiler.kineto_results.experimental_event_tree())
+    while events:
+        event = events.pop()
+        events += event.children
+        if event.name.startswith("c10d::"):
+            sizes = [
+                each.dtype.itemsize * math.prod(each.sizes)
+                for given in event.extra_fields.inputs
+                for each in (given if isinstance(given, list) else [given])
+                if hasattr(each, "sizes")
+            ]
+            found[KINDS[event.name], max(sizes)] += 1
+    return found
+
+
+def build(mode: str) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 5, 3),
+        nn.ReLU(),
+        nn.Sequential(nn.Flatten(), nn.Linear(45, 16), nn.LayerNorm(16), nn.Linear(16, 70)),
+        nn.Linear(70, 3, bias=False),
+    )
+    return model if mode == "dense" else dst_kernels.sparsify_(model)
+
+
+def units_of(model: nn.Sequential) -> list[Unit]:
+    """The convolution, the block and the root with the rest, as `wrapped` wraps them."""
+    return [
+        [(tuple(p.shape), name.endswith("threshold")) for name, p in part.named_parameters()]
+        for part in (model[0], model[2], model[3])
+    ]
+
+
+def wrapped(model: nn.Module, wrapper: str, size: int) -> nn.Module:
+    if wrapper == "DDP":
+        parallel = DistributedDataParallel(model, bucket_cap_mb=BUCKET_MB)
+        parallel.register_comm_hook(None, all_reduce)
+        return parallel
+    shape = (size // 4, 4) if wrapper == "HSDP" else (size,)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards")[-len(shape) :])
+    policy = MixedPrecisionPolicy()
+    if wrapper == "FSDP2 in bfloat16":
+        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
+    for part in (model[0], model[2]):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def all_reduce(_, bucket):  # without annotations, which torch wants to be no strings
+    """As DistributedDataParallel does, which finds no result in what the fake group returns."""
+    dist.all_reduce(bucket.buffer())
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
+
+
+def step_of(mode: str, wrapper: str, size: int, clip: bool = False) -> Callable[[], None]:
+    """A training step, run often enough that nothing is sent for the first time."""
+    model = build(mode)
+    called = wrapped(model, wrapper, size)
+    deferred = {"DSTSGD": DSTSGD, "DSTAdamW": DSTAdamW}.get(mode)
+    if mode == "grouped":
+        dst_kernels.group_(model)
+    if deferred is None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    else:
+        optimizer = deferred(model, lr=0.1, alpha=0.01)
+    images = torch.randn(4, 2, 5, 5)
+
+    def step() -> None:
+        loss = called(images).float().square().mean()
+        if mode in ("layer by layer", "grouped"):
+            loss = loss + 0.01 * dst_kernels.sparse_regularization(model)
+        loss.backward()
+        if clip and deferred is None:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        elif clip:
+            optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # DistributedDataParallel then cuts its buckets again, in the next step
+    step()
+    return step
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ddp_all_reduces_four_bytes_more_per_threshold(processes, mode):
+    dense, masked = (counted(step_of(each, "DDP", processes)) for each in ("dense", mode))
+    assert masked.total() == dense.total() > 1
+    assert {kind for kind, _ in dense + masked} == {"all-reduce"}
+    for name, traffic in (("dense", dense), (mode, masked)):
+        assert sent(traffic, processes) == sent(of_ddp(units_of(build(name))), processes)
+    added = sum(n * bytes for (_, bytes), n in masked.items())
+    added -= sum(n * bytes for (_, bytes), n in dense.items())
+    assert added == 4 * (5 + 16 + 70 + 3)
+
+
+@pytest.mark.parametrize("wrapper", ["FSDP2", "FSDP2 in bfloat16", "HSDP"])
+def test_fsdp_sends_thresholds_with_their_weights(processes, wrapper):
+    shards = 4 if wrapper == "HSDP" else processes
+    options = {"replicas": processes // shards, "gathered": 2 if "bfloat16" in wrapper else 4}
+    dense = counted(step_of("dense", wrapper, processes))
+    assert dense == of_fsdp(units_of(build("dense")), shards, **options)
+    for mode in MODES:
+        masked = counted(step_of(mode, wrapper, processes))
+        assert masked == of_fsdp(units_of(build(mode)), shards, mode=mode, **options), mode
+        assert masked.total() == dense.total() + regulariser(mode).total(), mode
+
+
+@pytest.mark.parametrize("mode", ["dense", "layer by layer", "DSTSGD"])
+def test_clipping_and_reports_are_collectives_of_their_own(processes, mode):
+    model, step = build(mode), step_of(mode, "FSDP2", processes, clip=True)
+    norms = 1 if mode == "DSTSGD" else len([*model.parameters()])  # torch has one per parameter
+    expected = of_fsdp(units_of(model), processes, mode=mode)
+    assert counted(step) - expected == {("all-reduce", 4 * norms): 1}
