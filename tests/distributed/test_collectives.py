@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,13 +21,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from workers import masked_layers
 
 import dst_kernels
-from dst_kernels.optim import DSTSGD, DSTAdamW
 
 # (process, processes): at 64 and 1,024 the last one, whose shards of small layers are empty.
 WORLDS = [(0, 8), (63, 64), (1023, 1024)]
 MODES = ("layer by layer", "grouped", "DSTSGD", "DSTAdamW")
+IMAGES = torch.randn(4, 2, 5, 5)
 BUCKET_MB = 0.003  # for DistributedDataParallel: several buckets even here
 KINDS = {
     "c10d::_allgather_base_": "all-gather",
@@ -51,14 +53,14 @@ def processes(request) -> Iterator[int]:
 
 
 def of_ddp(units: list[Unit]) -> Traffic:
-    """All gradients in float32, those of thresholds too, also where a DST optimizer leaves none."""
-    return Counter({("all-reduce", 4 * sum(math.prod(shape) for shape, _ in chain(*units))): 1})
+    """All gradients in float32; where a DST optimizer leaves a threshold none, DDP sends zeros."""
+    return Counter({("all-reduce", 4 * elements(units, 1)): 1})
 
 
 def of_fsdp(
     units: list[Unit], shards: int, *, replicas: int = 1, mode: str = "dense", gathered: int = 4
 ) -> Traffic:
-    """A unit is gathered before its forward and again before its backward; the last, the root, once.
+    """A unit is gathered before its forward and its backward; the last one, the root, once.
 
     `gathered`: bytes of an element then; gradients have 4. Without gradients of thresholds, which
     DST optimizers make, those are not sent.
@@ -88,10 +90,40 @@ def padded(shape: tuple[int, ...], shards: int) -> int:
     return math.ceil(shape[0] / shards) * shards * math.prod(shape[1:])
 
 
+def elements(units: list[Unit], shards: int) -> int:
+    return sum(padded(shape, shards) for shape, _ in chain(*units))
+
+
 def sent(traffic: Traffic, size: int) -> float:
     """Bytes that each process sends if these collectives are rings."""
     rounds = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
     return sum(rounds[kind] * n * bytes for (kind, bytes), n in traffic.items()) * (size - 1) / size
+
+
+def masked(*shapes: tuple[int, ...]) -> Unit:
+    return [entry for shape in shapes for entry in ((shape, False), ((shape[0],), True))]
+
+
+def resnet50() -> list[Unit]:
+    """One unit per block; the root has the first convolution and the last layer."""
+    units, inputs = [], 64
+    for planes, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            kernels = [(planes, inputs, 1, 1), (planes, planes, 3, 3), (4 * planes, planes, 1, 1)]
+            kernels += [] if block else [(4 * planes, inputs, 1, 1)]
+            units.append(masked(*kernels) + [((kernel[0],), False) for kernel in kernels] * 2)
+            inputs = 4 * planes
+    rest = [((64,), False), ((64,), False), ((1000,), False)]
+    return [*units, masked((64, 3, 7, 7), (1000, 2048)) + rest]
+
+
+def llama_7b() -> list[Unit]:
+    """One unit per decoder layer; the root has the embedding, the last norm and the head."""
+    wide, hidden, words = 4096, 11008, 32000
+    norm = ((wide,), False)
+    block = masked(*[(wide, wide)] * 4, (hidden, wide), (hidden, wide), (wide, hidden))
+    root = [((words, wide), False), norm, *masked((words, wide))]
+    return [*[[*block, norm, norm]] * 32, root]
 
 
 # -- counting --------------------------------------------------------------------------------------
@@ -160,28 +192,30 @@ def all_reduce(_, bucket):  # without annotations, which torch wants to be no st
     return done
 
 
-def step_of(mode: str, wrapper: str, size: int, clip: bool = False) -> Callable[[], None]:
-    """A training step, run often enough that nothing is sent for the first time."""
+def prepared(mode: str, wrapper: str, size: int) -> tuple[nn.Module, nn.Module, Any]:
+    """The model, what is called in its place, and the optimizer."""
     model = build(mode)
     called = wrapped(model, wrapper, size)
-    deferred = {"DSTSGD": DSTSGD, "DSTAdamW": DSTAdamW}.get(mode)
     if mode == "grouped":
         dst_kernels.group_(model)
-    if deferred is None:
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    else:
-        optimizer = deferred(model, lr=0.1, alpha=0.01)
-    images = torch.randn(4, 2, 5, 5)
+    if mode.startswith("DST"):
+        return model, called, getattr(dst_kernels.optim, mode)(model, lr=0.1, alpha=0.01)
+    return model, called, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def step_of(mode: str, wrapper: str, size: int, clip: bool = False) -> Callable[[], None]:
+    """A training step, run often enough that nothing is sent for the first time."""
+    model, called, optimizer = prepared(mode, wrapper, size)
 
     def step() -> None:
-        loss = called(images).float().square().mean()
+        loss = called(IMAGES).float().square().mean()
         if mode in ("layer by layer", "grouped"):
             loss = loss + 0.01 * dst_kernels.sparse_regularization(model)
         loss.backward()
-        if clip and deferred is None:
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        elif clip:
+        if clip and mode.startswith("DST"):
             optimizer.clip_grad_norm_(1.0)
+        elif clip:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -215,8 +249,60 @@ def test_fsdp_sends_thresholds_with_their_weights(processes, wrapper):
 
 
 @pytest.mark.parametrize("mode", ["dense", "layer by layer", "DSTSGD"])
-def test_clipping_and_reports_are_collectives_of_their_own(processes, mode):
-    model, step = build(mode), step_of(mode, "FSDP2", processes, clip=True)
-    norms = 1 if mode == "DSTSGD" else len([*model.parameters()])  # torch has one per parameter
-    expected = of_fsdp(units_of(model), processes, mode=mode)
-    assert counted(step) - expected == {("all-reduce", 4 * norms): 1}
+def test_clipping_is_one_collective(processes, mode):
+    step, parameters = step_of(mode, "FSDP2", processes, clip=True), [*build(mode).parameters()]
+    norms = 1 if mode == "DSTSGD" else len(parameters)  # torch has one per parameter
+    expected = of_fsdp(units_of(build(mode)), processes, mode=mode)
+    assert counted(step) == expected + Counter({("all-reduce", 4 * norms): 1})
+
+
+@pytest.mark.parametrize("processes", WORLDS[:1], indirect=True)
+@pytest.mark.parametrize("measure", [dst_kernels.sparsity_report, dst_kernels.remaining_ratio])
+def test_a_report_gathers_every_masked_weight_and_threshold(processes, measure):
+    model, *_ = prepared("layer by layer", "FSDP2", processes)
+    parts = [part for layer in masked_layers(model) for part in (layer.weight, layer.threshold)]
+    expected = Counter(("all-gather", 4 * padded(part.shape, processes)) for part in parts)
+    assert counted(lambda: measure(model)) == expected
+
+
+@pytest.mark.parametrize("processes", WORLDS[:1], indirect=True)
+@pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("mode", ["dense", *MODES])
+def test_a_sharded_masked_layer_keeps_no_copy_of_its_weight(processes, mode, wrapper):
+    _, called, _ = prepared(mode, wrapper, processes)
+    saved: list[Tensor] = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        called(IMAGES)
+    weights = [5 * 2 * 3 * 3, 16 * 45, 70 * 16, 3 * 70]  # no activation is as large
+    copies = [t.numel() for t in saved if t.dtype == torch.bfloat16 and t.numel() in weights]
+    assert copies == ([] if wrapper == "FSDP2" and mode != "dense" else weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "units", "digits"), [("ResNet-50", resnet50(), 1), ("Llama 7B", llama_7b(), 0)]
+)
+def test_the_page_has_what_the_formulas_say(name, units, digits):
+    page = Path(__file__).parents[2].joinpath("docs", "scale.md").read_text(encoding="utf-8")
+    plain = [[entry for entry in unit if not entry[1]] for unit in units]
+    weights, thresholds = (elements(each, 1) for each in (plain, units))
+    thresholds -= weights
+    assert f"| {name} | {weights:,} |" in page
+    assert f"| {thresholds:,} | {thresholds / weights:.3%} |".replace("%", " %") in page
+
+    def compare(label: str, of: Callable[[list[Unit], str, int], float], mode: str) -> None:
+        """One row for the dense model, one for what DST adds, at each size."""
+        before = [of(plain, "dense", n) / 1e6 for n in (8, 64, 1024)]
+        more = [
+            of(units, mode, n) / 1e6 - each for n, each in zip((8, 64, 1024), before, strict=True)
+        ]
+        assert (
+            f"| {name}, dense | " + "".join(f"{each:,.{digits}f} MB | " for each in before) in page
+        )
+        assert f"| + DST, {label} | " + "".join(f"{each:.3f} MB | " for each in more) in page
+
+    compare("any mode", lambda units, _, n: sent(of_ddp(units), n), "")
+    for label, mode in (("layer by layer or grouped", "layer by layer"), ("deferred", "DSTSGD")):
+        compare(label, lambda units, mode, n: sent(of_fsdp(units, n, mode=mode), n), mode)
