@@ -19,6 +19,11 @@ def is_dtensor(tensor: Tensor) -> TypeIs[DTensor]:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def rows_are_whole(tensor: DTensor) -> bool:
+    """Return whether every row, along dimension 0, is on one rank."""
+    return all(place.is_shard(0) or place.is_replicate() for place in tensor.placements)
+
+
 def sum_over_shards(tensors: list[DTensor], local_sum: Callable[[list[Tensor]], Tensor]) -> Tensor:
     """Return `local_sum` of the local shards, added over all ranks by one all-reduce.
 
@@ -51,4 +56,5 @@ def reset_rows(shard: DTensor, reset: Tensor) -> None:
 
     # All ranks have the same `reset`: each cuts its own part out.
     own = distribute_tensor(reset, shard.device_mesh, shard.placements, src_data_rank=None)
-    shard.to_local().masked_fill_(own.to_local(), 0)
+    local = shard.to_local()  # on the CPU under FSDP2's CPUOffloadPolicy
+    local.masked_fill_(own.to_local().to(local.device), 0)
