@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from ..nn.find import named_masked_weights
 from ..nn.weight import MaskedWeight
+from ..ops.dtensor import is_dtensor, rows_are_whole, sum_over_shards
 from ..reference import threshold_mask
+from ..reference.weight import largest_collapsed_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,9 +154,52 @@ def _measure(part: MaskedWeight) -> Tensor:
 def remaining_ratio(model: nn.Module) -> Tensor:
     """Return kept / all masked weights of the model, a 0-dim float32 tensor; no synchronisation.
 
-    Weights that layers share count once. Raises what `sparsity_report` does.
+    Weights that layers share count once. With FSDP2 this is a collective call: shards of whole rows
+    are counted where they are and added up, all layers in one sum; other weights are gathered.
+    Raises what `sparsity_report` does.
     """
     parts = {id(part.weight): part for _, part in named_masked_weights(model)}.values()
+    sharded: dict[object, list[MaskedWeight]] = {}
+    counts = []
+    for part in parts:
+        weight = part.weight
+        if is_dtensor(weight) and rows_are_whole(weight) and _has_own_rows(part):
+            sharded.setdefault((weight.device_mesh, weight.placements), []).append(part)
+        else:
+            counts.append(part.mask().sum())
+    counts += [_kept_of_shards(group) for group in sharded.values()]
     device = next(iter(parts)).weight.device
-    kept = torch.stack([part.mask().sum().to(device, non_blocking=True) for part in parts]).sum()
+    kept = torch.stack([count.to(device, non_blocking=True) for count in counts]).sum()
     return kept.to(torch.float32) / sum(part.weight.numel() for part in parts)
+
+
+def _has_own_rows(part: MaskedWeight) -> bool:
+    """Return whether a sharded weight is one matrix, with thresholds cut at the same rows."""
+    one = part.matrices == 1 and not part.experts and part.module.rows_first
+    weight, threshold = part.weight, part.threshold
+    alike = getattr(threshold, "placements", None) == getattr(weight, "placements", None)
+    return one and alike and threshold.shape[0] == weight.shape[0] and part.fixed_mask is None
+
+
+def _kept_of_shards(parts: list[MaskedWeight]) -> Tensor:
+    """Return how many of the weights of all `parts` are kept, from one all-reduce."""
+
+    def counts(local: list[Tensor]) -> Tensor:
+        """Return [parts, 2]: what a shard keeps, and what it would if the guard reset the layer."""
+        pairs = zip(local[: len(parts)], local[len(parts) :], strict=True)
+        kept = [
+            threshold_mask(weight, limit).sum()
+            for weight, threshold in pairs
+            for limit in (threshold, torch.zeros_like(threshold))
+        ]
+        return torch.stack(kept).view(-1, 2)
+
+    shards: list[Any] = [*(part.weight for part in parts), *(part.threshold for part in parts)]
+    found = []
+    for part, (kept, reset) in zip(parts, sum_over_shards(shards, counts), strict=True):
+        ratio = part.module.masking.reset_ratio
+        if ratio is not None:
+            collapsed = kept <= largest_collapsed_count(part.weight.numel(), ratio)
+            kept = torch.where(collapsed, reset, kept)
+        found.append(kept)
+    return torch.stack(found).sum()

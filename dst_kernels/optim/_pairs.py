@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..nn import MaskedLayer
 from ..nn.sources.deferred import alike
-from ..ops.dtensor import is_dtensor
+from ..ops.dtensor import is_dtensor, rows_are_whole
 
 _NAMES = {"weight", "threshold"}  # not among the parameters where they are parametrized
 
@@ -48,7 +48,7 @@ def deferrable_pairs(model: nn.Module, optimized: Container[int]) -> list[Pair]:
         if (
             layer.masking.granularity == "row"
             and layer.rows_first
-            and _rows_are_whole(weight)
+            and _rows_are_contiguous(weight)
             and users[id(weight)] == users[id(threshold)] == layers
             and alike(layers)
             and not any(each._fixed for each in layers)
@@ -57,10 +57,10 @@ def deferrable_pairs(model: nn.Module, optimized: Container[int]) -> list[Pair]:
     return list(pairs.values())
 
 
-def _rows_are_whole(weight: Tensor) -> bool:
+def _rows_are_contiguous(weight: Tensor) -> bool:
     """Return whether rows are contiguous, one after the other, and each is on one rank."""
     if is_dtensor(weight):
-        if not all(place.is_shard(0) or place.is_replicate() for place in weight.placements):
+        if not rows_are_whole(weight):
             return False
         weight = weight.to_local()
     rows = weight.shape[0]

@@ -37,6 +37,7 @@ def reset_worker(rank):
     for granularity, training in itertools.product(GRANULARITIES, (True, False)):
         model = shard(build(granularity), "layers").train(training)
         collapse(model)
+        ratio = dst_kernels.remaining_ratio(model)  # of what the guard will leave
         images, _ = batch(0)
         output = model(images)
         reference = build(granularity).train(training)
@@ -46,6 +47,7 @@ def reset_worker(rank):
                 layer.threshold.full_tensor().detach() for layer in masked_layers(model)
             ],
             "expected_output": reference(images).detach(),
+            "ratio": ratio,
             "expected": [layer.threshold.detach() for layer in masked_layers(reference)],
             "output": output.detach(),
         }
@@ -246,7 +248,7 @@ def results_of(scenarios, function):
 def test_a_training_forward_resets_the_shards_and_an_eval_forward_does_not(scenarios):
     for result in results_of(scenarios, reset_worker):
         for (_, training), seen in result.items():
-            assert torch.equal(seen["output"], seen["expected_output"])
+            assert torch.equal(seen["output"], seen["expected_output"]) and seen["ratio"] == 1
             for actual, expected in zip(seen["thresholds"], seen["expected"], strict=True):
                 assert torch.equal(actual, expected)
             assert seen["thresholds"][0].max() == (0 if training else 5)
