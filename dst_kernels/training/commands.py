@@ -63,8 +63,8 @@ class _TrainOptions:
         _opt(
             "model",
             _WHAT,
-            "lenet-300-100, lenet-5, lstm-a, lstm-b, a torchvision classifier (resnet18, ...) or, "
-            "for text, gpt-mini.",
+            "The paper's: lenet-300-100, lenet-5, lstm-a, lstm-b, vgg-16, wrn-16-8, wrn-16-10, "
+            "wrn-28-8, resnet-50; a torchvision classifier (resnet18, ...); for text gpt-mini.",
         ),
     ] = None
     dataset: Annotated[

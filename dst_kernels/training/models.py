@@ -106,7 +106,7 @@ class VGG(nn.Sequential):
                 nn.init.constant_(module.weight, 0.5)
 
 
-class _WideBlock(nn.Module):
+class WideBlock(nn.Module):
     """Apply batch norm, ReLU and a 3x3 convolution twice, and add the input.
 
     A 1x1 convolution adapts the input if the number of channels changes.
@@ -138,7 +138,7 @@ class WideResNet(nn.Sequential):
         inputs = 16
         for group, filters in enumerate((16 * width, 32 * width, 64 * width)):
             for block in range((depth - 4) // 6):
-                blocks.append(_WideBlock(inputs, filters, 2 if group and not block else 1))
+                blocks.append(WideBlock(inputs, filters, 2 if group and not block else 1))
                 inputs = filters
         stem = nn.Conv2d(shape[0], 16, 3, padding=1, bias=False)
         norm = nn.BatchNorm2d(inputs), nn.ReLU(inplace=True)
@@ -157,6 +157,7 @@ _OURS: dict[str, Callable[..., nn.Module]] = {
     "wrn-28-8": WideResNet,
     "gpt-mini": GPT,
 }
+_TORCHVISIONS = {"resnet-50": "resnet50"}  # the paper's name of a network that torchvision has
 
 
 def input_channels(name: str) -> int | None:
@@ -165,12 +166,13 @@ def input_channels(name: str) -> int | None:
         return None
     import torchvision.models as zoo
 
+    papers = (*_OURS, *_TORCHVISIONS)
     require_one_of(
         "--model",
         name,
-        (*_OURS, *zoo.list_models(module=zoo)),
-        note=f"{', '.join(_OURS)} or a name from torchvision.models.list_models(), "
-        "such as resnet18 or vgg16_bn",
+        (*papers, *zoo.list_models(module=zoo)),
+        note=f"{', '.join(papers)} or a name from torchvision.models.list_models(), such as "
+        "resnet18 or vgg16_bn",
     )
     return 3
 
@@ -225,6 +227,7 @@ def _dense_model(name: str, shape: tuple[int, ...], classes: int) -> nn.Module:
         options = {"aux_logits": False, "init_weights": True}  # a single output, as the others
     elif name.startswith("vit_"):
         options = {"image_size": shape[1]}
+    name = _TORCHVISIONS.get(name, name)
     return zoo.get_model(name, weights=None, num_classes=classes, **options)
 
 

@@ -23,7 +23,7 @@ def refusal(result):
         (("--model", "lenet-300"), ["lenet-300-100, lenet-5", "Did you mean lenet-300-100"]),
         (("--model", "resnet81"), ["torchvision.models.list_models()", "Did you mean resnet18"]),
         (("--dataset", "imagenet"), ["digits, mnist, fashion-mnist, cifar10, cifar100"]),
-        (("--preset", "digit"), ["digits, mnist, mnist-lenet-5, mnist-lstm-a, cifar10"]),
+        (("--preset", "digit"), ["digits, mnist, mnist-lenet-5, mnist-lstm-a, mnist-lstm-b"]),
         (("--surrogate", "sigmoid"), ["long_tailed, rectangular, triangular, straight_through"]),
         (("--granularity", "column"), ["row, layer, element"]),
         (("--optimizer", "lion"), ["sgd, adam"]),

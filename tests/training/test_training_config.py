@@ -23,9 +23,41 @@ def test_mnist_presets_are_the_papers():
         config = RunConfig.from_preset(name)
         assert (config.dataset, config.model) == ("mnist", model)
         assert (config.alpha, config.epochs, config.lr, config.batch_size) == (5e-4, 20, 0.01, 64)
-    config = RunConfig.from_preset("mnist-lstm-a")
-    assert (config.model, config.optimizer, config.skip_last) == ("lstm-a", "adam", True)
-    assert (config.alpha, config.epochs, config.lr, config.batch_size) == (1e-3, 20, 1e-3, 100)
+    for model in ("lstm-a", "lstm-b"):
+        config = RunConfig.from_preset(f"mnist-{model}")
+        assert (config.model, config.optimizer, config.skip_last) == (model, "adam", True)
+        assert (config.alpha, config.epochs, config.lr, config.batch_size) == (1e-3, 20, 1e-3, 100)
+
+
+@pytest.mark.parametrize(
+    ("preset", "model"),
+    [
+        ("cifar10", "vgg-16"),
+        ("cifar10-vgg-16", "vgg-16"),
+        ("cifar10-wrn-16-8", "wrn-16-8"),
+        ("cifar10-wrn-16-10", "wrn-16-10"),
+        ("cifar10-wrn-28-8", "wrn-28-8"),
+        ("imagenet", "resnet-50"),
+    ],
+)
+def test_presets_of_colour_images_follow_their_schedules(preset, model):
+    config = RunConfig.from_preset(preset)
+    assert (config.model, config.optimizer, config.lr, config.gamma) == (model, "sgd", 0.1, 0.1)
+    assert (config.momentum, config.alpha) == (0.9, 5e-6)
+    assert (config.weight_decay, config.threshold_weight_decay) == (1e-4, 1e-4)
+    schedule = (config.dataset, config.epochs, config.milestones, config.batch_size)
+    if preset == "imagenet":
+        assert schedule == ("image-folder", 90, (30, 60, 80), 256)
+        assert config.image_size == 224
+        assert "not the paper's" in PRESETS[preset].description
+    else:
+        assert schedule == ("cifar10", 160, (80, 120), 64)
+
+
+def test_the_preset_in_a_file_is_only_a_label():
+    """`cifar10` was torchvision's ResNet-18."""
+    old = {**RunConfig.from_preset("cifar10").to_dict(), "model": "resnet18"}
+    assert RunConfig.from_dict(old).model == "resnet18"
 
 
 def test_every_preset_is_valid_and_survives_json():
@@ -44,7 +76,7 @@ def test_every_preset_is_valid_and_survives_json():
         ("surrogate", "sigmoid", "long_tailed, rectangular, triangular, straight_through"),
         ("optimizer", "lbfgs", "sgd, adam"),
         ("amp", "fp16", "none, bf16"),
-        ("preset", "imagenet", "digits, mnist"),
+        ("preset", "imagnet", "digits, mnist"),
         ("alpha", -1.0, "at least 0"),
         ("alpha", math.nan, "at least 0"),
         ("alpha", True, "at least 0"),

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import dst_kernels
 from dst_kernels.training.config import RunConfig
 from dst_kernels.training.errors import UsageError
-from dst_kernels.training.models import _dense_model, build_model, load_model
+from dst_kernels.training.models import _dense_model, build_model, input_channels, load_model
 from dst_kernels.training.results import thresholds_by_layer
+
+RESNET_50 = ("resnet-50", "resnet50")
 
 
 @pytest.mark.parametrize(
@@ -35,16 +38,51 @@ def test_masked_weights_and_thresholds_are_as_many_as_the_papers(name, weights, 
         ("wrn-16-8", 10_954_160, 4_506),
         ("wrn-16-10", 17_107_632, 5_626),
         ("wrn-28-8", 23_340_464, 8_090),
+        ("resnet-50", 25_502_912, 27_560),  # not in the paper: all but norms and a bias
     ],
 )
-def test_networks_for_cifar_are_masked_as_the_papers(name, weights, thresholds):
+def test_networks_for_colour_images_are_masked_as_the_papers(name, weights, thresholds):
     with torch.device("meta"):  # sizes are all that counts
-        model = _dense_model(name, (3, 32, 32), 10)
+        model = _dense_model(name, (3, 32, 32), 1000 if name == "resnet-50" else 10)
         dst_kernels.sparsify_(model, dst_kernels.SparsifyConfig.paper())
     of_layers = {key: p for key, p in model.named_parameters() if "threshold" in key}
     masked = [model.get_parameter(key.replace("threshold", "weight")) for key in of_layers]
     assert sum(weight.numel() for weight in masked) == weights
     assert sum(threshold.numel() for threshold in of_layers.values()) == thresholds
+
+
+def test_resnet_50_is_torchvisions():
+    assert (input_channels("resnet-50"), input_channels("vgg-16")) == (3, None)
+    with torch.device("meta"):
+        state, wanted = (_dense_model(n, (3, 224, 224), 7).state_dict() for n in RESNET_50)
+    assert {n: v.shape for n, v in state.items()} == {n: v.shape for n, v in wanted.items()}
+
+
+@pytest.mark.parametrize("name", ["vgg-16", "wrn-16-8"])
+def test_networks_start_as_the_papers(name):
+    torch.manual_seed(0)
+    model = _dense_model(name, (3, 32, 32), 10)
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            assert (module.weight == (0.5 if name == "vgg-16" else 1)).all()
+            assert (module.bias == 0).all()
+        if not isinstance(module, (nn.Conv2d, nn.Linear)):
+            continue
+        # Kaiming uniform with a = sqrt(5) is U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)).
+        bound = module.weight[0].numel() ** -0.5
+        assert 0.97 * bound < module.weight.abs().max() <= bound
+        spread = bound / 3**0.5
+        assert module.weight.std().item() == pytest.approx(spread, rel=0.1)
+        assert (module.bias is None) == isinstance(module, nn.Conv2d)
+        assert module.bias is None or module.bias.abs().max() <= bound
+
+
+def test_vgg_16_has_13_convolutions_and_two_linear_layers():
+    kinds = [type(module).__name__ for module in _dense_model("vgg-16", (3, 32, 32), 10)]
+    convolution, pool = ["Conv2d", "BatchNorm2d", "ReLU"], ["MaxPool2d"]
+    halves = 2 * (2 * convolution + pool) + 2 * (3 * convolution + pool) + 3 * convolution
+    head = ["AvgPool2d", "Flatten", "Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert kinds == halves + head
 
 
 @pytest.mark.parametrize(("name", "side"), [("vgg-16", 32), ("lenet-5", 16)])
