@@ -108,7 +108,7 @@ class _TrainOptions:
             "init",
             _WHAT,
             "Start from the weights in this file, the state dict of the dense model or of a masked "
-            "one: .safetensors, or written by torch.save.",
+            "one, also of the method's authors: .safetensors, or written by torch.save.",
         ),
     ] = None
     dense: Annotated[

@@ -23,8 +23,9 @@ from .config import RunConfig
 from .data import Batches, Data
 from .errors import DivergedError, UsageError
 from .files import Record, best_record
-from .models import build_model, example_input, load_weights
+from .models import build_model, example_input
 from .rules import Form, Rule, check
+from .weights import load_weights
 
 _CHECKED = 8  # images for check_masks: enough to reach every layer, and quick
 

@@ -6,7 +6,6 @@ The networks of this file take images [N, *shape] and return logits [N, classes]
 from __future__ import annotations
 
 import functools
-import reprlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..nn.weight import is_of_mask
 from .config import RunConfig
 from .errors import UsageError, require_one_of
 from .gpt import GPT
@@ -229,45 +227,6 @@ def _dense_model(name: str, shape: tuple[int, ...], classes: int) -> nn.Module:
         options = {"image_size": shape[1]}
     name = _TORCHVISIONS.get(name, name)
     return zoo.get_model(name, weights=None, num_classes=classes, **options)
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state dict of the dense model, or of a masked one, whose thresholds a dense one drops.
-
-    Only tensors and plain values are unpickled. Raises UsageError if the file is missing, damaged
-    or of another model.
-    """
-    accepted = "Accepted: a state dict of this model, as .safetensors or written by torch.save."
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            values = load_file(path)
-        else:
-            values = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes both raise many types
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise UsageError(f"--init {str(path)!r} cannot be read: {reason}. {accepted}") from error
-    if not isinstance(values, dict) or not all(isinstance(v, Tensor) for v in values.values()):
-        raise UsageError(f"--init {str(path)!r} is not a mapping of names to tensors. {accepted}")
-    known = model.state_dict()
-    if not any(is_of_mask(name, "threshold") for name in known):
-        values = {
-            name: value for name, value in values.items() if not is_of_mask(name, "threshold")
-        }
-    needed = {name for name in known if name in values or not is_of_mask(name, "threshold")}
-    for problem, names in (
-        ("lacks", needed - set(values)),
-        ("has", set(values) - set(known)),
-        (
-            "has another shape of",
-            {n for n in needed & set(values) if known[n].shape != values[n].shape},
-        ),
-    ):
-        if names:
-            found = reprlib.repr(sorted(names))[1:-1]
-            raise UsageError(f"--init {str(path)!r} {problem} {found}. {accepted}")
-    model.load_state_dict(values)
 
 
 def load_model(directory: str | Path) -> nn.Module:
