@@ -80,7 +80,7 @@ class _TrainOptions:
         _opt(
             "data_dir",
             _WHAT,
-            "Folder with torchvision's data sets, or the image folder: "
+            "Folder with torchvision's data sets or, for image-folder and CIFAR, with images: "
             "train/<class>/ and test/<class>/ (or val/<class>/). Of text: the file, in UTF-8; its "
             "last 10 % are the test set. Not used by digits.",
         ),

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .config import RunConfig
 from .errors import UsageError
+from .folders import LAYOUT, is_image_folder, open_folder, read_image, read_small_images
 from .text import CONTEXT, TextBatches, read_text
 
 _CIFAR_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
@@ -177,7 +178,7 @@ def load_data(
     elif config.dataset in ("mnist", "fashion-mnist"):
         splits, statistics, padding = _torchvision(config, download), None, 0
     else:
-        splits, statistics, padding = _torchvision(config, download), _CIFAR_STATISTICS, 4
+        splits, statistics, padding = _cifar(config, download), _CIFAR_STATISTICS, 4
 
     (images, labels), (test_images, test_labels) = splits
     if channels is not None and images.shape[1] == 1:
@@ -192,8 +193,7 @@ def load_data(
     )
     test = _in_order(test_images, test_labels, device, statistics)
     shape = images.shape[1], images.shape[2], images.shape[3]
-    classes = 100 if config.dataset == "cifar100" else 10
-    return Data(train, test, shape, classes, validation=validation)
+    return Data(train, test, shape, _classes(config.dataset), validation=validation)
 
 
 def _in_order(
@@ -247,6 +247,19 @@ def _digits() -> _Splits:
     return (images[train], labels[train]), (images[test], labels[test])
 
 
+def _classes(dataset: str) -> int:
+    return 100 if dataset == "cifar100" else 10
+
+
+def _cifar(config: RunConfig, download: bool) -> _Splits:
+    """Read torchvision's files or, where there are none but folders of images, those."""
+    root = Path(config.data_dir)
+    files = any((root / name).exists() for name in ("cifar-10-batches-py", "cifar-100-python"))
+    if is_image_folder(root) and not files:
+        return read_small_images(config.data_dir, 32, _classes(config.dataset))
+    return _torchvision(config, download)
+
+
 def _torchvision(config: RunConfig, download: bool) -> _Splits:
     import torchvision.datasets as available
 
@@ -257,12 +270,13 @@ def _torchvision(config: RunConfig, download: bool) -> _Splits:
         "cifar100": available.CIFAR100,
     }[config.dataset]
     root = Path(config.data_dir)
+    folders = f", or {LAYOUT}" if config.dataset.startswith("cifar") else ""
+    accepted = (
+        f"Accepted: a folder that holds {config.dataset} as torchvision stores it{folders}; "
+        "add --download to fetch it there."
+    )
     if not root.is_dir() and not download:
-        raise UsageError(
-            f"--data-dir {config.data_dir!r} is not a folder. "
-            f"Accepted: a folder that holds {config.dataset} as torchvision stores it; "
-            "add --download to fetch it there."
-        )
+        raise UsageError(f"--data-dir {config.data_dir!r} is not a folder. {accepted}")
     splits = []
     for train in (True, False):
         try:
@@ -271,8 +285,7 @@ def _torchvision(config: RunConfig, download: bool) -> _Splits:
             reason = str(error).split(". You can use")[0].strip().rstrip(".")
             raise UsageError(
                 f"--data-dir {config.data_dir!r} does not yield {config.dataset}: {reason}. "
-                f"Accepted: a folder that holds {config.dataset} as torchvision stores it; "
-                "add --download to fetch it there."
+                f"{accepted}"
             ) from error
         images = torch.as_tensor(split.data)
         images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
@@ -284,27 +297,15 @@ def _image_folder(config: RunConfig, device: torch.device) -> Data:
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
-    root, size = Path(config.data_dir), config.image_size
-    layout = "Accepted: a folder with train/<class>/ and test/<class>/ (or val/<class>/) of images."
-    held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-    if not (root / "train").is_dir() or held_out is None:
-        missing = "train" if not (root / "train").is_dir() else "test or val"
-        state = f"has no {missing} folder" if root.is_dir() else "is not a folder"
-        raise UsageError(f"--data-dir {config.data_dir!r} {state}. {layout}")
+    size = config.image_size
     finish = [transforms.ToTensor(), transforms.Normalize(*_IMAGENET_STATISTICS)]
-    augment = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), *finish]
-    center = [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size), *finish]
-    try:
-        train = ImageFolder(root / "train", transforms.Compose(augment), loader=_read_image)
-        test = ImageFolder(held_out, transforms.Compose(center), loader=_read_image)
-    except FileNotFoundError as error:
-        raise UsageError(f"--data-dir {config.data_dir!r}: {error}. {layout}") from error
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes).symmetric_difference(test.classes))
-        raise UsageError(
-            f"--data-dir {config.data_dir!r}: the classes {', '.join(odd)} are in only one of "
-            f"train and {held_out.name}. Accepted: the same classes in both."
-        )
+    augment = transforms.Compose(
+        [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), *finish]
+    )
+    center = transforms.Compose(
+        [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size), *finish]
+    )
+    train, test = open_folder(config.data_dir, augment, center)
 
     def batches(images: Any) -> FolderBatches:
         return FolderBatches(images, config.batch_size, config.workers, device)
@@ -314,19 +315,10 @@ def _image_folder(config: RunConfig, device: torch.device) -> Data:
     if config.validation is not None:
         kept, chosen = split(torch.tensor(train.targets), config.validation, config.seed)
         # The same files once more, but cut like the test's.
-        whole = ImageFolder(root / "train", transforms.Compose(center), loader=_read_image)
+        whole = ImageFolder(train.root, center, loader=read_image)
         validation = batches(torch.utils.data.Subset(whole, chosen.tolist()))
         trained_on = torch.utils.data.Subset(train, kept.tolist())
     shape = (3, size, size)
     return Data(
         batches(trained_on), batches(test), shape, len(train.classes), validation=validation
     )
-
-
-def _read_image(path: str) -> Any:
-    from torchvision.datasets.folder import default_loader
-
-    try:
-        return default_loader(path)
-    except OSError as error:
-        raise UsageError(f"--data-dir: {path} cannot be read as an image: {error}") from error

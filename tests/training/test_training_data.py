@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 from dst_kernels.training.config import RunConfig
-from dst_kernels.training.data import FolderBatches, TensorBatches, load_data
+from dst_kernels.training.data import _CIFAR_STATISTICS, FolderBatches, TensorBatches, load_data
 from dst_kernels.training.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -150,6 +152,81 @@ def test_cifar_is_normalised_and_augmented_in_training(name, classes, tmp_path, 
     (batch, _), *_ = data.train.epoch(seeded(0))
     assert batch[:, 1].min() < 0  # black padding has come in
     assert data.test.padding == 0
+
+
+@pytest.fixture
+def cifar_dir(tmp_path):
+    """Write two images of CIFAR's size for each of so many classes into both splits."""
+
+    def write(classes, ending="png"):
+        random = np.random.default_rng(0)
+        for split in ("train", "test"):
+            for number in range(2 * classes):
+                folder = tmp_path / split / f"class {number // 2:03}"
+                folder.mkdir(parents=True, exist_ok=True)
+                pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number:04}.{ending}")
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "ending"), [("cifar10", 10, "jpg"), ("cifar100", 100, "png")]
+)
+def test_cifar_is_read_from_folders_of_images(name, classes, ending, cifar_dir):
+    folder = cifar_dir(classes, ending)
+    data = load_data(RunConfig(dataset=name, data_dir=str(folder)), CPU)
+    assert (data.shape, data.classes) == ((3, 32, 32), classes)
+    for split, batches in (("train", data.train), ("test", data.test)):
+        files = sorted((folder / split).rglob(f"*.{ending}"))
+        pixels = torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in files])
+        assert batches.images.dtype == torch.uint8
+        assert torch.equal(batches.images, pixels.permute(0, 3, 1, 2))
+        assert batches.labels.tolist() == [i // 2 for i in range(2 * classes)]
+    mean, deviation = (torch.tensor(each).view(3, 1, 1) for each in _CIFAR_STATISTICS)
+    wanted = (data.test.images.float() / 255 - mean) / deviation
+    torch.testing.assert_close(whole(data.test)[0], wanted)
+    assert (data.train.padding, data.test.padding) == (4, 0)
+
+
+def save(size, mode):
+    return lambda path: Image.new(mode, size).save(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda path: path.write_bytes(b"no image"), "cannot be read as an image"),
+        (lambda path: path.write_bytes(path.read_bytes()[:900]), "cannot be read as an image"),
+        (lambda path: path.write_bytes(path.read_bytes()[:60] + b"?" * 900), "cannot be read as"),
+        (save((32, 28), "RGB"), r"is an image of 32x28 in mode RGB\. Accepted: images of 32x32"),
+        (save((32, 32), "L"), r"is an image of 32x32 in mode L\. Accepted: images of 32x32"),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_image_that_is_not_cifars_is_named(cifar_dir, split, change, said):
+    folder = cifar_dir(10)
+    change(folder / split / "class 003" / "0007.png")
+    with pytest.raises(UsageError, match=rf"--data-dir: \S+{split}/class 003/0007\.png {said}"):
+        load_data(RunConfig(dataset="cifar10", data_dir=str(folder)), CPU)
+
+
+@pytest.mark.parametrize(
+    ("classes", "removed", "said"),
+    [
+        (11, None, "has 11 classes. Accepted: 10 folders in train and in test"),
+        (10, "test/class 004", "the classes class 004 are in only one of train and test"),
+        (10, "train", "has no train folder"),
+        (10, "test", "has no test or val folder"),
+    ],
+)
+def test_folders_that_are_not_cifar_are_refused(cifar_dir, classes, removed, said):
+    folder = cifar_dir(classes)
+    if removed:
+        shutil.rmtree(folder / removed)
+    with pytest.raises(UsageError, match=rf"--data-dir '{folder}':? {said}"):
+        load_data(RunConfig(dataset="cifar10", data_dir=str(folder)), CPU)
 
 
 def test_image_folders_are_streamed_reproducibly(image_dir):
