@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
+from ..ops.dtensor import is_dtensor
 from .config import RunConfig
 from .errors import DivergedError
 from .files import LOG, Record, cannot_write
 from .loop import Observer
 
 _EVERY = 30.0  # seconds between two lines within an epoch: each waits for the device
-_WITHOUT_EFFECT = 3  # epochs
+_WITHOUT_EFFECT, _UNTOUCHED = 3, 0.99  # epochs; the loss alone prunes some tenths of a percent
 _NEARLY_NONE, _NEARLY_ALL = 0.05, 0.9  # of a layer's weights: the guard leads from one to the other
 
 
@@ -25,8 +28,9 @@ class Journal(Observer):
     """Write a line after each epoch and, within long ones, every 30 seconds; warn of trouble.
 
     Trouble is a loss that is not finite (DivergedError, at the next line), a layer that keeps no
-    weight or that the guard has restarted, and an alpha that prunes nothing. Raises UsageError
-    where train.log cannot be written.
+    weight or that the guard has restarted, `thresholds` of which none moves in the first epoch that
+    is trained here, and an alpha that prunes next to nothing. Raises UsageError where train.log
+    cannot be written.
     """
 
     def __init__(
@@ -36,9 +40,12 @@ class Journal(Observer):
         config: RunConfig,
         history: list[Record],
         steps: int,
+        thresholds: Sequence[Tensor] = (),
     ) -> None:
         self.path, self.console, self.config = directory / LOG, console, config
         self.history, self.steps = history, steps
+        self.thresholds = thresholds
+        self.at_start = [_own_part(threshold).clone() for threshold in thresholds]
         self.step_of_epoch = self.steps_done = 0
         self.started = self.last = time.perf_counter()
         self._log(f"{config.model} on {config.dataset}, from epoch {len(history) + 1}")
@@ -94,11 +101,20 @@ class Journal(Observer):
                     f"--reset-ratio {self.config.reset_ratio} would have remained: try a smaller "
                     "--alpha"
                 )
-        untouched = all(each["remaining_ratio"] == 1 for each in self.history)
-        if not self.config.dense and epoch == _WITHOUT_EFFECT and untouched:
+        config = self.config
+        pairs = zip(map(_own_part, self.thresholds), self.at_start, strict=True)
+        if self.at_start and all(torch.equal(now, then) for now, then in pairs):
+            lr = config.lr if config.threshold_lr is None else config.threshold_lr
             found.append(
-                f"--alpha {self.config.alpha:g} has pruned nothing in {epoch} epochs: try a larger "
-                "--alpha or --threshold-lr"
+                f"no threshold has moved in epoch {epoch}: --threshold-lr is {lr:g}, --alpha "
+                f"{config.alpha:g}: try larger ones"
+            )
+        self.thresholds = self.at_start = []  # looked at once
+        untouched = all(each["remaining_ratio"] > _UNTOUCHED for each in self.history)
+        if not config.dense and epoch == _WITHOUT_EFFECT and untouched:
+            found.append(
+                f"--alpha {config.alpha:g} leaves {100 * record['remaining_ratio']:.2f} % of the "
+                f"weights after {epoch} epochs: try a larger --alpha or --threshold-lr"
             )
         return found
 
@@ -113,6 +129,11 @@ class Journal(Observer):
                 file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")
         except OSError as error:
             raise cannot_write(self.path, error) from error
+
+
+def _own_part(threshold: Tensor) -> Tensor:
+    """Return what this process has of a threshold: looking at all of it would be collective."""
+    return (threshold.to_local() if is_dtensor(threshold) else threshold).detach()
 
 
 def duration(seconds: float) -> str:

@@ -39,7 +39,13 @@ from .journal import Journal
 from .lock import locked
 from .loop import Observers, State, check_masks, new_state, restore, train
 from .models import input_channels
-from .results import count_parameters, weights_by_layer, write_comparison, write_results
+from .results import (
+    count_parameters,
+    thresholds_by_layer,
+    weights_by_layer,
+    write_comparison,
+    write_results,
+)
 from .tasks import task_of
 from .tracking import require_tracker, track
 
@@ -212,7 +218,8 @@ def _run(
             name: tuple(part.weight.shape) for name, part in weights_by_layer(state.model).items()
         }
         steps = len(data.train)
-        journal = Journal(directory, console, config, state.history, steps)
+        thresholds = [*thresholds_by_layer(state.model).values()]
+        journal = Journal(directory, console, config, state.history, steps, thresholds)
         with (
             track(config, directory, state) as tracker,
             display.watch(console, config, state.history, steps, shapes) as view,

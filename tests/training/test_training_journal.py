@@ -48,7 +48,7 @@ def test_a_loss_that_is_not_finite_is_found_within_the_epoch(cli, monkeypatch):
     [
         ([0.5, 0.0], {}, "a keeps no weight after epoch 2: try a smaller --alpha"),
         ([0.02, 1.0], {}, "a was restarted with all weights in epoch 2, since no more than"),
-        ([1.0, 1.0, 1.0], {"alpha": 1e-9}, "--alpha 1e-09 has pruned nothing in 3 epochs"),
+        ([1.0, 1.0, 1.0], {"alpha": 1e-9}, "--alpha 1e-09 leaves 100.00 % of the weights after 3"),
         ([1.0, 1.0, 1.0, 1.0], {}, ""),
         ([1.0, 1.0, 0.99], {}, ""),
         ([0.5, 0.02], {}, ""),
@@ -71,6 +71,28 @@ def test_trouble_is_said_after_the_epoch(tmp_path, ratios, config, said):
     assert ("Warning" in written.getvalue()) == bool(said)
     assert said in written.getvalue()
     assert said in (tmp_path / "train.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "epoch", "said"),
+    [
+        # The loss moves thresholds, too, so some weights are pruned whatever alpha is.
+        (("--alpha", 1e-9), 3, "--alpha 1e-09 leaves 99."),
+        (
+            ("--threshold-lr", 0),
+            1,
+            "no threshold has moved in epoch 1: --threshold-lr is 0, --alpha 0.004: try larger",
+        ),
+        ((), 3, ""),
+        (("--dense",), 3, ""),
+    ],
+)
+def test_a_run_without_effect_is_warned_of(cli, tmp_path, options, epoch, said):
+    result = cli("train", *options, "--epochs", epoch, "--out", "run")
+    assert result.exit_code == 0, result.output
+    warnings = re.findall("warning: (.*)", (tmp_path / "run" / "train.log").read_text())
+    assert len(warnings) == bool(said)
+    assert all(each.startswith(said) for each in warnings)
 
 
 def test_durations():
