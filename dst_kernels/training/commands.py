@@ -10,6 +10,7 @@ import typer
 
 from .config import DATASET_PRESETS, PRESETS, RULES, RunConfig, option
 from .errors import UsageError
+from .processes import together
 from .rules import FLAG
 from .terminal import messages, new_console, usable_path
 
@@ -22,7 +23,7 @@ app = typer.Typer(
 )
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(RunConfig)}
-_ON_RESUME = ("epochs", "device")
+_ON_RESUME = ("epochs", "device", "fsdp")
 _PATHS = ("out", "resume", "init")
 
 
@@ -161,7 +162,21 @@ class _TrainOptions:
     skip_last: Annotated[bool, _opt("skip_last", _SPARSITY, "Leave the last layer dense.")] = False
     epochs: Annotated[str | None, _opt("epochs", _RECIPE, "Passes over the training set.")] = None
     batch_size: Annotated[
-        str | None, _opt("batch_size", _RECIPE, "Images, or windows of 128 characters, per step.")
+        str | None,
+        _opt(
+            "batch_size",
+            _RECIPE,
+            "Images, or windows of 128 characters, per step, of all processes together.",
+        ),
+    ] = None
+    accumulate: Annotated[
+        str | None,
+        _opt(
+            "accumulate",
+            _RECIPE,
+            "Run each batch in this many parts, one step for all: less memory, and without batch "
+            "normalisation the same result up to rounding.",
+        ),
     ] = None
     optimizer: Annotated[str | None, _opt("optimizer", _RECIPE, "sgd, adam or adamw.")] = None
     lr: Annotated[str | None, _opt("lr", _RECIPE, "Learning rate.")] = None
@@ -169,6 +184,14 @@ class _TrainOptions:
     weight_decay: Annotated[
         str | None,
         _opt("weight_decay", _RECIPE, "Weight decay of all parameters but the thresholds."),
+    ] = None
+    clip_grad_norm: Annotated[
+        str | None,
+        _opt(
+            "clip_grad_norm",
+            _RECIPE,
+            "Scale the gradients of each step, with the regulariser's, to at most this norm.",
+        ),
     ] = None
     milestones: Annotated[
         str | None,
@@ -187,7 +210,7 @@ class _TrainOptions:
             "resume",
             _RUN,
             "Continue the run in this folder as if it had never stopped. All other options "
-            "keep the run's values; only --epochs and --device may be given.",
+            "keep the run's values; only --epochs, --device and --fsdp may be given.",
         ),
     ] = None
     seed: Annotated[
@@ -209,6 +232,15 @@ class _TrainOptions:
     ] = False
     compile: Annotated[
         bool, _opt("compile", _RUN, "Run the model through torch.compile; the first step is slow.")
+    ] = False
+    fsdp: Annotated[
+        bool,
+        _opt(
+            "fsdp",
+            _RUN,
+            "Of several processes, let each keep only a part of weights and optimizer (FSDP2). "
+            "The default is a copy for each (DDP).",
+        ),
     ] = False
     workers: Annotated[
         str | None, _opt("workers", _RUN, "Number of processes that read an image folder.")
@@ -237,11 +269,13 @@ def train(**options: Any) -> None:
     """Train a model that learns its own sparsity: a classifier, or a language model.
 
     Without options it trains LeNet-300-100 on scikit-learn's digits, on a CPU in under a minute.
+
+    On several GPUs, or machines: torchrun --nproc-per-node N -m dst_kernels train ...
     """
     given = {
         name: value for name, value in options.items() if value is not None and value is not False
     }
-    with messages():
+    with messages(), together():
         if "resume" in given:
             _resume(given)
         else:

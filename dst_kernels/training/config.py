@@ -44,10 +44,12 @@ class RunConfig:
     alpha: float = 4e-3
     epochs: int = 100
     batch_size: int = 64
+    accumulate: int = 1
     optimizer: str = "sgd"
     lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 0.0
+    clip_grad_norm: float | None = None
     threshold_lr: float | None = None
     threshold_weight_decay: float = 0.0
     milestones: tuple[int, ...] = ()
@@ -62,6 +64,7 @@ class RunConfig:
     amp: str = "none"
     layer_by_layer: bool = False
     compile: bool = False
+    fsdp: bool = False
     workers: int = 0
     threads: int = 1
     track: str = "none"
@@ -157,6 +160,9 @@ _IN_OLDER_FILES = {
     "init": None,
     "validation": None,
     "track": "none",
+    "accumulate": 1,
+    "clip_grad_norm": None,
+    "fsdp": False,
 }
 
 
@@ -178,11 +184,14 @@ RULES = {
     "skip_last": FLAG,
     "layer_by_layer": FLAG,
     "compile": FLAG,
+    "fsdp": FLAG,
     "validation": or_none(number("a number above 0 and below 1", lambda value: 0 < value < 1)),
     "image_size": integer(8, 4096),
     "alpha": _AT_LEAST_0,
     "epochs": integer(1, 1_000_000),
     "batch_size": integer(2, 1_048_576),
+    "accumulate": integer(1, 1_048_576),
+    "clip_grad_norm": or_none(_ABOVE_0),
     "lr": _ABOVE_0,
     "momentum": number("a number from 0 up to, but below, 1", lambda value: 0 <= value < 1),
     "weight_decay": _AT_LEAST_0,

@@ -10,10 +10,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from .config import RunConfig
 from .errors import UsageError
 from .folders import LAYOUT, is_image_folder, open_folder, read_image, read_small_images
+from .sharing import WHOLE, Batch, Share
 from .text import CONTEXT, TextBatches, read_text
 
 _CIFAR_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
@@ -27,11 +29,12 @@ class Batches(Protocol):
     def __len__(self) -> int:
         """Return the number of batches in an epoch of training."""
 
-    def epoch(self, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, generator: torch.Generator | None, share: Share = WHOLE) -> Iterator[Batch]:
         """Yield batches on the device: images [N, C, H, W] and labels [N] (int64).
 
         Of a text, ids of characters and of those that follow, both [N, context] (int64). The
-        generator shuffles them; without one they come in order.
+        generator shuffles them; without one they come in order. Of each batch come the parts that
+        `share` takes.
         """
 
 
@@ -78,7 +81,7 @@ class TensorBatches:
     def __len__(self) -> int:
         return _batch_count(len(self.labels), self.batch_size)
 
-    def epoch(self, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, generator: torch.Generator | None, share: Share = WHOLE) -> Iterator[Batch]:
         # Draw all random numbers of an epoch at once: one transfer to the device, not one per step.
         count, device = len(self.labels), self.images.device
         if generator is None:
@@ -90,7 +93,8 @@ class TensorBatches:
                 flips = torch.rand(count, generator=generator) < 0.5
                 corners, flips = corners.to(device), flips.to(device)
         order = order.to(device)
-        for index in order.split(self.batch_size)[: None if generator is None else len(self)]:
+        batches = order.split(self.batch_size)[: None if generator is None else len(self)]
+        for index, weight in (part for batch in batches for part in share.of(batch)):
             images = self.images[index]
             if generator is not None and self.padding:
                 images = _crop_and_flip(images, self.padding, corners[index], flips[index])
@@ -99,7 +103,7 @@ class TensorBatches:
             if self.statistics is not None:
                 mean, deviation = self.statistics
                 images = (images - mean) / deviation
-            yield images, self.labels[index]
+            yield Batch(images, self.labels[index], weight)
 
 
 def _batch_count(samples: int, batch_size: int) -> int:
@@ -131,22 +135,41 @@ class FolderBatches:
     def __len__(self) -> int:
         return _batch_count(len(self.images), self.batch_size)
 
-    def epoch(self, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Tensor]]:
-        # One loader per epoch: workers draw their seeds from the generator when they start.
-        loader = torch.utils.data.DataLoader(
-            self.images,
-            batch_size=self.batch_size,
-            shuffle=generator is not None,
-            generator=generator or torch.Generator(),  # not the global one, which training uses
+    def epoch(self, generator: torch.Generator | None, share: Share = WHOLE) -> Iterator[Batch]:
+        training, images = generator is not None, self.images
+        order = RandomSampler(images, generator=generator) if training else range(len(images))
+        drop_last = training and len(self) * self.batch_size < len(images)
+        batches = BatchSampler(order, self.batch_size, drop_last)
+        # One loader per epoch: workers draw their seeds when they start. They draw from the order's
+        # generator, not the global one, which training uses; but several processes have the same.
+        seeds = torch.default_generator if training and share.others else generator
+        loader = DataLoader(
+            images,
+            batch_sampler=_Parts(batches, share),
+            generator=seeds or torch.Generator(),
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
-            drop_last=generator is not None and len(self) * self.batch_size < len(self.images),
         )
-        for images, labels in loader:
-            yield (
-                images.to(self.device, non_blocking=True),
+        sizes = [
+            min(self.batch_size, len(images) - i * self.batch_size) for i in range(len(batches))
+        ]
+        weights = (weight for size in sizes for _, weight in share.of(range(size)))
+        for (inputs, labels), weight in zip(loader, weights, strict=True):
+            yield Batch(
+                inputs.to(self.device, non_blocking=True),
                 labels.to(self.device, non_blocking=True),
+                weight,
             )
+
+
+class _Parts:
+    """Yield the indices of a share of each batch, to read no other images."""
+
+    def __init__(self, batches: BatchSampler, share: Share) -> None:
+        self.batches, self.share = batches, share
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (part for batch in self.batches for part, _ in self.share.of(batch))
 
 
 def load_data(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import torch
 
+from . import processes
 from .errors import UsageError
 
 
 def select_device(name: str) -> torch.device:
-    """Return the device of a --device option; raise UsageError if it is unknown or missing."""
+    """Return the device of a --device option; raise UsageError if it is unknown or missing.
+
+    Of several processes on a machine each gets the GPU of its number.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     accepted = "Accepted: auto, cpu, cuda or cuda:N."
     try:
         device = torch.device(name)
@@ -18,6 +22,16 @@ def select_device(name: str) -> torch.device:
         raise UsageError(f"--device {name!r} is unknown. {accepted}") from error
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name!r} is not supported. {accepted}")
+    local_rank, local_processes = processes.on_this_machine()
+    if device.type == "cuda" and local_processes > 1:
+        gpus = torch.cuda.device_count()
+        if device.index is not None or local_processes > gpus:
+            raise UsageError(
+                f"--device {name!r} with {local_processes} processes on a machine with {gpus} GPUs."
+                " Accepted: auto, cpu, or cuda with a GPU for each process."
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)  # collectives of objects on the GPU go there
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {name!r}: torch finds no such device here. {accepted}")
     return device

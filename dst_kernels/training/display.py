@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from . import processes
 from .config import RunConfig
 from .files import Record
 from .loop import Observer
@@ -39,6 +40,7 @@ def show_header(
     console: Console, config: RunConfig, weights: int, directory: Path, device: str
 ) -> None:
     """Print one line on what is trained, and one on where the results go."""
+    count = processes.count()
     kind = "dense twin" if config.dense else f"alpha {config.alpha:g}"
     facts = [
         f"[bold]{config.model}[/] on [bold]{config.dataset}[/]",
@@ -49,6 +51,7 @@ def show_header(
         f"seed {config.seed}",
         *([] if config.dense else [config.execution]),
         *(["compiled"] if config.compile else []),
+        *([f"{count} processes, {'FSDP2' if config.fsdp else 'DDP'}"] if count > 1 else []),
         device + (" bf16" if config.amp == "bf16" else ""),
     ]
     console.print()

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from .config import RunConfig
 from .errors import UsageError
-from .rules import TEXT, Form, Rule, check, integer, number
+from .rules import FLAG, TEXT, Form, Rule, check, integer, number
 from .tasks import CLASSIFICATION, LANGUAGE, Task, task_of
 
 CONFIG = "config.json"
@@ -74,7 +74,7 @@ _SUMMARY = {
     "preset": TEXT,
     "model": TEXT,
     "dataset": TEXT,
-    "dense": Rule("true or false", lambda value: isinstance(value, bool)),
+    "dense": FLAG,
     "alpha": SECONDS,
     "layers": _SHARES,
     "best": Rule("a mapping or none", lambda value: value is None or isinstance(value, dict)),
@@ -86,6 +86,8 @@ _SUMMARY = {
     "classes": integer(1),
     "device": TEXT,
     "threads": _COUNT,
+    "processes": integer(1),
+    "fsdp": FLAG,
     "versions": Rule("versions by package", lambda value: isinstance(value, dict)),
 }
 
@@ -217,7 +219,7 @@ def read_config(directory: Path) -> RunConfig:
 def read_summary(directory: Path) -> dict[str, Any]:
     """Return the contents of summary.json; raise UsageError if it is damaged."""
     # What files mean that were written before there was an option.
-    older = {"execution": "layer by layer", "best": None}
+    older = {"execution": "layer by layer", "best": None, "processes": 1, "fsdp": False}
     summary = {**older, **_read_json(directory / SUMMARY)}
     try:
         task = task_of(summary.get("dataset"))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .errors import UsageError
 from .files import LOCK, cannot_write, is_leftover
+from .processes import from_first
 
 try:
     import fcntl
@@ -22,15 +23,20 @@ except ImportError:  # Windows
 def locked(*directories: Path) -> Iterator[None]:
     """Hold the folders for this process; remove temporary files that killed runs left there.
 
-    The system ends the lock with the process, however that ends. Warns where it has no locks.
-    Raises UsageError if another process holds a folder, or if it cannot be written.
+    Of several processes that train together the first one holds them. The system ends the lock with
+    the process, however that ends. Warns where it has no locks. Raises UsageError if another
+    process holds a folder, or if it cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        for directory in directories:
-            stack.enter_context(_lock(directory))
-            for path in directory.iterdir():
-                if path.suffix == ".tmp" and is_leftover(path):
-                    path.unlink(missing_ok=True)
+
+        def hold() -> None:
+            for directory in directories:
+                stack.enter_context(_lock(directory))
+                for path in directory.iterdir():
+                    if path.suffix == ".tmp" and is_leftover(path):
+                        path.unlink(missing_ok=True)
+
+        from_first(hold)
         yield
 
 

@@ -18,13 +18,17 @@ from torch.nn.functional import cross_entropy
 import dst_kernels
 
 from ..nn.find import named_masked_weights
+from ..nn.switches import is_grouped
 from ..optim import DSTSGD, DSTAdamW
+from ..optim.deferred import DeferredOptimizer
+from . import processes, spread
 from .config import RunConfig
 from .data import Batches, Data
 from .errors import DivergedError, UsageError
 from .files import Record, best_record
 from .models import build_model, example_input
 from .rules import Form, Rule, check
+from .sharing import Share
 from .weights import load_weights
 
 _CHECKED = 8  # images for check_masks: enough to reach every layer, and quick
@@ -60,8 +64,9 @@ class State:
     """Hold all that a run needs to continue as if it had never stopped.
 
     `rng`: the states of torch's global generators, the only source of random numbers. `seconds`:
-    time spent training so far. `best`: the state dict of the best epoch, on the CPU; {} without
-    --validation.
+    time spent training so far. `weights` and `best`: the whole state dicts, on the CPU, of the last
+    epoch that was finished and of the best one; {} before, and without --validation. `copied`: what
+    averages gradients over the processes that have a copy of the model.
     """
 
     model: nn.Module
@@ -69,7 +74,9 @@ class State:
     rng: dict[str, Tensor]
     history: list[Record] = field(default_factory=list)
     seconds: float = 0.0
+    weights: dict[str, Tensor] = field(default_factory=dict)
     best: dict[str, Tensor] = field(default_factory=dict)
+    copied: nn.Module | None = None
 
 
 def new_state(
@@ -88,6 +95,13 @@ def new_state(
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)  # cuDNN's fastest
     _check_amp(model, config, data, device)
+    return State(model, _optimizer(model, config), _rng_states(device))
+
+
+_TORCH = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+def _optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     if config.dense:
         groups = [{"params": list(model.parameters()), "weight_decay": config.weight_decay}]
     else:
@@ -98,15 +112,6 @@ def new_state(
             threshold_lr=config.threshold_lr,
             threshold_weight_decay=config.threshold_weight_decay,
         )
-    return State(model, _optimizer(model, groups, config), _rng_states(device))
-
-
-_TORCH = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-
-
-def _optimizer(
-    model: nn.Module, groups: list[dict[str, Any]], config: RunConfig
-) -> torch.optim.Optimizer:
     options: dict[str, Any] = {"lr": config.lr}
     if config.optimizer == "sgd":
         options["momentum"] = config.momentum
@@ -120,12 +125,28 @@ def _optimizer(
     return _TORCH[config.optimizer](groups, **options)
 
 
+def spread_(state: State, config: RunConfig) -> None:
+    """Let several processes train the model together: DDP copies it, --fsdp cuts it in pieces."""
+    if not processes.joined():
+        return
+    if not config.fsdp:
+        state.copied = spread.copied(state.model)
+        return
+    whole = state.optimizer
+    if isinstance(whole, DeferredOptimizer):
+        whole.release()
+    if is_grouped(state.model):
+        dst_kernels.ungroup_(state.model)
+    spread.shard_(state.model)
+    state.optimizer = _optimizer(state.model, config)
+    spread.adopt_state(state.optimizer, whole)
+
+
 def check_masks(state: State, config: RunConfig, data: Data) -> None:
     """Warn of masks that do not act on the first images; raise UsageError if none of them does."""
     if config.dense:
         return
-    batch, _ = next(iter(data.train.epoch(torch.Generator())))
-    images = batch[:_CHECKED]
+    images = next(iter(data.train.epoch(torch.Generator()))).inputs[:_CHECKED]
     with _precision(config, images.device):
         problems = dst_kernels.check_masks(state.model, images, optimizers=[state.optimizer])
     if problems:
@@ -167,7 +188,7 @@ def restore(state: State, config: RunConfig, checkpoint: Mapping[str, Any]) -> N
         {"state": optimizer, "param_groups": state.optimizer.state_dict()["param_groups"]}
     )
     state.history, state.seconds = checkpoint["history"], checkpoint["seconds"]
-    state.best = checkpoint["best"]
+    state.weights, state.best = model, checkpoint["best"]
     state.rng = checkpoint["rng"]
 
 
@@ -254,9 +275,9 @@ def train(
             else {},
         }
         state.history.append(record)
+        state.weights = spread.whole(state.model.state_dict())
         if best_record(state.history) is record:
-            weights = state.model.state_dict()
-            state.best = {name: value.to("cpu", copy=True) for name, value in weights.items()}
+            state.best = state.weights
         state.rng = _rng_states(device)
         state.seconds += time.perf_counter() - started
         save(state)
@@ -265,42 +286,92 @@ def train(
 
 def _train_epoch(state: State, config: RunConfig, data: Data, observer: Observer) -> float:
     """Train for one epoch; return the mean cross-entropy (without the regulariser)."""
-    model: Callable = torch.compile(state.model) if config.compile else state.model
+    trained = state.copied or state.model
+    called: Callable = torch.compile(trained) if config.compile else trained
     state.model.train()
     regularized = config.execution in ("grouped", "layer by layer")  # else in the step, or never
-    total: Tensor | float = 0.0
+    order = _order(config, len(state.history))
+    total = torch.zeros((), device=next(state.model.parameters()).device)
     samples = 0
-    for images, labels in data.train.epoch(torch.default_generator):
-        state.optimizer.zero_grad(set_to_none=True)
-        with _precision(config, images.device):
-            loss = _cross_entropy(model(images), labels)
-        objective = loss
-        if regularized:
-            objective = loss + config.alpha * dst_kernels.sparse_regularization(state.model)
-        objective.backward()
-        state.optimizer.step()
-        total = total + loss.detach() * labels.numel()  # summed on the device: no wait in the loop
-        samples += labels.numel()
-        observer.step(total, samples)
-    return float(total) / samples
+    state.optimizer.zero_grad(set_to_none=True)
+    for part, (images, labels, weight) in enumerate(data.train.epoch(order, _share(config)), 1):
+        last_of_step = part % config.accumulate == 0
+        with spread.synchronised(trained, last_of_step):
+            with _precision(config, images.device):
+                loss = _cross_entropy(called(images), labels)
+            objective = loss if weight == 1 else weight * loss
+            if regularized and last_of_step:
+                penalty = dst_kernels.sparse_regularization(state.model)
+                objective = objective + config.alpha * penalty
+            objective.backward()
+        if weight:
+            # Summed on the device: no wait in the loop.
+            total = total + loss.detach() * labels.numel()
+            samples += labels.numel()
+        if last_of_step:
+            if config.clip_grad_norm is not None:
+                _clip(state.optimizer, config.clip_grad_norm)
+            state.optimizer.step()
+            state.optimizer.zero_grad(set_to_none=True)
+            observer.step(total, samples)
+    if order is not torch.default_generator:
+        torch.set_rng_state(order.get_state())
+    spread.average_buffers(state.model)
+    total_of_all, samples_of_all = processes.total(total, samples)
+    return total_of_all / samples_of_all
+
+
+def _share(config: RunConfig) -> Share:
+    first = processes.rank() * config.accumulate
+    return Share(first, config.accumulate, processes.count() * config.accumulate)
+
+
+def _order(config: RunConfig, epoch: int) -> torch.Generator:
+    """Return the generator that shuffles.
+
+    It is the global one, from which all else is drawn, too. Of several processes each has a global
+    one of its own, for dropout and the like, but all need the same order.
+    """
+    if not processes.joined():
+        return torch.default_generator
+    order = torch.Generator()
+    order.set_state(torch.get_rng_state())
+    torch.manual_seed(hash((config.seed, epoch, processes.rank())) % 2**63)
+    return order
+
+
+def _clip(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    """Scale the gradients that the step will use to a norm of at most `max_norm`."""
+    if isinstance(optimizer, DeferredOptimizer):
+        optimizer.clip_grad_norm_(max_norm)
+    else:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, config: RunConfig, batches: Batches) -> tuple[float, float]:
-    """Return the mean loss, and the quality as the task defines it, on these batches in order."""
+    """Return the mean loss, and the quality as the task defines it, on these batches in order.
+
+    Several processes share the batches.
+    """
     model.eval()
     loss: Tensor | float = 0.0
-    correct: Tensor | int = 0
+    correct: Tensor | float = 0
     samples = 0
+    share = Share(processes.rank(), 1, processes.count())
     with contextlib.nullcontext() if config.dense else dst_kernels.weights_unchanged(model):
-        for images, labels in batches.epoch(None):
+        for images, labels, weight in batches.epoch(None, share):
             with _precision(config, images.device):
                 logits = model(images)
-                loss = loss + _cross_entropy(logits, labels, reduction="sum")
-            correct = correct + (logits.argmax(-1) == labels).sum()
-            samples += labels.numel()
-    mean = float(loss) / samples
-    return mean, config.task.measure(mean, int(correct) / samples)
+                part = _cross_entropy(logits, labels, reduction="sum")
+            if weight:
+                loss = loss + part
+                correct = correct + (logits.argmax(-1) == labels).sum()
+                samples += labels.numel()
+    loss_of_all, correct_of_all, count = processes.total(loss, correct, samples)
+    mean = loss_of_all / count
+    return mean, config.task.measure(mean, correct_of_all / count)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:

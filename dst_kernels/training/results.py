@@ -16,7 +16,7 @@ from dst_kernels.nn import MaskedModule
 
 from ..nn.find import named_masked_weights
 from ..nn.weight import MaskedWeight
-from . import plots
+from . import plots, processes
 from .config import RunConfig
 from .data import Data
 from .device import device_name, select_device
@@ -42,29 +42,32 @@ from .tasks import task_of
 
 
 def write_results(
-    config: RunConfig, directory: Path, data: Data, state: State
-) -> tuple[dict[str, Any], dst_kernels.SparsityReport | None]:
+    config: RunConfig,
+    directory: Path,
+    data: Data,
+    state: State,
+    report: dst_kernels.SparsityReport | None,
+) -> dict[str, Any]:
     """Write the model, plots, summary and, last, checksums, which mark the run as finished.
 
-    Return the summary and, for a sparse model, the report.
+    Return the summary; `report` is None for a dense model.
     """
     from safetensors.torch import save
 
     def write_weights(name: str, weights: Mapping[str, Tensor]) -> None:
-        tensors = {key: value.cpu().contiguous() for key, value in weights.items()}
+        tensors = {key: value.contiguous() for key, value in weights.items()}
         write_atomically(directory / name, lambda file: file.write(save(tensors)))
 
     task = config.task
     write_metrics(directory, state.history, task)
-    write_weights(MODEL, state.model.state_dict())
+    write_weights(MODEL, state.weights)
     best = best_record(state.history)
     if best is not None:
         write_weights(BEST, state.best)
 
-    report = None if config.dense else dst_kernels.sparsity_report(state.model)
     thresholds = {
-        name: threshold.detach().float().cpu().numpy().ravel()
-        for name, threshold in thresholds_by_layer(state.model).items()
+        name: threshold.float().numpy().ravel()
+        for name, threshold in thresholds_by_layer(state).items()
     }
     kind = "dense" if config.dense else f"alpha {config.alpha:g}"
     title = f"{config.model} on {config.dataset}, {kind}, seed {config.seed}"
@@ -98,12 +101,14 @@ def write_results(
         "classes": data.classes,
         "device": device_name(select_device(config.device)),
         "threads": torch.get_num_threads(),
+        "processes": processes.count(),
+        "fsdp": config.fsdp,
         "versions": _versions(),
     }
     write_json(directory / SUMMARY, summary)
     sums = checksums(directory).encode()
     write_atomically(directory / SUMS, lambda file: file.write(sums))
-    return summary, report
+    return summary
 
 
 def write_comparison(
@@ -132,9 +137,11 @@ def weights_by_layer(model: nn.Module) -> dict[str, MaskedWeight]:
     return {} if dense else dict(named_masked_weights(model))
 
 
-def thresholds_by_layer(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's threshold parameters by the names in the report."""
-    return {name: part.threshold for name, part in weights_by_layer(model).items()}
+def thresholds_by_layer(state: State) -> dict[str, Tensor]:
+    """Return the last epoch's thresholds, on the CPU, by the names in the report."""
+    keys = {id(parameter): name for name, parameter in state.model.named_parameters()}
+    parts = weights_by_layer(state.model)
+    return {name: state.weights[keys[id(part.threshold)]] for name, part in parts.items()}
 
 
 def count_parameters(model: nn.Module) -> int:

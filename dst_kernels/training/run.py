@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from . import display
+import dst_kernels
+
+from . import display, processes, spread
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import RunConfig, option
 from .data import Data, load_data
@@ -37,15 +40,19 @@ from .files import (
 )
 from .journal import Journal
 from .lock import locked
-from .loop import Observers, State, check_masks, new_state, restore, train
-from .models import input_channels
-from .results import (
-    count_parameters,
-    thresholds_by_layer,
-    weights_by_layer,
-    write_comparison,
-    write_results,
+from .loop import (
+    Observer,
+    Observers,
+    State,
+    check_masks,
+    new_state,
+    restore,
+    spread_,
+    train,
 )
+from .models import input_channels
+from .processes import first_before_others, from_first
+from .results import count_parameters, weights_by_layer, write_comparison, write_results
 from .tasks import task_of
 from .tracking import require_tracker, track
 
@@ -64,17 +71,18 @@ def start(
     config: RunConfig, out: Path | None, console: Console, *, download: bool = False
 ) -> dict[str, Any]:
     """Train one model into a new directory and return its summary; raises UsageError."""
-    _refuse_used(out)
+    if from_first(lambda: _is_restart(out, {".": config})) and out is not None:
+        return resume(out, console)
     require_tracker(config)
     data = load(config, download)
     state = new_state(config, data, select_device(config.device))
     check_masks(state, config, data)
     # All input is checked by now, so that wrong input leaves no directory behind.
-    directory = _new_directory(config.preset, out)
+    directory = from_first(lambda: _new_directory(config.preset, out))
     with locked(directory):
-        _refuse_used(directory)  # another process may have been here since
+        from_first(lambda: _refuse_used(directory))  # another process may have been here since
         with _resumable(directory, directory, config.epochs):
-            write_json(directory / CONFIG, config.to_dict())
+            from_first(lambda: write_json(directory / CONFIG, config.to_dict()))
         return _run(config, directory, data, state, console, directory)
 
 
@@ -82,18 +90,19 @@ def compare(
     config: RunConfig, out: Path | None, console: Console, *, download: bool = False
 ) -> dict[str, Any]:
     """Train the dense twin and the sparse model into a new directory; return the comparison."""
-    _refuse_used(out)
+    configs = _twins(config)
+    if from_first(lambda: _is_restart(out, configs)) and out is not None:
+        return resume(out, console)
     require_tracker(config)
     data = load(config, download)
-    configs = _twins(config)
     device = select_device(config.device)
     states = {name: new_state(twin, data, device) for name, twin in configs.items()}
     check_masks(states["sparse"], configs["sparse"], data)
-    directory = _new_directory(config.preset, out)
+    directory = from_first(lambda: _new_directory(config.preset, out))
     with locked(directory):
-        _refuse_used(directory)
+        from_first(lambda: _refuse_used(directory))
         with _resumable(directory, directory / TWINS[0], config.epochs):
-            _write_twins(directory, configs)
+            from_first(lambda: _write_twins(directory, configs))
         with locked(*(directory / name for name in TWINS)):
             dense, sparse = (
                 _run(twin, directory / name, data, states[name], console, directory)
@@ -102,26 +111,51 @@ def compare(
             return _show_comparison(directory, dense, sparse, console)
 
 
-def resume(
-    directory: Path, console: Console, *, epochs: int | None = None, device: str | None = None
-) -> dict[str, Any]:
-    """Continue an interrupted run or comparison, or train a finished one for more epochs."""
-    given = {"epochs": epochs, "device": device}
-    given = {name: value for name, value in given.items() if value is not None}
-    if (directory / CONFIG).is_file():
+def resume(directory: Path, console: Console, **given: Any) -> dict[str, Any]:
+    """Continue an interrupted run or comparison, or train a finished one for more epochs.
+
+    `given` replaces fields of the configuration: `epochs`, `device`, `fsdp`.
+    """
+    begun = from_first(lambda: _runs_in(directory))
+    if begun == ["."]:
         with locked(directory):
-            return _Resumed(directory, given).go_on(console, directory)
-    begun = [directory / name for name in TWINS if (directory / name / CONFIG).is_file()]
-    if not begun:
-        raise UsageError(f"--resume {str(directory)!r} {_no_run(directory)}")
+            resumed = from_first(lambda: _Resumed(directory, given))
+            return resumed.go_on(console, directory)
     with locked(directory):
         # A comparison that was killed at its start has only one; that says the other.
-        _write_twins(directory, _twins(read_config(begun[0])))
+        from_first(lambda: _write_twins(directory, _twins(read_config(directory / begun[0]))))
         with locked(*(directory / name for name in TWINS)):
             # Both take the new options before one trains, so that both keep them.
-            twins = [_Resumed(directory / name, given) for name in TWINS]
+            twins = from_first(lambda: [_Resumed(directory / name, given) for name in TWINS])
             dense, sparse = (twin.go_on(console, directory) for twin in twins)
             return _show_comparison(directory, dense, sparse, console)
+
+
+def _runs_in(directory: Path) -> list[str]:
+    """Return ["."], or which twins have begun; raise UsageError if there is no run."""
+    begun = [name for name in (".", *TWINS) if (directory / name / CONFIG).is_file()]
+    if not begun:
+        raise UsageError(f"--resume {str(directory)!r} {_no_run(directory)}")
+    return begun[:1] if "." in begun else begun
+
+
+def _is_restart(out: Path | None, configs: Mapping[str, RunConfig]) -> bool:
+    """Return whether a launcher repeats the command that began the runs in the folder.
+
+    It does so after a crash. Raises UsageError if the folder has anything else.
+    """
+    if processes.launched():
+        if out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+            raise UsageError(
+                "--out is not given, so that a restarted run would begin anew. Accepted: a folder, "
+                "or a launcher without restarts."
+            )
+        if out is not None and holds_run(out):
+            begun = {name: read_config(out / name) for name in _runs_in(out)}
+            if begun == {name: configs.get(name) for name in begun}:
+                return True
+    _refuse_used(out)
+    return False
 
 
 class _Resumed:
@@ -171,10 +205,10 @@ class _Resumed:
                 highlight=False,
                 soft_wrap=True,
             )
-            return read_summary(directory)
+            return from_first(lambda: read_summary(directory))
         require_tracker(config)
         data = load(config)
-        keep_vocabulary(directory, data.vocabulary)
+        from_first(lambda: keep_vocabulary(directory, data.vocabulary))
         device, initial = select_device(config.device), self.checkpoint is None
         state = new_state(config, data, device, initial=initial)
         if self.checkpoint is None:
@@ -195,38 +229,48 @@ def _run(
 ) -> dict[str, Any]:
     """Train, write the results and return the summary; `root` is the folder for --resume."""
 
+    first = processes.rank() == 0
+
     def save(state: State) -> None:
         contents = {
             "config": config.to_dict(),
             "history": state.history,
             "seconds": state.seconds,
-            "model": state.model.state_dict(),
+            "model": state.weights,
             "best": state.best,
-            "optimizer": state.optimizer.state_dict(),
+            "optimizer": spread.whole(state.optimizer.state_dict()),
             "rng": state.rng,
         }
-        save_checkpoint(directory / CHECKPOINT, contents)
-        write_metrics(directory, state.history, config.task)
+
+        def write() -> None:
+            save_checkpoint(directory / CHECKPOINT, contents)
+            write_metrics(directory, state.history, config.task)
+
+        from_first(write)
 
     if config.threads:
         torch.set_num_threads(config.threads)
     with _resumable(root, directory, config.epochs):
-        keep_vocabulary(directory, data.vocabulary)
+        from_first(lambda: keep_vocabulary(directory, data.vocabulary))
         device, parameters = select_device(config.device), count_parameters(state.model)
         display.show_header(console, config, parameters, directory, device_name(device))
-        shapes = {
-            name: tuple(part.weight.shape) for name, part in weights_by_layer(state.model).items()
-        }
-        steps = len(data.train)
-        thresholds = [*thresholds_by_layer(state.model).values()]
-        journal = Journal(directory, console, config, state.history, steps, thresholds)
-        with (
-            track(config, directory, state) as tracker,
-            display.watch(console, config, state.history, steps, shapes) as view,
-        ):
-            train(state, config, data, Observers(view, journal, tracker), save)
-        summary, report = write_results(config, directory, data, state)
-        display.show_result(console, summary, report, directory)
+        spread_(state, config)
+        with contextlib.ExitStack() as stack:
+            observers: list[Observer] = []
+            if first:
+                parts = weights_by_layer(state.model)
+                shapes = {name: tuple(part.weight.shape) for name, part in parts.items()}
+                thresholds = [part.threshold for part in parts.values()]
+                steps, history = len(data.train), state.history
+                tracker = stack.enter_context(track(config, directory, state))
+                view = stack.enter_context(display.watch(console, config, history, steps, shapes))
+                journal = Journal(directory, console, config, history, steps, thresholds)
+                observers = [view, journal, tracker]
+            train(state, config, data, Observers(*observers), save)
+        report = None if config.dense else dst_kernels.sparsity_report(state.model)
+        summary = from_first(lambda: write_results(config, directory, data, state, report))
+        if first:
+            display.show_result(console, summary, report, directory)
         return summary
 
 
@@ -236,6 +280,8 @@ def _resumable(root: Path, directory: Path, epochs: int) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        if processes.rank():
+            raise
         if not (directory / CONFIG).exists():
             raise KeyboardInterrupt(
                 "Interrupted: nothing was written yet. To start again, give the same command."
@@ -250,7 +296,11 @@ def _resumable(root: Path, directory: Path, epochs: int) -> Iterator[None]:
 
 
 def _resume_command(directory: Path) -> str:
-    return f"dst-kernels train --resume {shlex.quote(str(directory))}"
+    local_processes = processes.on_this_machine()[1]
+    command = "dst-kernels"
+    if processes.joined():
+        command = f"torchrun --nproc-per-node {local_processes} -m dst_kernels"
+    return f"{command} train --resume {shlex.quote(str(directory))}"
 
 
 def _twins(config: RunConfig) -> dict[str, RunConfig]:
@@ -271,7 +321,7 @@ def _write_twins(directory: Path, configs: dict[str, RunConfig]) -> None:
 def _show_comparison(
     directory: Path, dense: dict[str, Any], sparse: dict[str, Any], console: Console
 ) -> dict[str, Any]:
-    comparison = write_comparison(directory, dense, sparse)
+    comparison = from_first(lambda: write_comparison(directory, dense, sparse))
     display.show_comparison(console, dense, sparse, directory)
     return comparison
 
@@ -280,7 +330,15 @@ def load(config: RunConfig, download: bool = False) -> Data:
     """Read the configured data set; raises UsageError."""
     # Check the model's name first: that takes no time, but the data may need a download.
     channels = input_channels(config.model)
-    return load_data(config, select_device(config.device), channels, download)
+    least = 2 * config.accumulate * processes.count()
+    if config.batch_size < least:
+        raise UsageError(
+            f"--batch-size {config.batch_size} with --accumulate {config.accumulate} on "
+            f"{processes.count()} processes leaves parts of less than 2 samples. Accepted: a batch "
+            f"size of at least {least}, or fewer parts."
+        )
+    device = select_device(config.device)
+    return first_before_others(lambda: load_data(config, device, channels, download))
 
 
 def _refuse_used(out: Path | None) -> None:

@@ -13,14 +13,18 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from . import processes
 from .errors import UsageError
 
 _WIDTH_OF_A_PIPE = 120  # columns; rich's default of 80 is too narrow for the tables
 
 
 def new_console() -> Console:
-    """Return a console for stdout that is wide enough for tables where that is no terminal."""
-    console = Console(emoji=False)
+    """Return a console for stdout that is wide enough for tables where that is no terminal.
+
+    Of several processes only the first one prints.
+    """
+    console = Console(emoji=False, quiet=processes.rank() > 0)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _WIDTH_OF_A_PIPE
     return console
@@ -28,21 +32,30 @@ def new_console() -> Console:
 
 @contextmanager
 def messages() -> Iterator[None]:
-    """Show warnings, and errors that a user can correct, as messages; end errors with a code."""
+    """Show warnings, and errors that a user can correct, as messages; end errors with a code.
+
+    Of several processes only the first one shows warnings, and errors from before they joined,
+    which all of them meet.
+    """
     console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
     def warn(message: Warning | str, *where: object) -> None:
-        console.print(f"[bold yellow]Warning:[/] {escape(str(message))}")
+        if processes.rank() == 0:
+            console.print(f"[bold yellow]Warning:[/] {escape(str(message))}")
 
     try:
         with warnings.catch_warnings():
             warnings.showwarning = warn  # type: ignore[assignment]
             yield
     except UsageError as error:
-        console.print(f"[bold red]Error:[/] {escape(str(error))}")
+        rank = processes.rank()
+        if rank == 0 or processes.joined():
+            which = f" in process {rank}" if rank else ""
+            console.print(f"[bold red]Error{which}:[/] {escape(str(error))}")
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt as interrupt:
-        console.print(escape(str(interrupt) or "Interrupted."))
+        if processes.rank() == 0:
+            console.print(escape(str(interrupt) or "Interrupted."))
         sys.stdout.flush()
         raise typer.Exit(130) from None
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import UsageError
+from .sharing import WHOLE, Batch, Share
 
 CONTEXT = 128  # characters that a language model sees at once
 HELD_OUT = 0.1  # share of the file, at its end, that is not trained on
@@ -30,7 +31,7 @@ class TextBatches:
     def __len__(self) -> int:
         return -(-self.windows // self.batch_size)
 
-    def epoch(self, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, generator: torch.Generator | None, share: Share = WHOLE) -> Iterator[Batch]:
         """Yield inputs and targets; the generator chooses the windows, without one in order."""
         device = self.ids.device
         if generator is None:
@@ -39,9 +40,10 @@ class TextBatches:
             most = len(self.ids) - self.context
             starts = torch.randint(most, (self.windows,), generator=generator)
         offsets = torch.arange(self.context + 1, device=device)
-        for first in starts.to(device).split(self.batch_size):
+        batches = starts.to(device).split(self.batch_size)
+        for first, weight in (part for batch in batches for part in share.of(batch)):
             windows = self.ids[first[:, None] + offsets].long()
-            yield windows[:, :-1], windows[:, 1:]
+            yield Batch(windows[:, :-1], windows[:, 1:], weight)
 
 
 def read_text(path: str, device: torch.device) -> tuple[Tensor, Tensor, str]:

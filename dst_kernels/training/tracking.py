@@ -76,8 +76,8 @@ class _TensorBoard(Observer):
         try:
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, epoch)
-            for name, threshold in thresholds_by_layer(self.state.model).items():
-                values = threshold.detach().float().flatten()
+            for name, threshold in thresholds_by_layer(self.state).items():
+                values = threshold.float().flatten()
                 values = values[values.abs() < _LARGEST]  # not NaN either
                 if len(values):
                     self.writer.add_histogram(f"thresholds/{name}", values, epoch)

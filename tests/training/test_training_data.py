@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def whole(batches):
-    images, labels = zip(*batches.epoch(None), strict=True)
+    images, labels, _ = zip(*batches.epoch(None), strict=True)
     return torch.cat(images), torch.cat(labels)
 
 
@@ -55,7 +55,7 @@ def test_an_epoch_is_shuffled_by_its_generator_alone():
 
     def order(seed):
         generator = None if seed is None else seeded(seed)
-        return torch.cat([labels for _, labels in batches.epoch(generator)]).tolist()
+        return torch.cat([labels for _, labels, _ in batches.epoch(generator)]).tolist()
 
     torch.manual_seed(1)
     first = order(5)
@@ -64,7 +64,7 @@ def test_an_epoch_is_shuffled_by_its_generator_alone():
     assert order(6) != first
     assert sorted(first) == list(range(20))
     assert order(None) == list(range(20))
-    for images, labels in batches.epoch(seeded(5)):
+    for images, labels, _ in batches.epoch(seeded(5)):
         assert torch.equal(images, batches.images[labels])
 
 
@@ -76,8 +76,8 @@ def test_a_last_batch_of_one_image_is_left_out_of_training_only(kind):
     else:
         batches = FolderBatches(list(zip(images, labels, strict=True)), 4, 0, CPU)
     assert len(batches) == 2
-    assert [len(labels) for _, labels in batches.epoch(seeded(0))] == [4, 4]
-    assert [len(labels) for _, labels in batches.epoch(None)] == [4, 4, 1]
+    assert [len(labels) for _, labels, _ in batches.epoch(seeded(0))] == [4, 4]
+    assert [len(labels) for _, labels, _ in batches.epoch(None)] == [4, 4, 1]
 
 
 def test_augmentation_crops_the_padded_image_and_flips_about_half():
@@ -88,7 +88,7 @@ def test_augmentation_crops_the_padded_image_and_flips_about_half():
     padded = F.pad(images, (2, 2, 2, 2))
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in statistics)
     flipped, corners = 0, set()
-    for batch, indices in batches.epoch(seeded(3)):
+    for batch, indices, _ in batches.epoch(seeded(3)):
         pixels = ((batch * deviation + mean) * 255).round().to(torch.uint8)
         for image, index in zip(pixels, indices, strict=True):
             found = [
@@ -106,7 +106,7 @@ def test_augmentation_crops_the_padded_image_and_flips_about_half():
             corners.add(found[0][1:])
     assert 60 < flipped < 140
     assert len(corners) == 25
-    plain = torch.cat([batch for batch, _ in batches.epoch(None)])
+    plain = torch.cat([batch for batch, *_ in batches.epoch(None)])
     torch.testing.assert_close(plain, (images.float() / 255 - mean) / deviation)
 
 
@@ -149,7 +149,7 @@ def test_cifar_is_normalised_and_augmented_in_training(name, classes, tmp_path, 
     assert labels.tolist() == [0, 1, 2, 3]
     expected = torch.tensor([-0.4914 / 0.2023, (1 - 0.4822) / 0.1994, (1 - 0.4465) / 0.2010])
     torch.testing.assert_close(images, expected.view(3, 1, 1).expand_as(images))
-    (batch, _), *_ = data.train.epoch(seeded(0))
+    (batch, *_), *_ = data.train.epoch(seeded(0))
     assert batch[:, 1].min() < 0  # black padding has come in
     assert data.test.padding == 0
 
@@ -237,7 +237,7 @@ def test_image_folders_are_streamed_reproducibly(image_dir):
     assert (data.shape, data.classes, len(data.train)) == ((3, 16, 16), 2, 3)
 
     def epoch(seed):
-        images, labels = zip(*data.train.epoch(seeded(seed)), strict=True)
+        images, labels, _ = zip(*data.train.epoch(seeded(seed)), strict=True)
         torch.rand(1)  # the global generator moves on, and does not matter
         return torch.cat(images), torch.cat(labels)
 

@@ -8,9 +8,13 @@ import dst_kernels
 from dst_kernels.training.config import RunConfig
 from dst_kernels.training.errors import UsageError
 from dst_kernels.training.models import _dense_model, build_model, input_channels, load_model
-from dst_kernels.training.results import thresholds_by_layer
+from dst_kernels.training.results import weights_by_layer
 
 RESNET_50 = ("resnet-50", "resnet50")
+
+
+def thresholds_by_layer(model):
+    return {name: part.threshold for name, part in weights_by_layer(model).items()}
 
 
 @pytest.mark.parametrize(

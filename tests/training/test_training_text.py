@@ -143,17 +143,17 @@ def test_windows_are_drawn_from_everywhere_and_targets_come_next():
     assert len(batches) == 13
     for generator in (None, torch.Generator().manual_seed(0)):
         epoch = list(batches.epoch(generator))
-        inputs = torch.cat([inputs for inputs, _ in epoch])
+        inputs = torch.cat([inputs for inputs, *_ in epoch])
         assert len(epoch) == len(batches) and inputs.shape == (100, 10)
-        assert torch.equal(torch.cat([targets for _, targets in epoch]), inputs + 1)
+        assert torch.equal(torch.cat([targets for _, targets, _ in epoch]), inputs + 1)
         if generator is None:
             assert torch.equal(inputs.flatten(), torch.arange(1000))
         else:
             assert len(inputs[:, 0].unique()) > 80 and len((inputs[:, 0] % 10).unique()) == 10
-    again = torch.cat([i for i, _ in batches.epoch(torch.Generator().manual_seed(0))])
+    again = torch.cat([i for i, *_ in batches.epoch(torch.Generator().manual_seed(0))])
     assert torch.equal(again, inputs)
     shortest = TextBatches(torch.arange(11), batch_size=8, context=10)
-    ((window, _),) = shortest.epoch(torch.Generator())
+    ((window, *_),) = shortest.epoch(torch.Generator())
     assert window.tolist() == [list(range(10))]
 
 

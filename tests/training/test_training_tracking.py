@@ -86,7 +86,8 @@ def test_thresholds_that_no_bin_holds_are_left_out(tmp_path, values):
     with torch.no_grad():
         model.fc1.threshold[:] = torch.tensor(values).repeat(300)[:300]
     record = {"epoch": 1, "lr": 0.1, "remaining_ratio": 1.0, "layers": {}, "train_loss": 1.0}
-    with track(config, tmp_path, State(model, torch.optim.SGD(model.parameters()), {})) as tracker:
+    state = State(model, torch.optim.SGD(model.parameters()), {}, weights=model.state_dict())
+    with track(config, tmp_path, state) as tracker:
         tracker.epoch(record)
     shown = {name: h[0].histogram_value.num for name, h in _histograms(tmp_path).items()}
     finite = {"thresholds/fc1": 150} if 0.1 in values else {}
