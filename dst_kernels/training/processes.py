@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -68,15 +69,26 @@ def together() -> Iterator[None]:
             f"({str(error).splitlines()[0]}). Accepted: a command that starts with torchrun or "
             "accelerate launch, or no WORLD_SIZE in the environment."
         ) from error
-    yield  # after an error nothing more: others may wait for this process forever
-    gc.collect()  # sharded modules are in cycles, and hold what the next line takes down
-    dist.destroy_process_group()
+    try:
+        yield
+        gc.collect()  # sharded modules are in cycles, and hold what is taken down next
+    finally:
+        dist.destroy_process_group()
+
+
+def leave_word_to_first(exit_code: int) -> NoReturn:
+    """End this process, after the first one has had the time to say why.
+
+    The launcher ends all processes as soon as one of them has ended.
+    """
+    time.sleep(10)
+    raise SystemExit(exit_code)
 
 
 def from_first(function: Callable[[], _T]) -> _T:
     """Return in every process what `function` returns in the first, the only one to call it.
 
-    Where it raises UsageError there, the others end without a word. The result must be picklable.
+    Where it raises UsageError there, the others end, too. The result must be picklable.
     """
     if not joined():
         return function()
@@ -91,7 +103,7 @@ def from_first(function: Callable[[], _T]) -> _T:
     if error is not None:
         raise error
     if told[1] is not None:
-        raise SystemExit(told[1])
+        leave_word_to_first(told[1])
     return told[0]
 
 

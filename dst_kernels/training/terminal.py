@@ -49,9 +49,10 @@ def messages() -> Iterator[None]:
             yield
     except UsageError as error:
         rank = processes.rank()
-        if rank == 0 or processes.joined():
-            which = f" in process {rank}" if rank else ""
-            console.print(f"[bold red]Error{which}:[/] {escape(str(error))}")
+        if rank and not processes.joined():
+            processes.leave_word_to_first(error.exit_code)
+        which = f" in process {rank}" if rank else ""
+        console.print(f"[bold red]Error{which}:[/] {escape(str(error))}")
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt as interrupt:
         if processes.rank() == 0:
