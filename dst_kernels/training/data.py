@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,13 +141,12 @@ class FolderBatches:
         order = RandomSampler(images, generator=generator) if training else range(len(images))
         drop_last = training and len(self) * self.batch_size < len(images)
         batches = BatchSampler(order, self.batch_size, drop_last)
-        # One loader per epoch: workers draw their seeds when they start. They draw from the order's
-        # generator, not the global one, which training uses; but several processes have the same.
-        seeds = torch.default_generator if training and share.others else generator
+        # One loader per epoch: workers draw their seeds from the generator when they start.
         loader = DataLoader(
             images,
             batch_sampler=_Parts(batches, share),
-            generator=seeds or torch.Generator(),
+            generator=generator or torch.Generator(),  # not the global one, which training uses
+            worker_init_fn=functools.partial(_seed_worker, share.first),
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
         )
@@ -160,6 +160,11 @@ class FolderBatches:
                 labels.to(self.device, non_blocking=True),
                 weight,
             )
+
+
+def _seed_worker(first: int, worker: int) -> None:
+    """Let the workers of each process draw other numbers; torch gives those of all the same."""
+    torch.manual_seed((torch.initial_seed() + (first << 32)) % 2**63)
 
 
 class _Parts:

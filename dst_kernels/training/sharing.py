@@ -29,11 +29,6 @@ class Share:
     count: int = 1
     parts: int = 1
 
-    @property
-    def others(self) -> int:
-        """Return how many other processes take parts."""
-        return self.parts // self.count - 1
-
     def of(self, batch: Any) -> Iterator[tuple[Any, float]]:
         """Yield this process's parts of a batch (a sequence or tensor), and their weights.
 
@@ -45,7 +40,7 @@ class Share:
         for part in range(self.first, self.first + self.count):
             index = part if part < used else 0
             start, end = (samples * i // used for i in (index, index + 1))
-            weight = (end - start) * (1 + self.others) / samples
+            weight = (end - start) * (self.parts // self.count) / samples
             yield batch[start:end], weight if part < used else 0.0
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 from workers import (
     assert_same_state,
@@ -81,6 +83,39 @@ def clipped(rank, sharded):
     return {"norms": torch.stack(norms), "state": full_state(model)}
 
 
+def steps(model, optimizer, numbers, data):
+    for step in numbers:
+        images, targets = data(step)
+        (model(images) - targets).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return full_state(model)
+
+
+def loaded(model, path):
+    """A model and its optimizer, with what `saved` has left."""
+    optimizer = deferred_sgd(model)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    checkpoint.load(state, checkpoint_id=path)
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
+    return model, optimizer
+
+
+def saved(rank, path):
+    """The state some steps after a checkpoint: trained on, and loaded into another model."""
+    model = shard(build(), "layers")
+    optimizer = deferred_sgd(model)
+    steps(model, optimizer, range(4), part(rank))
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    checkpoint.save(state, checkpoint_id=path)
+    trained = steps(model, optimizer, range(4, 8), part(rank))
+    again = steps(*loaded(shard(build(), "layers"), path), range(4, 8), part(rank))
+    return {"trained": trained, "again": again}
+
+
 def mixed_precision(rank):
     """Under bfloat16 autocast: DistributedDataParallel wants float32 gradients all the same."""
     model = build(dtype=torch.float32)
@@ -111,17 +146,21 @@ FSDP_RUNS = [
 ]
 
 
-def all_runs(rank):
+def all_runs(rank, folder):
     results = {str(run): ddp(rank, *run[:2], **run[2]) for run in DDP_RUNS}
     results |= {str(run): fsdp(rank, *run) for run in FSDP_RUNS}
     results["clipped"] = clipped(rank, sharded=True)
+    results["saved"] = saved(rank, folder / "checkpoint")
     results["mixed_precision"] = mixed_precision(rank)
     return results
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return run_workers(all_runs, tmp_path_factory.mktemp("modes"))
+    folder = tmp_path_factory.mktemp("modes")
+    results = run_workers(all_runs, folder, folder)
+    results[0]["checkpoint"] = folder / "checkpoint"
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +196,15 @@ def test_the_norm_is_that_of_all_shards(runs):
         # The norm itself is a float32 number.
         torch.testing.assert_close(result["clipped"]["norms"], expected["norms"])
     assert_same_state(runs[0]["clipped"]["state"], expected["state"], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_checkpoints_go_on_with_any_number_of_processes(runs):
+    trained, again = (runs[0]["saved"][name] for name in ("trained", "again"))
+    assert_same_state(again, trained, rtol=0, atol=0)
+    one = loaded(build(), runs[0]["checkpoint"])
+    assert_same_state(steps(*one, range(4, 8), batch), trained, **CLOSE)
 
 
 @pytest.mark.slow

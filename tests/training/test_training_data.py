@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from dst_kernels.training.config import RunConfig
 from dst_kernels.training.data import _CIFAR_STATISTICS, FolderBatches, TensorBatches, load_data
 from dst_kernels.training.errors import UsageError
+from dst_kernels.training.sharing import Share
+from dst_kernels.training.text import TextBatches
 
 CPU = torch.device("cpu")
 
@@ -227,6 +229,37 @@ def test_folders_that_are_not_cifar_are_refused(cifar_dir, classes, removed, sai
         shutil.rmtree(folder / removed)
     with pytest.raises(UsageError, match=rf"--data-dir '{folder}':? {said}"):
         load_data(RunConfig(dataset="cifar10", data_dir=str(folder)), CPU)
+
+
+def some_batches(kind, image_dir):
+    if kind == "text":
+        return TextBatches(torch.arange(231, dtype=torch.int32), batch_size=6, context=10)
+    if kind == "tensors":
+        return TensorBatches(torch.rand(23, 1, 6, 6), torch.arange(23), 6, padding=2)
+    config = RunConfig(dataset="image-folder", data_dir=str(image_dir), image_size=16, batch_size=6)
+    return load_data(config, CPU).test
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("processes", "parts"), [(2, 1), (3, 1), (1, 2), (2, 2), (7, 1)])
+@pytest.mark.parametrize("kind", ["text", "tensors", "folder"])
+def test_the_parts_of_all_processes_are_the_batches(kind, processes, parts, training, image_dir):
+    """Each sample once, in the same order, and weights that add up to the mean of a batch."""
+    batches = some_batches(kind, image_dir)
+    every = processes * parts
+    shares = [Share(rank * parts, parts, every) for rank in range(processes)]
+    epochs = [[*batches.epoch(seeded(0) if training else None, share)] for share in shares]
+    plain = [*batches.epoch(seeded(0) if training else None)]
+    for number, batch in enumerate(plain):
+        mine = [part for epoch in epochs for part in epoch[number * parts : (number + 1) * parts]]
+        counted = [part for part in mine if part.weight]
+        assert len(mine) == every and min(len(part.targets) for part in mine) >= 2
+        for name in ("inputs", "targets"):
+            parts_of_it = torch.cat([getattr(part, name) for part in counted])
+            assert torch.equal(parts_of_it, getattr(batch, name))
+        shared = sum(part.weight * part.targets.float().mean() for part in counted) / processes
+        torch.testing.assert_close(shared, batch.targets.float().mean())
+    assert all(len(epoch) == len(plain) * parts for epoch in epochs)
 
 
 def test_image_folders_are_streamed_reproducibly(image_dir):
