@@ -233,6 +233,15 @@ class _TrainOptions:
     compile: Annotated[
         bool, _opt("compile", _RUN, "Run the model through torch.compile; the first step is slow.")
     ] = False
+    graph: Annotated[
+        bool,
+        _opt(
+            "graph",
+            _RUN,
+            "On a GPU, replay whole steps as one CUDA graph: faster where kernels are small. For "
+            "one process, and batches in one part.",
+        ),
+    ] = False
     fsdp: Annotated[
         bool,
         _opt(

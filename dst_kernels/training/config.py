@@ -64,6 +64,7 @@ class RunConfig:
     amp: str = "none"
     layer_by_layer: bool = False
     compile: bool = False
+    graph: bool = False
     fsdp: bool = False
     workers: int = 0
     threads: int = 1
@@ -163,6 +164,7 @@ _IN_OLDER_FILES = {
     "accumulate": 1,
     "clip_grad_norm": None,
     "fsdp": False,
+    "graph": False,
 }
 
 
@@ -184,6 +186,7 @@ RULES = {
     "skip_last": FLAG,
     "layer_by_layer": FLAG,
     "compile": FLAG,
+    "graph": FLAG,
     "fsdp": FLAG,
     "validation": or_none(number("a number above 0 and below 1", lambda value: 0 < value < 1)),
     "image_size": integer(8, 4096),

@@ -51,6 +51,7 @@ def show_header(
         f"seed {config.seed}",
         *([] if config.dense else [config.execution]),
         *(["compiled"] if config.compile else []),
+        *(["CUDA graph"] if config.graph else []),
         *([f"{count} processes, {'FSDP2' if config.fsdp else 'DDP'}"] if count > 1 else []),
         device + (" bf16" if config.amp == "bf16" else ""),
     ]

@@ -26,6 +26,7 @@ from .config import RunConfig
 from .data import Batches, Data
 from .errors import DivergedError, UsageError
 from .files import Record, best_record
+from .graphed import GraphedStep
 from .models import build_model, example_input
 from .rules import Form, Rule, check
 from .sharing import Share
@@ -113,6 +114,8 @@ def _optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
             threshold_weight_decay=config.threshold_weight_decay,
         )
     options: dict[str, Any] = {"lr": config.lr}
+    if config.graph and config.execution != "deferred" and config.optimizer != "sgd":
+        options["capturable"] = True  # steps are then counted on the device
     if config.optimizer == "sgd":
         options["momentum"] = config.momentum
     if config.execution == "deferred":
@@ -294,8 +297,10 @@ def _train_epoch(state: State, config: RunConfig, data: Data, observer: Observer
     total = torch.zeros((), device=next(state.model.parameters()).device)
     samples = 0
     state.optimizer.zero_grad(set_to_none=True)
-    for part, (images, labels, weight) in enumerate(data.train.epoch(order, _share(config)), 1):
-        last_of_step = part % config.accumulate == 0
+
+    def run(
+        images: Tensor, labels: Tensor, weight: float = 1.0, last_of_step: bool = True
+    ) -> Tensor:
         with spread.synchronised(trained, last_of_step):
             with _precision(config, images.device):
                 loss = _cross_entropy(called(images), labels)
@@ -304,15 +309,24 @@ def _train_epoch(state: State, config: RunConfig, data: Data, observer: Observer
                 penalty = dst_kernels.sparse_regularization(state.model)
                 objective = objective + config.alpha * penalty
             objective.backward()
-        if weight:
-            # Summed on the device: no wait in the loop.
-            total = total + loss.detach() * labels.numel()
-            samples += labels.numel()
         if last_of_step:
             if config.clip_grad_norm is not None:
                 _clip(state.optimizer, config.clip_grad_norm)
             state.optimizer.step()
             state.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    graphed = GraphedStep(run) if config.graph else None  # of this epoch: learning rates change
+    for part, (images, labels, weight) in enumerate(data.train.epoch(order, _share(config)), 1):
+        last_of_step = part % config.accumulate == 0
+        if graphed is None:
+            loss = run(images, labels, weight, last_of_step)
+        else:
+            loss = graphed(images, labels)
+        if weight:
+            total = total + loss * labels.numel()  # summed on the device: no wait in the loop
+            samples += labels.numel()
+        if last_of_step:
             observer.step(total, samples)
     if order is not torch.default_generator:
         torch.set_rng_state(order.get_state())

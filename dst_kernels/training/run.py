@@ -338,6 +338,11 @@ def load(config: RunConfig, download: bool = False) -> Data:
             f"size of at least {least}, or fewer parts."
         )
     device = select_device(config.device)
+    if config.graph and (device.type != "cuda" or least > 2):
+        raise UsageError(
+            f"--graph with {processes.count()} processes on {device.type}, --accumulate "
+            f"{config.accumulate}. Accepted: one process on a GPU, and --accumulate 1."
+        )
     return first_before_others(lambda: load_data(config, device, channels, download))
 
 

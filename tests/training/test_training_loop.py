@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import dst_kernels
+from dst_kernels.training import graphed
 from dst_kernels.training.config import RunConfig
 from dst_kernels.training.data import Data, TensorBatches
 from dst_kernels.training.errors import DivergedError
@@ -203,3 +204,22 @@ def test_a_compiled_model_trains_as_an_eager_one(data):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
         assert ours["remaining_ratio"] == pytest.approx(theirs["remaining_ratio"], abs=2e-3)
     assert eager.history[-1]["remaining_ratio"] < 0.99
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_graph_is_captured_once_an_epoch_and_gets_every_batch(data, monkeypatch, dense):
+    """A capture needs a GPU; here a replay does the recorded step again."""
+    captured = []
+
+    def capture(step):
+        captured.append(step)
+        return step
+
+    monkeypatch.setattr(graphed, "capture", capture)
+    data = replace(data, train=TensorBatches(data.train.images, data.train.labels, 4))  # and a 2
+    config = RunConfig(epochs=2, lr=0.1, alpha=0.02, dense=dense, milestones=(1,))
+    plain, replayed = run(config, data), run(replace(config, graph=True), data)
+    assert len(captured) == 2
+    assert replayed.history == plain.history
+    for name, value in plain.weights.items():
+        assert torch.equal(replayed.weights[name], value)
