@@ -1,12 +1,16 @@
 // How both libraries see the tensors of a call, and what every op checks about them.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <ostream>
 #include <utility>
 #include <vector>
@@ -15,6 +19,7 @@
 
 namespace dst {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using Integers = std::vector<int64_t>;
@@ -56,6 +61,27 @@ enum class Granularity : int32_t { kRow, kLayer, kElement };
 // Arithmetic is in float64 where the weight is, else in float32; thresholds are stored in it.
 inline Storage arithmetic(const Array& weight) {
   return weight.storage == Storage::kFloat64 ? Storage::kFloat64 : Storage::kFloat32;
+}
+
+// New tensors with the layouts of others, and their dtypes unless one is given.
+inline Tensors new_like(const Tensors& tensors, std::optional<ScalarType> dtype = {}) {
+  Tensors made;
+  made.reserve(tensors.size());
+  for (const Tensor& tensor : tensors) {
+    int32_t code = 0, device = 0;
+    if (dtype) {
+      code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+    } else {
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+    }
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device));
+    AtenTensorHandle handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(tensor.dim(), tensor.sizes().data(),
+                                                    tensor.strides().data(), code, device,
+                                                    tensor.get_device_index(), &handle));
+    made.emplace_back(handle);
+  }
+  return made;
 }
 
 // Reads the tensors of one call. All of them must be where the first weight is.
@@ -162,6 +188,7 @@ class Reader {
 
   // The first dimension, too, goes from one flat run to the next.
   void check_dense_rows(const Tensor& tensor, Name name) const {
+    if (tensor.is_contiguous()) return;
     if (tensor.dim() != 0 && tensor.size(0) > 1 && tensor.numel() != 0) {
       const int64_t columns = tensor.numel() / tensor.size(0);
       STD_TORCH_CHECK(tensor.stride(0) == columns, op_, ": ", name, " has stride ",

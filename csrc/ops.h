@@ -1,15 +1,22 @@
 // The ops, the same in both libraries. cpu/library.cpp registers them and says what they do.
 #pragma once
 
+#include <tuple>
+
 #include "arguments.h"
 
 namespace dst {
 
-void pack(const Tensors& weights, const Tensors& thresholds, const Integers& settings,
-          const Tensors& masked, const Tensors& effective, const Tensor& kept);
+// The caller's tensors, or new ones.
+using Outputs = std::tuple<Tensors, Tensors>;
 
-void post(const Tensors& grads, const Tensors& weights, const Tensors& thresholds,
-          const Integers& settings, const Tensors& grad_weights, const Tensors& grad_thresholds);
+Outputs pack(const Tensors& weights, const Tensors& thresholds, const Integers& settings,
+             const std::optional<Tensors>& masked, const std::optional<Tensors>& effective,
+             const std::optional<Tensor>& kept, std::optional<ScalarType> dtype);
+
+Outputs post(const Tensors& grads, const Tensors& weights, const Tensors& thresholds,
+             const Integers& settings, const std::optional<Tensors>& grad_weights,
+             const std::optional<Tensors>& grad_thresholds);
 
 void regularization(const Tensors& thresholds, const Tensor& value, const Tensors& slopes);
 

@@ -2,11 +2,12 @@
 // schemas.
 //
 // All lists of a call have one entry per segment, in any mix of sizes and dtypes; a tensor without
-// elements is absent. Outputs are allocated by the caller. The rows of a weight, size(0) of them,
-// lie densely one after the other, and all tensors of its shape have its strides. Thresholds, one
-// for each row, for the layer or for each element, are float64 beside float64, else float32. What
-// the ops compute is stated in dst_kernels/reference. Sums are made in an order that depends on a
-// segment's shape alone, so that results repeat bit for bit.
+// elements is absent. Outputs are allocated by the caller; pack and post make those that are None,
+// and return all of them. The rows of a weight, size(0) of them, lie densely one after the other,
+// and all tensors of its shape have its strides. Thresholds, one for each row, for the layer or for
+// each element, are float64 beside float64, else float32. What the ops compute is stated in
+// dst_kernels/reference. Sums are made in an order that depends on a segment's shape alone, so that
+// results repeat bit for bit.
 #include <torch/csrc/stable/library.h>
 
 #include "../ops.h"
@@ -14,14 +15,16 @@
 STABLE_TORCH_LIBRARY(dst_kernels_compiled, library) {
   // settings: the largest kept count at which the guard takes all thresholds of the layer for 0
   // (-1: never), and whether that is written into `thresholds`. `kept`: int64, under the effective
-  // ones.
+  // ones. `dtype`: of masked weights that the op makes (None: each weight's).
   library.def(
-      "pack(Tensor[] weights, Tensor(a!)[] thresholds, int[] settings, Tensor(b!)[] masked, "
-      "Tensor(c!)[] effective, Tensor(d!) kept) -> ()");
+      "pack(Tensor[] weights, Tensor(a!)[] thresholds, int[] settings, Tensor(b!)[]? masked=None, "
+      "Tensor(c!)[]? effective=None, Tensor(d!)? kept=None, ScalarType? dtype=None) "
+      "-> (Tensor(b!)[] masked, Tensor(c!)[] effective)");
   // settings: surrogate, structure gradient. Thresholds are effective ones.
   library.def(
       "post(Tensor[] grads, Tensor[] weights, Tensor[] thresholds, int[] settings, "
-      "Tensor(a!)[] grad_weights, Tensor(b!)[] grad_thresholds) -> ()");
+      "Tensor(a!)[]? grad_weights=None, Tensor(b!)[]? grad_thresholds=None) "
+      "-> (Tensor(a!)[] grad_weights, Tensor(b!)[] grad_thresholds)");
   library.def("regularization(Tensor[] thresholds, Tensor(a!) value, Tensor(b!)[] slopes) -> ()");
   // This and the following: see dst_kernels/reference/step.py. `kept` is written for segments with
   // `masked`.

@@ -63,12 +63,16 @@ void pack_all(const std::vector<PackSegment>& segments, std::vector<Rows> shapes
 
 }  // namespace
 
-void pack(const Tensors& weights, const Tensors& thresholds, const Integers& settings,
-          const Tensors& masked, const Tensors& effective, const Tensor& kept) {
+Outputs pack(const Tensors& weights, const Tensors& thresholds, const Integers& settings,
+             const std::optional<Tensors>& masked, const std::optional<Tensors>& effective,
+             const std::optional<Tensor>& kept, std::optional<ScalarType> dtype) {
   const Reader reader("pack", weights, true);
-  std::vector<PackSegment> segments =
-      pack_segments(reader, weights, thresholds, settings, masked, effective);
-  int64_t* counts = reader.counts(kept, "kept");
+  Outputs outputs(masked ? *masked : new_like(weights, dtype),
+                  effective ? *effective : new_like(thresholds));
+  std::vector<PackSegment> segments = pack_segments(reader, weights, thresholds, settings,
+                                                    std::get<0>(outputs), std::get<1>(outputs));
+  Integers counted(kept ? 0 : segments.size());
+  int64_t* counts = kept ? reader.counts(*kept, "kept") : counted.data();
   std::fill_n(counts, segments.size(), 0);
 
   std::vector<Rows> shapes;
@@ -94,6 +98,7 @@ void pack(const Tensors& weights, const Tensors& thresholds, const Integers& set
     }
   }
   if (again) pack_all(segments, shapes, true, counts);
+  return outputs;
 }
 
 }  // namespace dst

@@ -100,11 +100,14 @@ void add_units(const PostSegment& s, const double* partials) {
 
 }  // namespace
 
-void post(const Tensors& grads, const Tensors& weights, const Tensors& thresholds,
-          const Integers& settings, const Tensors& grad_weights, const Tensors& grad_thresholds) {
+Outputs post(const Tensors& grads, const Tensors& weights, const Tensors& thresholds,
+             const Integers& settings, const std::optional<Tensors>& grad_weights,
+             const std::optional<Tensors>& grad_thresholds) {
   const Reader reader("post", weights, true);
-  std::vector<PostSegment> segments =
-      post_segments(reader, grads, weights, thresholds, settings, grad_weights, grad_thresholds);
+  Outputs outputs(grad_weights ? *grad_weights : new_like(weights),
+                  grad_thresholds ? *grad_thresholds : new_like(thresholds));
+  std::vector<PostSegment> segments = post_segments(reader, grads, weights, thresholds, settings,
+                                                    std::get<0>(outputs), std::get<1>(outputs));
   std::vector<Rows> shapes;
   shapes.reserve(segments.size());
   for (PostSegment& s : segments) {
@@ -123,6 +126,7 @@ void post(const Tensors& grads, const Tensors& weights, const Tensors& threshold
     s.weight.storage == Storage::kFloat64 ? add_units<double>(s, first)
                                           : add_units<float>(s, first);
   }
+  return outputs;
 }
 
 }  // namespace dst

@@ -153,13 +153,18 @@ namespace dst {
 
 using namespace cuda;
 
-void pack(const Tensors& weights, const Tensors& thresholds, const Integers& settings,
-          const Tensors& masked, const Tensors& effective, const Tensor& kept) {
+Outputs pack(const Tensors& weights, const Tensors& thresholds, const Integers& settings,
+             const std::optional<Tensors>& masked, const std::optional<Tensors>& effective,
+             const std::optional<Tensor>& kept, std::optional<ScalarType> dtype) {
   const Reader reader("pack", weights, false);
-  const auto segments = pack_segments(reader, weights, thresholds, settings, masked, effective);
-  int64_t* const counts_kept = reader.counts(kept, "kept");
-  if (segments.empty()) return;
+  Outputs outputs(masked ? *masked : new_like(weights, dtype),
+                  effective ? *effective : new_like(thresholds));
+  const auto segments = pack_segments(reader, weights, thresholds, settings, std::get<0>(outputs),
+                                      std::get<1>(outputs));
+  if (segments.empty()) return outputs;
   const Launcher launch(reader.op(), weights[0]);
+  const Tensor sums = kept ? *kept : launch.workspace(segments.size(), ScalarType::Long);
+  int64_t* const counts_kept = reader.counts(sums, "kept");
 
   std::vector<PackEntry> entries;
   int64_t room = 0;
@@ -188,6 +193,7 @@ void pack(const Tensors& weights, const Tensors& thresholds, const Integers& set
     batch.flush();
   });
   launch_guard(launch, guards, nullptr);
+  return outputs;
 }
 
 }  // namespace dst

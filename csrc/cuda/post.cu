@@ -193,12 +193,15 @@ namespace dst {
 
 using namespace cuda;
 
-void post(const Tensors& grads, const Tensors& weights, const Tensors& thresholds,
-          const Integers& settings, const Tensors& grad_weights, const Tensors& grad_thresholds) {
+Outputs post(const Tensors& grads, const Tensors& weights, const Tensors& thresholds,
+             const Integers& settings, const std::optional<Tensors>& grad_weights,
+             const std::optional<Tensors>& grad_thresholds) {
   const Reader reader("post", weights, false);
-  const auto segments =
-      post_segments(reader, grads, weights, thresholds, settings, grad_weights, grad_thresholds);
-  if (segments.empty()) return;
+  Outputs outputs(grad_weights ? *grad_weights : new_like(weights),
+                  grad_thresholds ? *grad_thresholds : new_like(thresholds));
+  const auto segments = post_segments(reader, grads, weights, thresholds, settings,
+                                      std::get<0>(outputs), std::get<1>(outputs));
+  if (segments.empty()) return outputs;
   const Launcher launch(reader.op(), weights[0]);
 
   std::vector<PostEntry> entries;
@@ -237,6 +240,7 @@ void post(const Tensors& grads, const Tensors& weights, const Tensors& threshold
              (rows + kWarps - 1) / kWarps);
   }
   sums.flush();
+  return outputs;
 }
 
 }  // namespace dst

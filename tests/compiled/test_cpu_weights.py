@@ -152,6 +152,25 @@ def test_the_guard_leaves_empty_weights_alone():
 
 
 @of_two_dtypes
+def test_outputs_that_are_not_given_are_made(dtypes):
+    grad_dtype, dtype = dtypes
+    weights, thresholds = operands(dtype)
+    grads = [torch.empty_like(weight, dtype=grad_dtype).normal_() for weight in weights]
+    rules, guards = [(0, 1)] * len(weights), [NO_GUARD] * len(weights)
+    flat = [int(number) for pair in guards for number in pair]
+    expected = pack(weights, thresholds, guards, [grad_dtype] * len(weights))[:2]
+    expected += pack(weights, thresholds, guards, [dtype] * len(weights))[:2]
+    expected += post(grads, weights, thresholds, rules)
+    made = ops().pack(weights, thresholds, flat, dtype=grad_dtype)
+    made += ops().pack(weights, thresholds, flat)
+    made += ops().post(grads, weights, thresholds, [0, 1] * len(weights))
+    for ours, theirs in zip(itertools.chain(*made), itertools.chain(*expected), strict=True):
+        same(ours, theirs)
+    given = ops().pack(weights, thresholds, flat, made[0])
+    assert given[0][0] is made[0][0] and given[1][0] is not made[1][0]
+
+
+@of_two_dtypes
 def test_post_is_as_accurate_as_the_reference(dtypes):
     grad_dtype, dtype = dtypes
     weights, thresholds = operands(dtype)

@@ -15,6 +15,7 @@ from cuda_cases import (
     pack,
     post,
     same,
+    settings_of,
     threshold_like,
     weights_of,
 )
@@ -225,6 +226,22 @@ def check_regularization(library, thresholds, shift):
 def test_a_call_without_segments(library):
     kept = torch.empty(0, dtype=torch.int64, device=library.device)
     library.ops.pack([], [], [], [], [], kept)
+
+
+@pytest.mark.parametrize("dtype", [None, *DTYPES], ids=str)
+def test_outputs_that_are_not_given_are_made(library, dtype):
+    weights, thresholds = mixed_operands(torch.bfloat16)
+    grads = [gradient_along(weight, torch.float32) for weight in weights]
+    count, memory = len(weights), Memory(library)
+    settings, rules = [(i, 0) for i in range(count)], [(0, 1)] * count
+    operands = memory.place_all(weights), memory.place_all(thresholds)
+    made = library.ops.pack(*operands, settings_of(settings), dtype=dtype)
+    made += library.ops.post(memory.place_all(grads), *operands, settings_of(rules))
+    dtypes = [dtype or torch.bfloat16] * count
+    expected = pack(library, Memory(library), weights, thresholds, settings, dtypes)[:2]
+    expected += post(library, Memory(library), grads, weights, thresholds, rules)
+    for ours, theirs in zip(itertools.chain(*made), itertools.chain(*expected), strict=True):
+        same(ours, theirs.cpu())
 
 
 def test_what_the_kernels_do_not_take(library):

@@ -1,8 +1,8 @@
 """Mask weights and make their gradients, one or many at a time, by the libraries' pack and post.
 
-The libraries take weights whose rows are dense in memory, thresholds in the dtype of the
-arithmetic (float32 or float64) and allocated outputs. Other tensors are copied first, and results
-are copied back to the layout and dtype of the caller's tensors.
+The libraries take weights whose rows are dense in memory and thresholds in the dtype of the
+arithmetic (float32 or float64). Other tensors are copied first, and results are copied back to the
+layout and dtype of the caller's tensors.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ _pack = torch.ops.dst_kernels_compiled.pack.default
 _post = torch.ops.dst_kernels_compiled.post.default
 _CODES = {name: code for code, name in enumerate(SURROGATES)}
 _NO_GUARD = -1
+_OWN: dict = {}  # masked weights in the weights' own dtype: to name one takes the library longer
 _FLOAT32 = {torch.float32}
 
 
@@ -37,10 +38,9 @@ def masked_weight(
     if not _are_usual(weight, threshold):
         many = masked_weights([weight], [threshold], [reset_ratio], [False], dtype)
         return many[0][0], many[1][0]
-    masked, effective = torch.empty_like(weight, dtype=dtype), torch.empty_like(threshold)
     settings = _collapsed(weight.numel(), reset_ratio), 0
-    kept = weight.new_empty(1, dtype=torch.int64)
-    _pack((weight,), (threshold,), settings, (masked,), (effective,), kept)
+    other = _OWN if dtype is torch.float32 else {"dtype": dtype}
+    (masked,), (effective,) = _pack((weight,), (threshold,), settings, **other)
     return masked, effective
 
 
@@ -54,13 +54,13 @@ def masked_weights(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Do as `reference.masked_weights`."""
     taken_weights, taken_thresholds = _operands(weights, thresholds)
-    masked = _results(taken_weights, weights, out, dtype)
-    effective = [torch.empty_like(threshold) for threshold in taken_thresholds]
-    sizes = tuple([weight.numel() for weight in weights])
+    targets = None if out is None else _targets(out, weights, taken_weights, dtype)
+    sizes = tuple(map(Tensor.numel, weights))
     settings = _pack_settings(sizes, tuple(reset_ratios), tuple(commit))
-    kept = weights[0].new_empty(len(masked), dtype=torch.int64)
-    _pack(taken_weights, taken_thresholds, settings, masked, effective, kept)
-    if taken_weights is weights:
+    usual = taken_weights is weights  # and all are float32
+    other = _OWN if usual and dtype is torch.float32 else {"dtype": dtype}
+    masked, effective = _pack(taken_weights, taken_thresholds, settings, targets, **other)
+    if usual:
         return masked, effective
     for i, weight in enumerate(weights):
         if taken_weights[i] is not weight:
@@ -110,9 +110,8 @@ def masked_weight_backward(
         each = [grad], [weight], [threshold], [surrogate], [structure_gradient]
         many = masked_weights_backward(*each)
         return many[0][0], many[1][0]
-    of_weight, of_threshold = torch.empty_like(weight), torch.empty_like(threshold)
     settings = _CODES[surrogate], int(structure_gradient)
-    _post((grad,), (weight,), (threshold,), settings, (of_weight,), (of_threshold,))
+    (of_weight,), (of_threshold,) = _post((grad,), (weight,), (threshold,), settings)
     return of_weight, of_threshold
 
 
@@ -125,40 +124,39 @@ def masked_weights_backward(
     out: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Do as `reference.masked_weights_backward`."""
-    taken_weights, taken_thresholds = _operands(weights, thresholds)
+    given, taken = (weights, thresholds), _operands(weights, thresholds)
+    taken_weights, taken_thresholds = taken
     taken_grads = grads
     if not (taken_weights is weights and all(map(Tensor.is_contiguous, grads))):
         taken_grads = [_laid_out_as(*pair) for pair in zip(taken_weights, grads, strict=True)]
-    for_weights, for_thresholds = (None, None) if out is None else out
-    of_weights = _results(taken_weights, weights, for_weights)
-    of_thresholds = _results(taken_thresholds, thresholds, for_thresholds)
     settings = _post_settings(tuple(surrogates), tuple(structure_gradients))
-    _post(taken_grads, taken_weights, taken_thresholds, settings, of_weights, of_thresholds)
+    of_weights, of_thresholds = _post(
+        taken_grads, taken_weights, taken_thresholds, settings,
+        *([] if out is None else map(_targets, out, given, taken)),
+    )  # fmt: skip
     if taken_weights is weights:
         return of_weights, of_thresholds
     for i, weight in enumerate(weights):
         if taken_weights[i] is not weight:
-            target = None if for_weights is None else for_weights[i]
+            target = None if out is None else out[0][i]
             of_weights[i] = _handed_back(of_weights[i], weight, target)
     for i, threshold in enumerate(thresholds):
         if taken_thresholds[i] is not threshold:
-            target = None if for_thresholds is None else for_thresholds[i]
+            target = None if out is None else out[1][i]
             of_thresholds[i] = _handed_back(of_thresholds[i], threshold, target)
     return of_weights, of_thresholds
 
 
-def _results(
-    taken: Sequence[Tensor],
+def _targets(
+    out: Sequence[Tensor],
     given: Sequence[Tensor],
-    out: Sequence[Tensor] | None,
+    taken: Sequence[Tensor],
     dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """Return outputs for the libraries: new ones, or `out` where no copy was needed."""
-    if out is None:
-        return [torch.empty_like(each, dtype=dtype) for each in taken]
+    """Return outputs for the libraries: those of `out` where no copy was needed, else new ones."""
     return [
         target if mine is theirs else torch.empty_like(mine, dtype=dtype)
-        for mine, theirs, target in zip(taken, given, out, strict=True)
+        for target, theirs, mine in zip(out, given, taken, strict=True)
     ]
 
 
