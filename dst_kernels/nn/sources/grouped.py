@@ -189,17 +189,19 @@ class Group:
 
     def _current_buckets(self) -> list[_Bucket]:
         """Return the buckets; make new ones if anything has changed that they depend on."""
-        signature: list[Any] = [_autocast("cpu"), _autocast("cuda")]
+        signature: list[Any] = []
+        if torch._C._is_any_autocast_enabled():
+            signature += _autocast("cpu"), _autocast("cuda")
         for layer in self._layers:
             own = layer._parameters
             weight, threshold = own.get("weight"), own.get("threshold")
             if weight is None or threshold is None:  # a parametrization computes it
                 signature.append(None)
                 continue
-            signature += (
+            signature.append((
                 id(weight), id(threshold), weight.dtype, weight.device, weight.requires_grad,
-                threshold.requires_grad, layer.masking, layer._deferral,
-            )  # fmt: skip
+                layer.masking, layer._deferral,
+            ))  # fmt: skip
         if open_scopes:
             signature += map(copies_of, self._layers)
         known, buckets = self._plan
