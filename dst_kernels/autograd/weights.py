@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..backends import implementation
 from ..ops import call, is_batched, masked_weight_backward, without_autograd_and_autocast
+from ..ops.autocast import device_type_of
 from ._function import once_differentiable, refuse_tangents
 from .options import MaskOptions
 
@@ -35,9 +36,8 @@ def pack_weights(
     `matrices` says how many of them each weight stacks (None: one); then `out` holds contiguous
     tensors to write W * M into.
     """
-    device = weights[0].device
     function = _function("masked_weights", options[0].backend, weights)
-    with without_autograd_and_autocast(device.type):
+    with without_autograd_and_autocast(device_type_of(weights[0])):
         masked, effective = function(
             _split(weights, matrices),
             _split(thresholds, matrices),
@@ -119,7 +119,7 @@ def _gradients(
         of_weights, of_thresholds = (_join(each, matrices) for each in zip(*found, strict=True))
         return of_weights, of_thresholds
     function = _function("masked_weights_backward", backend, weights)
-    with without_autograd_and_autocast(weights[0].device.type):
+    with without_autograd_and_autocast(device_type_of(weights[0])):
         if matrices is None:
             return function(*arguments)
         made = (
@@ -194,7 +194,7 @@ def with_dense_gradients(
 
 
 def _function(op: str, backend: str, weights: Sequence[Tensor]) -> Callable:
-    double = weights[0].dtype == torch.float64
+    double = weights[0].dtype is torch.float64
     return implementation(backend, weights[0].device, op, double=double)
 
 

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_BATCHED = torch._C._dispatch_key_parse("Batched")
-
 
 def one_by_one(function: Callable, info: Any, in_dims: Sequence, args: Sequence) -> tuple[Any, Any]:
     """Return (outputs, their batch dimensions), as a rule of `torch.library.register_vmap` must.
@@ -41,4 +39,4 @@ def is_batched(tensor: Tensor) -> bool:
 
     That is an older vmap than torch.func's: torch's dispatcher calls the op for each member.
     """
-    return torch._C._dispatch_keys(tensor).has(_BATCHED)
+    return torch._C._functorch.is_legacy_batchedtensor(tensor)

@@ -91,7 +91,7 @@ class without_autograd_and_autocast:
 
     def __enter__(self) -> None:
         self.grad = torch.is_grad_enabled()
-        self.autocast = autocast_enabled(self.device_type)
+        self.autocast = torch._C._is_any_autocast_enabled() and autocast_enabled(self.device_type)
         if self.grad:
             torch._C._set_grad_enabled(False)
         if self.autocast:
