@@ -167,7 +167,7 @@ class _WithDenseGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, masked, *parameters):
         ctx.set_materialize_grads(False)
-        ctx.weights = parameters[: len(masked)]
+        ctx.weights, ctx.others = parameters[: len(masked)], len(parameters) - len(masked)
         return tuple([each.detach() for each in masked])
 
     @staticmethod
@@ -180,7 +180,7 @@ class _WithDenseGradients(torch.autograd.Function):
                 weight.grad = None
                 weight.grad_dtype = weight.dtype
                 weight.grad = so_far.to(weight.dtype)
-        return None, *grads, *[None] * len(grads)
+        return None, *grads, *[None] * ctx.others
 
 
 def with_dense_gradients(
@@ -188,7 +188,7 @@ def with_dense_gradients(
 ) -> Sequence[Tensor]:
     """Return `masked`, attached to the weights by the identity: their gradient is G itself.
 
-    Thresholds are inputs without a gradient, so that DDP, which waits for every parameter, goes on.
+    Thresholds are inputs without a gradient: DDP, which waits for every parameter, needs them.
     """
     return _WithDenseGradients.apply(masked, *weights, *thresholds)
 

@@ -219,6 +219,7 @@ class DeferredOptimizer(Optimizer):
         """Drop what was collected for the last step."""
         self._groups = self._signature = None
         self._batches: list[Batch] = []
+        self._rows: tuple[list[list[float]], Tensor] | None = None  # what `_hypers` made last
 
     def _hypers(self) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
         """Return hypers, rates and alphas: two rows per group, for weights and for thresholds."""
@@ -239,7 +240,9 @@ class DeferredOptimizer(Optimizer):
             rates += rate, rate
             alphas += None, alpha
         self._deferral.regularizes = self._regularizes()
-        return torch.tensor(rows, dtype=torch.float64, device="cpu"), rates, alphas
+        if self._rows is None or self._rows[0] != rows:
+            self._rows = rows, torch.tensor(rows, dtype=torch.float64, device="cpu")
+        return self._rows[1], rates, alphas
 
     def _all_segments(self) -> list[Segment]:
         group_of = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}

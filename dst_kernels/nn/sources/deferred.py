@@ -192,7 +192,8 @@ class Deferral:
             wanted = dtype if reduced else weight.dtype
             if weight.grad_dtype != wanted and weight.grad is None:
                 weight.grad_dtype = wanted
-        return with_dense_gradients(cast("list[Tensor]", masked), weights, thresholds)
+        waited_for = thresholds if parallel else ()
+        return with_dense_gradients(cast("list[Tensor]", masked), weights, waited_for)
 
 
 _NOTHING = None, None, ()
