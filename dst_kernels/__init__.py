@@ -26,6 +26,7 @@ from .model import (
     unfreeze_masks_,
 )
 from .nn import group_, mask_parameter_, ungroup_, weights_unchanged
+from .optim import TargetRatio
 
 __version__ = _version("dst_kernels")
 
@@ -33,6 +34,7 @@ __all__ = [
     "ConversionPlan",
     "SparsifyConfig",
     "SparsityReport",
+    "TargetRatio",
     "__version__",
     "check_masks",
     "densify_",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,14 @@ from ..arguments import require_number
 from ..model import remaining_ratio, sparse_regularization
 from ..model.check import thresholds_without_optimizer
 from ..nn.find import named_masked_weights
+from ..optim import TargetRatio
 from ..optim.deferred import DeferredOptimizer
 
+Alpha: TypeAlias = "float | TargetRatio | None"
 
-def check_training(
-    model: nn.Module, optimizers: Iterable[Any], alpha: float | None, owner: str
-) -> None:
-    """Raise ValueError if training would go wrong silently.
+
+def check_training(model: nn.Module, optimizers: Sequence[Any], alpha: Alpha, owner: str) -> None:
+    """Raise ValueError if training would go wrong silently; let a TargetRatio count the steps.
 
     It would without masked layers, without a regulariser or with two, with thresholds that no
     optimizer trains, and with weight decay on a group that has both weights and thresholds.
@@ -53,17 +54,17 @@ def check_training(
             f"alpha: nothing adds the regulariser: give alpha to the {owner} or to a DST optimizer "
             "(0 for none)"
         )
+    if isinstance(alpha, TargetRatio):
+        alpha.follow(optimizers[0])
 
 
-def check_alpha(alpha: float | None) -> None:
-    """Raise TypeError or ValueError unless `alpha` is a finite number of at least 0, or None."""
-    if alpha is not None:
+def check_alpha(alpha: Alpha) -> None:
+    """Raise an error unless it is a TargetRatio, a finite number of at least 0, or None."""
+    if alpha is not None and not isinstance(alpha, TargetRatio):
         require_number("alpha", alpha)
 
 
-def add_regularization_(
-    model: nn.Module, optimizer: Any, alpha: float | None, scaler: Any = None
-) -> None:
+def add_regularization_(model: nn.Module, optimizer: Any, alpha: Alpha, scaler: Any = None) -> None:
     """Add the gradient of alpha * R to the thresholds of `optimizer`, once for its next step.
 
     Call it after the last backward of a step: then it does not matter how losses are accumulated,
@@ -82,7 +83,8 @@ def add_regularization_(
     if not thresholds:
         return
     with torch.enable_grad():
-        loss = alpha * sparse_regularization(model)
+        factor = alpha.alpha if isinstance(alpha, TargetRatio) else alpha
+        loss = factor * sparse_regularization(model)
         loss = loss if scaler is None else scaler.scale(loss)
         grads = torch.autograd.grad(loss, thresholds, allow_unused=True)
     for threshold, grad in zip(thresholds, grads, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .common import add_regularization_, check_alpha, check_training, deferred, figures
+from .common import Alpha, add_regularization_, check_alpha, check_training, deferred, figures
 
 if TYPE_CHECKING or "pytorch_lightning" not in sys.modules or "lightning.pytorch" in sys.modules:
     from lightning.pytorch import Callback
@@ -23,14 +23,15 @@ class DSTCallback(Callback):
     `log_every_n_steps` steps `remaining_ratio` and `sparse_regularization` are logged.
 
     Args:
-        alpha: factor of the regulariser; None: a DST optimizer has it. It may change in training.
+        alpha: factor of the regulariser, or a `dst_kernels.TargetRatio`; None: a DST optimizer has
+            it. It may change in training.
 
     Raises TypeError or ValueError for an alpha that is no number of at least 0. When training
     starts, raises ValueError if there are no masked layers, no alpha or two, an optimizer that does
     not train some threshold, or weight decay on a group of both weights and thresholds.
     """
 
-    def __init__(self, alpha: float | None = None) -> None:
+    def __init__(self, alpha: Alpha = None) -> None:
         check_alpha(alpha)
         self.alpha = alpha
 

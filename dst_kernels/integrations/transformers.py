@@ -17,7 +17,7 @@ from ..nn.find import named_masked_weights
 from ..nn.in_place import reading_class
 from ..nn.weight import is_of_mask
 from .accelerate import install_clipping_
-from .common import add_regularization_, check_alpha, check_training, figures
+from .common import Alpha, add_regularization_, check_alpha, check_training, figures
 
 
 class DSTTrainerMixin:
@@ -30,8 +30,8 @@ class DSTTrainerMixin:
     `remaining_ratio` and `sparse_regularization`.
 
     Args:
-        alpha: factor of the regulariser; None: a DST optimizer has it. All other arguments are the
-            Trainer's.
+        alpha: factor of the regulariser, or a `dst_kernels.TargetRatio`; None: a DST optimizer has
+            it. All other arguments are the Trainer's.
 
     Raises TypeError or ValueError for an alpha that is no number of at least 0. When the optimizer
     is made, raises ValueError if there are no masked layers, no alpha or two, an optimizer that
@@ -43,7 +43,7 @@ class DSTTrainerMixin:
     optimizer: Any
     accelerator: Any
 
-    def __init__(self, *args: Any, alpha: float | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, alpha: Alpha = None, **kwargs: Any) -> None:
         check_alpha(alpha)
         self.alpha = alpha
         super().__init__(*args, **kwargs)

@@ -1,6 +1,7 @@
-"""Offer optimizers that compute the gradients of masked weights and thresholds in their step."""
+"""Offer optimizers that make the gradients of masked weights in their step, and a steered alpha."""
 
 from .adamw import DSTAdamW
 from .sgd import DSTSGD
+from .target import TargetRatio
 
-__all__ = ["DSTSGD", "DSTAdamW"]
+__all__ = ["DSTSGD", "DSTAdamW", "TargetRatio"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..arguments import require, require_number
 from .deferred import DeferredOptimizer
+from .target import TargetRatio
 
 
 class DSTAdamW(DeferredOptimizer):
@@ -34,7 +35,7 @@ class DSTAdamW(DeferredOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        alpha: float | Tensor | None = None,
+        alpha: float | Tensor | TargetRatio | None = None,
         maximize: bool = False,
         bucket_mb: float = 25,
         backend: str = "auto",

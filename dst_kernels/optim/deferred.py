@@ -21,6 +21,7 @@ from ..nn.weight import MaskedWeight
 from ..ops.dtensor import norm_over_shards
 from ._batch import Batch, Segment, collect, local, on_device
 from ._pairs import Pair, deferrable_pairs
+from .target import TargetRatio
 
 
 class DeferredOptimizer(Optimizer):
@@ -62,7 +63,9 @@ class DeferredOptimizer(Optimizer):
         resolve(backend)
         self._model, self._backend = model, backend
         self._clip: Tensor | None = None
+        self._controllers: set[TargetRatio] = set()
         super().__init__(parameter_groups(model) if params is None else params, defaults)
+        self.defaults = self._steered(defaults)
         if not is_grouped(model):
             group_(model, bucket_mb)
         self._defer()
@@ -201,6 +204,7 @@ class DeferredOptimizer(Optimizer):
         """Add a param group, and take over the layers whose weights are in it."""
         if isinstance(param_group, dict):  # otherwise torch raises its own error
             self._check({**self.defaults, **param_group})
+            param_group = self._steered({"alpha": self.defaults["alpha"], **param_group})
         super().add_param_group(param_group)
         if not hasattr(self, "_deferral"):  # still in the constructor
             return
@@ -209,6 +213,16 @@ class DeferredOptimizer(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+
+    def _steered(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Return options with the tensor of a TargetRatio that is their alpha, and follow it."""
+        controller = options["alpha"]
+        if not isinstance(controller, TargetRatio):
+            return options
+        if controller not in self._controllers:
+            self._controllers.add(controller)
+            controller.follow(self)
+        return {**options, "alpha": controller.alpha}
 
     def _implementation(self, op: str, batch: Batch) -> Callable:
         return implementation(self._backend, batch.device, op, double=batch.double)
@@ -307,10 +321,14 @@ class DeferredOptimizer(Optimizer):
         require(known, "state_dict", "a dict, as an optimizer's state_dict() makes it", state_dict)
         for group in state_dict["param_groups"]:
             self._check({**self.defaults, **group})
-        mine = [dict(group) for group in self.param_groups]
+        old = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for group, before in zip(self.param_groups, mine, strict=True):
+        for group, before in zip(self.param_groups, old, strict=True):
             group.update({**before, **group})  # torch.optim lacks some of our options
+            for name in ("lr", "alpha"):  # whoever changes a tensor goes on with the same one
+                mine, given = before[name], group[name]
+                if isinstance(mine, Tensor) and mine is not given:
+                    group[name] = mine.copy_(given) if isinstance(given, Tensor) else given
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -320,13 +338,15 @@ class DeferredOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_model" in state:  # otherwise load_state_dict calls this
-            self._clip = None
+            self._clip, self._controllers = None, set()
             self._defer()
 
     def _check(self, group: dict[str, Any]) -> None:
         """Raise TypeError or ValueError for what an option of a group cannot be."""
         for name in ("lr", "alpha"):
             value = group[name]
+            if isinstance(value, TargetRatio) and name == "alpha":
+                continue
             if isinstance(value, Tensor):
                 require(value.numel() == 1, name, "a number or a tensor with one element", value)
             elif value is not None or name == "lr":

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..arguments import require_flag, require_number
 from .deferred import DeferredOptimizer
+from .target import TargetRatio
 
 
 class DSTSGD(DeferredOptimizer):
@@ -45,7 +46,8 @@ class DSTSGD(DeferredOptimizer):
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in `torch.optim.SGD`, in
             every group. `lr` may be a tensor on the device.
         alpha: factor of the sparse regulariser, whose gradient is added to that of every threshold
-            in the group; None: no regulariser. A tensor on the device is read there, in every step.
+            in the group; None: no regulariser. A tensor on the device is read there, in every step;
+            a `dst_kernels.TargetRatio` steers it and counts the steps.
             The loss must then not contain `sparse_regularization` as well.
         bucket_mb: see `dst_kernels.group_`.
         backend: "auto", "reference", "cpu" or "cuda"; see `dst_kernels.nn.MaskedLinear`.
@@ -73,7 +75,7 @@ class DSTSGD(DeferredOptimizer):
         weight_decay: float = 0.0,
         nesterov: bool = False,
         *,
-        alpha: float | Tensor | None = None,
+        alpha: float | Tensor | TargetRatio | None = None,
         maximize: bool = False,
         bucket_mb: float = 25,
         backend: str = "auto",

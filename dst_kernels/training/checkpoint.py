@@ -41,6 +41,7 @@ _CONTENTS: dict[str, Form] = {
     "seconds": SECONDS,
     "model": _MAPPING,
     "best": _MAPPING,
+    "controller": _MAPPING,
     "optimizer": {"state": _MAPPING, "param_groups": Rule("a list", lambda v: isinstance(v, list))},
     "rng": _MAPPING,
 }
@@ -115,7 +116,8 @@ def load_checkpoint(path: Path, argument: str = "--resume") -> dict[str, Any]:
         raise UsageError(
             f"{argument}: {path} is not a checkpoint of dst-kernels train. {_ACCEPTED}"
         )
-    contents.setdefault("best", {})  # files from before there was --validation
+    for later in ("best", "controller"):  # in files since there is --validation, and --target
+        contents.setdefault(later, {})
     check(f"{argument}: {path}:", contents, _CONTENTS)
     if contents["format"] == _FORMAT and not has_checksum:
         raise UsageError(f"{damaged} (its checksum is missing). {_ACCEPTED}")

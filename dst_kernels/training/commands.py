@@ -122,6 +122,36 @@ class _TrainOptions:
         str | None,
         _opt("alpha", _SPARSITY, "Factor of the regulariser sum(exp(-t)): larger is sparser."),
     ] = None
+    target: Annotated[
+        str | None,
+        _opt(
+            "target",
+            _SPARSITY,
+            "The share of the masked weights to keep, in place of --alpha, which is then steered. "
+            "Masks are fixed when it is reached, and the weights train on.",
+        ),
+    ] = None
+    ramp_epochs: Annotated[
+        str | None,
+        _opt(
+            "ramp_epochs",
+            _SPARSITY,
+            "Epochs, after those of the warm-up, in which --target is reached.",
+            "three quarters",
+        ),
+    ] = None
+    warmup_epochs: Annotated[
+        str | None,
+        _opt("warmup_epochs", _SPARSITY, "Train this many epochs before thresholds begin to move."),
+    ] = None
+    freeze_epoch: Annotated[
+        str | None,
+        _opt(
+            "freeze_epoch",
+            _SPARSITY,
+            "Fix the masks at the end of this epoch; the weights that are kept train on.",
+        ),
+    ] = None
     granularity: Annotated[
         str | None, _opt("granularity", _SPARSITY, "One threshold per row, layer or element.")
     ] = None
@@ -314,6 +344,10 @@ def _start(given: dict[str, Any]) -> None:
         raise UsageError(
             "--compare and --dense contradict each other: --compare trains the dense twin too. "
             "Accepted: one of them."
+        )
+    if "alpha" in given and "target" in given:
+        raise UsageError(
+            "--alpha and --target contradict each other: --target steers alpha. Accepted: one."
         )
     if "init" in given:
         usable_path("--init", given["init"])

@@ -24,6 +24,7 @@ DATASET_PRESETS = {
     "text": "text",
 }
 _LANGUAGE_MODEL = "gpt-mini"
+_RAMP = 0.75  # share of the epochs, after those of the warm-up, in which --target is reached
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class RunConfig:
     init: str | None = None
     dense: bool = False
     alpha: float = 4e-3
+    target: float | None = None
+    ramp_epochs: int | None = None
+    warmup_epochs: int = 0
+    freeze_epoch: int | None = None
     epochs: int = 100
     batch_size: int = 64
     accumulate: int = 1
@@ -89,12 +94,49 @@ class RunConfig:
                 f"--model {self.model!r} does not fit --dataset {self.dataset}. "
                 f"Accepted for that: {models}. Accepted with {_LANGUAGE_MODEL}: --dataset text."
             )
+        if self.target is not None and self.ramp_epochs is None:
+            # Written down, so that a run that goes on for more epochs keeps its ramp.
+            ramp = max(1, round(_RAMP * (self.epochs - self.warmup_epochs)))
+            object.__setattr__(self, "ramp_epochs", ramp)
+        self._check_schedule()
         drops, highest = len(self.milestones), max(self.lr, self.threshold_lr or 0)
         if math.log10(highest) + drops * math.log10(self.gamma) > math.log10(MOST):
             raise UsageError(
                 f"--gamma is {self.gamma!r}, which {drops} milestones raise to a learning rate "
                 f"above {MOST:g}. Accepted: a smaller factor or fewer milestones."
             )
+
+    def _check_schedule(self) -> None:
+        if self.target is None and self.ramp_epochs is not None:
+            raise UsageError(
+                f"--ramp-epochs {self.ramp_epochs} without --target. Accepted: both or none."
+            )
+        if self.target is not None and self.freeze_epoch is not None:
+            raise UsageError(
+                f"--freeze-epoch {self.freeze_epoch} with --target, which fixes masks at the end "
+                "of its ramp (--ramp-epochs). Accepted: one of them."
+            )
+        if self.warmup_epochs + (self.ramp_epochs or 0) > self.epochs:
+            raise UsageError(
+                f"--warmup-epochs {self.warmup_epochs} and --ramp-epochs {self.ramp_epochs} are "
+                f"more than --epochs {self.epochs}. Accepted: as many or fewer together."
+            )
+
+    @property
+    def fixed_from(self) -> float:
+        """Return after how many epochs masks are fixed; infinite: never."""
+        if self.dense:
+            return math.inf
+        if self.target is not None:
+            return self.warmup_epochs + (self.ramp_epochs or 0)
+        return math.inf if self.freeze_epoch is None else self.freeze_epoch
+
+    @property
+    def kind(self) -> str:
+        """Return what decides how sparse the model gets, in words."""
+        if self.dense:
+            return "dense"
+        return f"alpha {self.alpha:g}" if self.target is None else f"target {self.target:g}"
 
     @property
     def task(self) -> Task:
@@ -165,6 +207,10 @@ _IN_OLDER_FILES = {
     "clip_grad_norm": None,
     "fsdp": False,
     "graph": False,
+    "target": None,
+    "ramp_epochs": None,
+    "warmup_epochs": 0,
+    "freeze_epoch": None,
 }
 
 
@@ -191,6 +237,10 @@ RULES = {
     "validation": or_none(number("a number above 0 and below 1", lambda value: 0 < value < 1)),
     "image_size": integer(8, 4096),
     "alpha": _AT_LEAST_0,
+    "target": or_none(number("a number above 0 and below 1", lambda value: 0 < value < 1)),
+    "ramp_epochs": or_none(integer(1, 1_000_000)),
+    "warmup_epochs": integer(0, 1_000_000),
+    "freeze_epoch": or_none(integer(1, 1_000_000)),
     "epochs": integer(1, 1_000_000),
     "batch_size": integer(2, 1_048_576),
     "accumulate": integer(1, 1_048_576),

@@ -41,7 +41,7 @@ def show_header(
 ) -> None:
     """Print one line on what is trained, and one on where the results go."""
     count = processes.count()
-    kind = "dense twin" if config.dense else f"alpha {config.alpha:g}"
+    kind = "dense twin" if config.dense else config.kind
     facts = [
         f"[bold]{config.model}[/] on [bold]{config.dataset}[/]",
         f"{weights:,} parameters",

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from .config import RunConfig
 from .errors import UsageError
-from .rules import FLAG, TEXT, Form, Rule, check, integer, number
+from .rules import FLAG, TEXT, Form, Rule, check, integer, number, or_none
 from .tasks import CLASSIFICATION, LANGUAGE, Task, task_of
 
 CONFIG = "config.json"
@@ -76,6 +76,7 @@ _SUMMARY = {
     "dataset": TEXT,
     "dense": FLAG,
     "alpha": SECONDS,
+    "target": or_none(_SHARE),
     "layers": _SHARES,
     "best": Rule("a mapping or none", lambda value: value is None or isinstance(value, dict)),
     "execution": TEXT,
@@ -219,7 +220,8 @@ def read_config(directory: Path) -> RunConfig:
 def read_summary(directory: Path) -> dict[str, Any]:
     """Return the contents of summary.json; raise UsageError if it is damaged."""
     # What files mean that were written before there was an option.
-    older = {"execution": "layer by layer", "best": None, "processes": 1, "fsdp": False}
+    older: dict[str, Any] = {"execution": "layer by layer", "best": None, "target": None}
+    older |= {"processes": 1, "fsdp": False}
     summary = {**older, **_read_json(directory / SUMMARY)}
     try:
         task = task_of(summary.get("dataset"))

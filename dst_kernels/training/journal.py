@@ -60,8 +60,8 @@ class Journal(Observer):
         if not math.isfinite(value):
             raise DivergedError(
                 f"training diverged: the mean loss of epoch {epoch} is {value:g} after "
-                f"{self.step_of_epoch} of {self.steps} steps. --lr is {self.config.lr:g}, --alpha "
-                f"{self.config.alpha:g}: try smaller ones."
+                f"{self.step_of_epoch} of {self.steps} steps. --lr is {self.config.lr:g}, "
+                f"--{self.config.kind}: try smaller ones."
             )
         per_step = (now - self.started) / self.steps_done
         left = (self.config.epochs - epoch + 1) * self.steps - self.step_of_epoch
@@ -102,16 +102,19 @@ class Journal(Observer):
                     "--alpha"
                 )
         config = self.config
+        if config.dense or epoch <= config.warmup_epochs:
+            return found
         pairs = zip(map(_own_part, self.thresholds), self.at_start, strict=True)
         if self.at_start and all(torch.equal(now, then) for now, then in pairs):
             lr = config.lr if config.threshold_lr is None else config.threshold_lr
             found.append(
-                f"no threshold has moved in epoch {epoch}: --threshold-lr is {lr:g}, --alpha "
-                f"{config.alpha:g}: try larger ones"
+                f"no threshold has moved in epoch {epoch}: --threshold-lr is {lr:g}, "
+                f"--{config.kind}: try larger ones"
             )
         self.thresholds = self.at_start = []  # looked at once
         untouched = all(each["remaining_ratio"] > _UNTOUCHED for each in self.history)
-        if not config.dense and epoch == _WITHOUT_EFFECT and untouched:
+        is_due = epoch == config.warmup_epochs + _WITHOUT_EFFECT and config.target is None
+        if is_due and untouched:
             found.append(
                 f"--alpha {config.alpha:g} leaves {100 * record['remaining_ratio']:.2f} % of the "
                 f"weights after {epoch} epochs: try a larger --alpha or --threshold-lr"

@@ -19,7 +19,8 @@ import dst_kernels
 
 from ..nn.find import named_masked_weights
 from ..nn.switches import is_grouped
-from ..optim import DSTSGD, DSTAdamW
+from ..nn.weight import is_of_mask
+from ..optim import DSTSGD, DSTAdamW, TargetRatio
 from ..optim.deferred import DeferredOptimizer
 from . import processes, spread
 from .config import RunConfig
@@ -28,7 +29,7 @@ from .errors import DivergedError, UsageError
 from .files import Record, best_record
 from .graphed import GraphedStep
 from .models import build_model, example_input
-from .rules import Form, Rule, check
+from .rules import Form, Rule, check, integer
 from .sharing import Share
 from .weights import load_weights
 
@@ -67,7 +68,8 @@ class State:
     `rng`: the states of torch's global generators, the only source of random numbers. `seconds`:
     time spent training so far. `weights` and `best`: the whole state dicts, on the CPU, of the last
     epoch that was finished and of the best one; {} before, and without --validation. `copied`: what
-    averages gradients over the processes that have a copy of the model.
+    averages gradients over the processes that have a copy of the model. `controller`: what steers
+    alpha, if there is a --target.
     """
 
     model: nn.Module
@@ -78,6 +80,7 @@ class State:
     weights: dict[str, Tensor] = field(default_factory=dict)
     best: dict[str, Tensor] = field(default_factory=dict)
     copied: nn.Module | None = None
+    controller: TargetRatio | None = None
 
 
 def new_state(
@@ -96,13 +99,20 @@ def new_state(
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)  # cuDNN's fastest
     _check_amp(model, config, data, device)
-    return State(model, _optimizer(model, config), _rng_states(device))
+    controller = None
+    if config.target is not None and not config.dense:
+        steps = (config.ramp_epochs or 0) * len(data.train)
+        controller = TargetRatio(model, config.target, steps)
+    optimizer = _optimizer(model, config, controller)
+    return State(model, optimizer, _rng_states(device), controller=controller)
 
 
 _TORCH = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
-def _optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+def _optimizer(
+    model: nn.Module, config: RunConfig, controller: TargetRatio | None
+) -> torch.optim.Optimizer:
     if config.dense:
         groups = [{"params": list(model.parameters()), "weight_decay": config.weight_decay}]
     else:
@@ -119,10 +129,10 @@ def _optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         options["momentum"] = config.momentum
     if config.execution == "deferred":
+        options["alpha"] = config.alpha if controller is None else controller.alpha
         if config.optimizer == "sgd":
-            return DSTSGD(model, groups, alpha=config.alpha, **options)
-        # Without decay, which the groups then say, AdamW is Adam.
-        return DSTAdamW(model, groups, alpha=config.alpha, **options)
+            return DSTSGD(model, groups, **options)
+        return DSTAdamW(model, groups, **options)  # Adam, without decay, which the groups then say
     if config.execution == "grouped":
         dst_kernels.group_(model)
     return _TORCH[config.optimizer](groups, **options)
@@ -141,7 +151,7 @@ def spread_(state: State, config: RunConfig) -> None:
     if is_grouped(state.model):
         dst_kernels.ungroup_(state.model)
     spread.shard_(state.model)
-    state.optimizer = _optimizer(state.model, config)
+    state.optimizer = _optimizer(state.model, config, state.controller)
     spread.adopt_state(state.optimizer, whole)
 
 
@@ -168,6 +178,8 @@ def restore(state: State, config: RunConfig, checkpoint: Mapping[str, Any]) -> N
     The optimizer's groups follow from the configuration, so only its state is taken.
     """
     model, optimizer = checkpoint["model"], checkpoint["optimizer"]["state"]
+    if any(is_of_mask(name, "fixed_mask") for name in model):
+        dst_kernels.freeze_masks_(state.model)  # which the state dict then replaces
     weights: Form = {name: _like(t) for name, t in state.model.state_dict().items()}
     check("model", model, weights)
     check("best", checkpoint["best"], {} if config.validation is None else weights)
@@ -186,7 +198,17 @@ def restore(state: State, config: RunConfig, checkpoint: Mapping[str, Any]) -> N
     if not config.dense:
         names = {name: _ANY for name, _ in named_masked_weights(state.model)}
         check("history[0].layers", checkpoint["history"][0]["layers"], names)
+    controller: Form = {}
+    if state.controller is not None:
+        expected = state.controller.state_dict()
+        controller = {
+            name: _like(value) for name, value in expected.items() if name != "steps_done"
+        }
+        controller = {"steps_done": integer(0), **controller}
+    check("controller", checkpoint["controller"], controller)
     state.model.load_state_dict(model)
+    if state.controller is not None:
+        state.controller.load_state_dict(checkpoint["controller"])
     state.optimizer.load_state_dict(
         {"state": optimizer, "param_groups": state.optimizer.state_dict()["param_groups"]}
     )
@@ -253,6 +275,12 @@ def train(
         epoch = len(state.history)
         lr = _set_learning_rates(state.optimizer, config, epoch)
         train_loss = _train_epoch(state, config, data, observer)
+        if epoch + 1 == config.fixed_from:
+            if state.controller is None:  # else that has done it
+                dst_kernels.freeze_masks_(state.model)
+            if state.copied is not None:  # DDP waits for the gradients of thresholds
+                state.copied = None
+                state.copied = spread.copied(state.model)
         validation = {}
         if data.validation is not None:
             loss, quality = evaluate(state.model, config, data.validation)
@@ -262,7 +290,7 @@ def train(
             raise DivergedError(
                 f"training diverged: the losses of epoch {epoch + 1} are {train_loss:g} in "
                 f"training and {test_loss:g} in the test. "
-                f"--lr is {config.lr:g}, --alpha {config.alpha:g}: try smaller ones."
+                f"--lr is {config.lr:g}, --{config.kind}: try smaller ones."
             )
         report = None if config.dense else dst_kernels.sparsity_report(state.model)
         record = {
@@ -293,7 +321,12 @@ def _train_epoch(state: State, config: RunConfig, data: Data, observer: Observer
     called: Callable = torch.compile(trained) if config.compile else trained
     state.model.train()
     regularized = config.execution in ("grouped", "layer by layer")  # else in the step, or never
-    order = _order(config, len(state.history))
+    epoch = len(state.history)
+    warm = epoch < config.warmup_epochs
+    alpha: float | Tensor = 0.0 if warm else config.alpha
+    if state.controller is not None:
+        alpha = state.controller.alpha
+    order = _order(config, epoch)
     total = torch.zeros((), device=next(state.model.parameters()).device)
     samples = 0
     state.optimizer.zero_grad(set_to_none=True)
@@ -307,7 +340,7 @@ def _train_epoch(state: State, config: RunConfig, data: Data, observer: Observer
             objective = loss if weight == 1 else weight * loss
             if regularized and last_of_step:
                 penalty = dst_kernels.sparse_regularization(state.model)
-                objective = objective + config.alpha * penalty
+                objective = objective + alpha * penalty
             objective.backward()
         if last_of_step:
             if config.clip_grad_norm is not None:
@@ -327,6 +360,8 @@ def _train_epoch(state: State, config: RunConfig, data: Data, observer: Observer
             total = total + loss * labels.numel()  # summed on the device: no wait in the loop
             samples += labels.numel()
         if last_of_step:
+            if state.controller is not None and not warm:
+                state.controller.step()
             observer.step(total, samples)
     if order is not torch.default_generator:
         torch.set_rng_state(order.get_state())
@@ -398,10 +433,18 @@ def _precision(config: RunConfig, device: torch.device) -> torch.autocast:
 
 
 def _set_learning_rates(optimizer: torch.optim.Optimizer, config: RunConfig, epoch: int) -> float:
-    """Set each group's learning rate for the epoch; return that of the weights."""
+    """Set each group's learning rate for the epoch; return that of the weights.
+
+    In the warm-up thresholds stay at 0, without a regulariser.
+    """
     decay = config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
+    warm = epoch < config.warmup_epochs
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * decay
+        if warm and group.get("name") == "thresholds":
+            group["lr"] = 0.0
+        if "alpha" in group and config.target is None:
+            group["alpha"] = 0.0 if warm else config.alpha
     return config.lr * decay
 
 

@@ -108,8 +108,8 @@ def _table(runs: Sequence[Run], task: Task) -> Table:
 
     def add(name: str, config: RunConfig, *cells: str, style: str | None = None) -> None:
         subject = [] if shared else [f"{config.model} on {config.dataset}"]
-        alpha = "dense" if config.dense else f"{config.alpha:g}"
-        table.add_row(name, *subject, alpha, *cells, style=style)
+        kind = config.kind.removeprefix("alpha ")
+        table.add_row(name, *subject, kind, *cells, style=style)
 
     for run in runs:
         last, done, epochs = run.history[-1], len(run.history), run.config.epochs

@@ -69,8 +69,7 @@ def write_results(
         name: threshold.float().numpy().ravel()
         for name, threshold in thresholds_by_layer(state).items()
     }
-    kind = "dense" if config.dense else f"alpha {config.alpha:g}"
-    title = f"{config.model} on {config.dataset}, {kind}, seed {config.seed}"
+    title = f"{config.model} on {config.dataset}, {config.kind}, seed {config.seed}"
     plots.plot_quality_and_ratio(directory / task.plot, state.history, title, task)
     if report is not None:
         plots.plot_layer_ratios(directory / PLOT_OF_LAYERS, state.history, title)
@@ -90,6 +89,7 @@ def write_results(
         "dataset": config.dataset,
         "dense": config.dense,
         "alpha": config.alpha,
+        "target": config.target,
         "layers": last["layers"],
         "best": best,
         "execution": config.execution,
@@ -125,7 +125,9 @@ def write_comparison(
     curves = [
         plots.Curve(name, read_metrics(directory / name, task), name == "dense") for name in TWINS
     ]
-    title = f"{sparse['model']} on {sparse['dataset']}, alpha {sparse['alpha']:g}"
+    target = sparse["target"]
+    kind = f"alpha {sparse['alpha']:g}" if target is None else f"target {target:g}"
+    title = f"{sparse['model']} on {sparse['dataset']}, {kind}"
     title = f"{title}, seed {sparse['seed']}"
     plots.plot_runs(directory / PLOT_OF_COMPARISON, curves, title, task)
     return comparison

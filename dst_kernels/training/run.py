@@ -238,6 +238,7 @@ def _run(
             "seconds": state.seconds,
             "model": state.weights,
             "best": state.best,
+            "controller": spread.whole(state.controller.state_dict() if state.controller else {}),
             "optimizer": spread.whole(state.optimizer.state_dict()),
             "rng": state.rng,
         }
