@@ -116,6 +116,20 @@ def saved(rank, path):
     return {"trained": trained, "again": again}
 
 
+def steered(rank):
+    """Alpha and thresholds of a process that sees its own half of the data."""
+    model = build()
+    controller = dst_kernels.TargetRatio(model, 0.5, 30, freeze=False)
+    optimizer = dst_kernels.optim.DSTSGD(model, lr=0.05, alpha=controller)
+    called = DistributedDataParallel(model)
+    for step in range(12):
+        images, targets = part(rank)(step)
+        (called(images) - targets).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"alpha": controller.alpha, **model.state_dict()}
+
+
 def mixed_precision(rank):
     """Under bfloat16 autocast: DistributedDataParallel wants float32 gradients all the same."""
     model = build(dtype=torch.float32)
@@ -151,6 +165,7 @@ def all_runs(rank, folder):
     results |= {str(run): fsdp(rank, *run) for run in FSDP_RUNS}
     results["clipped"] = clipped(rank, sharded=True)
     results["saved"] = saved(rank, folder / "checkpoint")
+    results["steered"] = steered(rank)
     results["mixed_precision"] = mixed_precision(rank)
     return results
 
@@ -205,6 +220,13 @@ def test_checkpoints_go_on_with_any_number_of_processes(runs):
     assert_same_state(again, trained, rtol=0, atol=0)
     one = loaded(build(), runs[0]["checkpoint"])
     assert_same_state(steps(*one, range(4, 8), batch), trained, **CLOSE)
+
+
+@pytest.mark.slow
+def test_every_rank_steers_alike(runs):
+    first, second = (result["steered"] for result in runs)
+    assert first["alpha"] > 1e-6
+    assert_same_state(first, second, rtol=0, atol=0)
 
 
 @pytest.mark.slow

@@ -59,6 +59,9 @@ def in_two(rank: int, folder: Path):
     command("--epochs", 1, "--fsdp", *SPLIT, "--out", "begun by two")
     resumed("two ", "begun by one")
     command(*LONG, "--out", "long")
+    for sharded in (), ("--fsdp",):
+        out = " ".join(["target", *sharded])
+        command("--epochs", 2, "--target", 0.3, "--ramp-epochs", 1, *sharded, "--out", out)
     return {"refused": refused(rank), "drawn": drawn(), "statistics": statistics(rank)}
 
 
@@ -125,6 +128,12 @@ def assert_same_run(one, two, task):
     for expected, actual in zip(read_metrics(one, task), read_metrics(two, task), strict=True):
         assert actual.pop("layers") == pytest.approx(expected.pop("layers"), abs=1e-4)
         assert actual == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["target", "target --fsdp"])
+def test_a_target_is_reached_and_training_goes_on(folder, name):
+    ratios = [row["remaining_ratio"] for row in read_metrics(folder / name, CLASSIFICATION)]
+    assert ratios == [round(0.3 * 266_200) / 266_200] * 2
 
 
 def test_processes_share_the_order_and_little_else(folder):
