@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -216,6 +217,10 @@ def show_evaluation(
     console.print(table, highlight=False)
 
 
+def _threshold(value: float) -> str:
+    return "fixed" if math.isnan(value) else f"{value:.3f}"
+
+
 def _layer_table(report: SparsityReport) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("layer", overflow="fold")
@@ -229,9 +234,7 @@ def _layer_table(report: SparsityReport) -> Table:
             f"{layer.kept:,}",
             f"{layer.total:,}",
             f"{layer.dead_rows:,}",
-            f"{layer.threshold_mean:.3f}",
-            f"{layer.threshold_min:.3f}",
-            f"{layer.threshold_max:.3f}",
+            *map(_threshold, (layer.threshold_mean, layer.threshold_min, layer.threshold_max)),
         )
     table.add_section()
     ratio, kept, total = percent(report.remaining_ratio), f"{report.kept:,}", f"{report.total:,}"

@@ -225,6 +225,46 @@ def test_lightning(tmp_path, kind, bf16):
     compare(fit(STEPS, rest, ckpt_path=file)[1], kind, bf16)
 
 
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("framework", ["trainer", "lightning"])
+def test_a_target_in_place_of_alpha(tmp_path, framework, deferred):
+    model = masked()
+    controller = dst_kernels.TargetRatio(model, 0.5, STEPS)
+    groups = dst_kernels.parameter_groups(model)
+    if deferred:
+        optimizer, alpha = DSTSGD(model, groups, lr=LR, alpha=controller), None
+    else:
+        optimizer, alpha = torch.optim.SGD(groups, lr=LR), controller
+    if framework == "trainer":
+        trainer = dst_trainer(model, tmp_path, "SGD")
+        trainer.optimizer, trainer.alpha = optimizer, alpha
+        trainer.create_optimizer()
+        trainer.train()
+    else:
+        lightning = pytest.importorskip("lightning.pytorch")
+        from dst_kernels.integrations.lightning import DSTCallback
+
+        class Task(lightning.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.net = model
+
+            def training_step(self, batch, index):
+                return self.net(**batch)["loss"]
+
+            def configure_optimizers(self):
+                return optimizer
+
+        lightning.Trainer(
+            max_steps=STEPS, accelerator="cpu", logger=False, callbacks=[DSTCallback(alpha)],
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=tmp_path,
+        ).fit(Task(), torch.utils.data.DataLoader(batches(), batch_size=None))  # fmt: skip
+    assert controller.steps_done == STEPS
+    report = dst_kernels.sparsity_report(model)
+    assert report.kept == report.total // 2
+
+
 def test_what_a_training_would_do_wrong(tmp_path):
     dense = Net()
     early = torch.optim.SGD(dense.parameters(), lr=LR)
