@@ -25,6 +25,7 @@ CONTENTS = {
     "seconds": 1.5,
     "model": {"weight": torch.arange(4.0)},
     "best": {},
+    "controller": {},
     "optimizer": {"state": {}, "param_groups": []},
     "rng": {"cpu": torch.get_rng_state()},
 }
