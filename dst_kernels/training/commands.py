@@ -357,9 +357,10 @@ def _start(given: dict[str, Any]) -> None:
         preset = DATASET_PRESETS.get(given.get("dataset", "digits"), "digits")
     config = RunConfig.from_preset(preset, **given)
 
-    from . import run
+    from .start import compare as start_both
+    from .start import start
 
-    action = run.compare if compare else run.start
+    action = start_both if compare else start
     action(config, out, new_console(), download=download)
 
 
@@ -370,13 +371,13 @@ def _resume(given: dict[str, Any]) -> None:
     if fixed:
         raise UsageError(
             f"{', '.join(fixed)} cannot be given with --resume: the run in {directory} has its own "
-            f"value. Accepted: {' and '.join(map(option, _ON_RESUME))}."
+            f"value. Accepted: {', '.join(map(option, _ON_RESUME))}."
         )
     given = {name: _parsed(name, value) for name, value in given.items()}
 
-    from . import run
+    from .resume import resume
 
-    run.resume(directory, new_console(), **given)
+    resume(directory, new_console(), **given)
 
 
 @app.command()

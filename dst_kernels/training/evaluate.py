@@ -19,8 +19,8 @@ from .device import select_device
 from .errors import UsageError
 from .files import CHECKPOINT, SUMS, TWINS, is_finished, keep_vocabulary
 from .loop import evaluate as measure
-from .loop import new_state, restore
 from .run import load
+from .state import new_state, restore
 
 
 def evaluate(directory: Path, console: Console, given: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ from .files import (
     write_json,
     write_metrics,
 )
-from .loop import State
+from .state import State
 from .tasks import task_of
 
 

@@ -10,8 +10,9 @@ from typing import Any
 from .config import RunConfig
 from .errors import UsageError
 from .files import TRACKED, Record, cannot_write
-from .loop import Observer, State
+from .loop import Observer
 from .results import thresholds_by_layer
+from .state import State
 
 _LARGEST = 1e20  # the end of the histograms' last bin
 

@@ -304,7 +304,7 @@ def test_a_comparison_that_is_killed_again_and_again_ends_the_same(run_of, tmp_p
     whole, folder, draw = run_of("--epochs", 4, "--compare"), tmp_path / "killed", random.Random(0)
     fork = multiprocessing.get_context("forkserver")  # imports what takes seconds only once
     modules = ("pytest", "torch._dynamo", "sklearn.datasets", "dst_kernels.training.plots")
-    fork.set_forkserver_preload([*modules, "dst_kernels.training.run"])
+    fork.set_forkserver_preload([*modules, "dst_kernels.training.start"])
     for kills in range(9):
         begun = any((folder / name / "config.json").exists() for name in TWINS)
         start = ("--resume",) if begun else ("--epochs", "4", "--compare", "--out")

@@ -12,7 +12,8 @@ from dst_kernels.training import graphed
 from dst_kernels.training.config import RunConfig
 from dst_kernels.training.data import Data, TensorBatches
 from dst_kernels.training.errors import DivergedError
-from dst_kernels.training.loop import Observer, new_state, train
+from dst_kernels.training.loop import Observer, train
+from dst_kernels.training.state import new_state
 
 CPU = torch.device("cpu")
 

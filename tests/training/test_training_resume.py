@@ -206,7 +206,7 @@ def test_the_configuration_given_is_not_changed(tmp_path):
     config = RunConfig(epochs=1)
     before = config.to_dict()
     with open(os.devnull, "w") as nowhere:
-        run.start(config, tmp_path / "run", Console(file=nowhere))
+        start.start(config, tmp_path / "run", Console(file=nowhere))
     assert config.to_dict() == before
 
 
@@ -236,7 +236,7 @@ def test_other_options_contradict_resume(cli, stopped, extra):
     before = {path.name: path.read_bytes() for path in stopped.iterdir()}
     message = refusal(cli("train", "--resume", "run", *extra))
     assert f"{extra[0]} cannot be given with --resume" in message
-    assert "--epochs and --device" in message
+    assert "--epochs, --device" in message
     assert {path.name: path.read_bytes() for path in stopped.iterdir()} == before
 
 

@@ -16,8 +16,8 @@ import dst_kernels
 from dst_kernels.training.config import RunConfig
 from dst_kernels.training.data import load_data
 from dst_kernels.training.gpt import GPT
-from dst_kernels.training.loop import new_state
 from dst_kernels.training.models import load_model
+from dst_kernels.training.state import new_state
 from dst_kernels.training.tasks import LANGUAGE
 from dst_kernels.training.text import TextBatches, read_text
 

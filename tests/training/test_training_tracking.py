@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from dst_kernels.training.config import RunConfig
-from dst_kernels.training.loop import State
 from dst_kernels.training.models import build_model
+from dst_kernels.training.state import State
 from dst_kernels.training.tracking import track
 
 TRACKED = ("--track", "tensorboard", "--validation", 0.2)
