@@ -11,9 +11,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from dst_kernels.training import display, run
+from dst_kernels.training import display
 from dst_kernels.training.checkpoint import save_checkpoint
 from dst_kernels.training.config import RunConfig
+from dst_kernels.training.start import start
 
 SAME = ("model.safetensors", "metrics.csv", "config.json", "layer_ratios.png", "thresholds.png")
 
@@ -206,7 +207,7 @@ def test_the_configuration_given_is_not_changed(tmp_path):
     config = RunConfig(epochs=1)
     before = config.to_dict()
     with open(os.devnull, "w") as nowhere:
-        start.start(config, tmp_path / "run", Console(file=nowhere))
+        start(config, tmp_path / "run", Console(file=nowhere))
     assert config.to_dict() == before
 
 
