@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 import dst_kernels
-from dst_kernels.training import lock, run
+from dst_kernels.training import lock, run, start
 from dst_kernels.training.checkpoint import load_checkpoint, save_checkpoint
 from dst_kernels.training.commands import app
 from dst_kernels.training.errors import UsageError
@@ -229,7 +229,7 @@ def test_a_comparison_that_was_killed_at_its_start_goes_on(cli, run_of, tmp_path
         write_json(path, values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "write_json", stop)
+        patch.setattr(start, "write_json", stop)
         result = cli("train", "--epochs", 2, "--compare", "--out", "late")
     assert result.exit_code == 130
     assert "no epoch was finished" in result.output
@@ -247,7 +247,7 @@ def test_ctrl_c_in_the_first_write_names_a_command_that_works(cli, tmp_path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "write_json", stop)
+        patch.setattr(start, "write_json", stop)
         result = cli("train", "--epochs", 1, "--out", "run")
     assert result.exit_code == 130
     assert "nothing was written yet. To start again, give the same command" in result.output
