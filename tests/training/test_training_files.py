@@ -229,7 +229,7 @@ def test_a_comparison_that_was_killed_at_its_start_goes_on(cli, run_of, tmp_path
         write_json(path, values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(start, "write_json", stop)
+        patch.setattr(run, "write_json", stop)
         result = cli("train", "--epochs", 2, "--compare", "--out", "late")
     assert result.exit_code == 130
     assert "no epoch was finished" in result.output
