@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Collection
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -11,7 +12,7 @@ import typer
 from .config import DATASET_PRESETS, PRESETS, RULES, RunConfig, option
 from .errors import UsageError
 from .processes import together
-from .rules import FLAG
+from .rules import FLAG, check, integer
 from .terminal import messages, new_console, usable_path
 
 app = typer.Typer(
@@ -321,19 +322,93 @@ def train(**options: Any) -> None:
             _start(given)
 
 
-def _signature(options: type) -> inspect.Signature:
-    """Return the signature that typer reads options from."""
-    keyword, hints = inspect.Parameter.KEYWORD_ONLY, get_type_hints(options, include_extras=True)
-    return inspect.Signature(
-        [
-            inspect.Parameter(name, keyword, default=getattr(options, name), annotation=hint)
-            for name, hint in hints.items()
-        ]
-    )
+def _signature(*sources: type, without: Collection[str] = ()) -> inspect.Signature:
+    """Return the signature that typer reads options from; the first source has its way."""
+    keyword, found = inspect.Parameter.KEYWORD_ONLY, {}
+    for source in sources:
+        for name, hint in get_type_hints(source, include_extras=True).items():
+            if source is sources[0] or name not in without:
+                default = getattr(source, name, inspect.Parameter.empty)
+                found[name] = inspect.Parameter(name, keyword, default=default, annotation=hint)
+    return inspect.Signature(list(found.values()))
 
 
 vars(train)["__signature__"] = _signature(_TrainOptions)
 app.command()(train)
+
+
+_NOT_IN_SWEEPS = ("preset", "dense", "compare", "alpha", "target", "seed", "out", "resume")
+
+
+class _SweepOptions:
+    """Hold the options of `sweep` that `train` has not."""
+
+    preset: Annotated[str, typer.Argument(metavar="PRESET", help="The recipe of all runs.")]
+    alphas: Annotated[
+        str | None, typer.Option(help="Values of alpha: 1e-4,5e-4.", metavar="NUMBER,...")
+    ] = None
+    targets: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of alphas, values of --target: 0.1,0.05.", metavar="NUMBER,..."
+        ),
+    ] = None
+    seeds: Annotated[
+        str, typer.Option(help="Seeds: 0-4, or 1,5.", metavar="INT,... or INT-INT")
+    ] = "0"
+    jobs: Annotated[str, typer.Option(help="Runs at a time.", metavar="INT")] = "1"
+    out: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder for all runs; what is in it is kept and gone on with. "
+            "[default: runs/sweep-PRESET]",
+            metavar="PATH",
+        ),
+    ] = None
+
+
+def sweep(**options: Any) -> None:
+    """Train a recipe for several alphas, or targets, and seeds; show means and spreads.
+
+    The same command goes on with a sweep that was stopped.
+    """
+    given = {
+        name: value for name, value in options.items() if value is not None and value is not False
+    }
+    with messages():
+        from .sweep import sweep as run_sweep
+
+        preset, seeds, jobs = (given.pop(name) for name in ("preset", "seeds", "jobs"))
+        out = usable_path("--out", given.pop("out", f"runs/sweep-{preset}"))
+        axes = _axes(given.pop("alphas", None), given.pop("targets", None), seeds)
+        check("--jobs", int(jobs) if jobs.isdecimal() else jobs, integer(1, 1024))
+        download = given.pop("download", False)
+        same = [f"--preset={preset}"]
+        for name, value in given.items():
+            same.append(option(name) if value is True else f"{option(name)}={value}")
+        parsed = {name: _parsed(name, value) for name, value in given.items()}
+        first = {field: values[0] for field, values in axes.items()}
+        base = RunConfig.from_preset(preset, **parsed, **first)
+        run_sweep(base, axes, same, out, int(jobs), new_console(), download)
+
+
+vars(sweep)["__signature__"] = _signature(_SweepOptions, _TrainOptions, without=_NOT_IN_SWEEPS)
+app.command()(sweep)
+
+
+def _axes(alphas: str | None, targets: str | None, seeds: str) -> dict[str, list[Any]]:
+    """Return the values of --alphas or --targets, and of --seeds, by the option of each run."""
+    if (alphas is None) == (targets is None):
+        raise UsageError(f"--alphas is {alphas!r}, --targets {targets!r}. Accepted: one of them.")
+    field, text = ("alpha", alphas) if targets is None else ("target", targets)
+    values = [RunConfig.parse(field, part) for part in str(text).split(",")]
+    numbers: list[int] = []
+    for part in seeds.split(","):
+        first, dash, last = part.partition("-")
+        if not (first.isdecimal() and (last.isdecimal() or not dash)):
+            raise UsageError(f"--seeds is {seeds!r}. Accepted: integers such as 0-4 or 1,5.")
+        numbers += range(int(first), int(last or first) + 1)
+    return {field: list(dict.fromkeys(values)), "seed": list(dict.fromkeys(numbers))}
 
 
 def _start(given: dict[str, Any]) -> None:

@@ -163,6 +163,54 @@ def plot_runs(path: Path, curves: Sequence[Curve], title: str, task: Task) -> No
     _save(figure, path)
 
 
+class Point(NamedTuple):
+    """Hold the means over the seeds, and standard deviations, at one value of a sweep's option."""
+
+    value: float
+    quality: float
+    quality_spread: float
+    ratio: float
+    ratio_spread: float
+    layers: Mapping[str, float]
+
+
+def plot_sweep(path: Path, points: Sequence[Point], option: str, title: str, task: Task) -> None:
+    """Draw quality and remaining ratio over the option's values, with standard deviations."""
+    figure, (quality, ratio) = _figure(title, 2)
+    values = [point.value for point in points]
+    for axis, name, color in zip((quality, ratio), ("quality", "ratio"), _PALETTE, strict=False):
+        means = np.array([getattr(point, name) for point in points])
+        spreads = np.array([getattr(point, f"{name}_spread") for point in points])
+        low = means - spreads
+        if name == "ratio":
+            means, low = np.maximum(means, _LEAST_SHOWN), np.maximum(low, _LEAST_SHOWN)
+        axis.fill_between(values, low, means + spreads, color=color, alpha=0.2, linewidth=0)
+        axis.plot(values, means, color=color, marker="o", markersize=5)
+    quality.set_ylabel(f"test {task.quality}")
+    quality.yaxis.set_major_formatter(FuncFormatter(lambda value, _: task.show(value, ".3g")))
+    _ratio_axis(ratio)
+    ratio.set_xscale("log")
+    ratio.set_xlabel(f"{option}\nbands: standard deviation over the seeds")
+    _save(figure, path)
+
+
+def plot_layer_pattern(path: Path, points: Sequence[Point], option: str, title: str) -> None:
+    """Draw the remaining ratio of each layer, a line for each of the option's values."""
+    figure, (axis,) = _figure(title, 1)
+    for point, color in zip(points, _colors(len(points)), strict=True):
+        ratios = _shown([*point.layers.values()])
+        axis.plot(range(len(ratios)), ratios, color=color, marker="o", markersize=5,
+                  label=f"{point.value:g}")  # fmt: skip
+    names = list(points[0].layers)
+    stride = -(-len(names) // _MOST_NAMED)
+    shown = range(0, len(names), stride)
+    long = max(map(len, names)) * len(shown) > 90
+    axis.set_xticks(shown, [names[i] for i in shown], rotation=90 if long else 0)
+    _ratio_axis(axis)
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, title=option)
+    _save(figure, path)
+
+
 def _figure(title: str, rows: int, height: float = 5.2) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(8.6, height), layout="constrained", dpi=140)
     figure.suptitle(title, x=0.01, ha="left", weight="bold")

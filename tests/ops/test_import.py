@@ -81,6 +81,7 @@ def test_public_names():
         "ConversionPlan",
         "SparsifyConfig",
         "SparsityReport",
+        "TargetRatio",
         "__version__",
         "check_masks",
         "densify_",
