@@ -123,6 +123,15 @@ class _TrainOptions:
         str | None,
         _opt("alpha", _SPARSITY, "Factor of the regulariser sum(exp(-t)): larger is sparser."),
     ] = None
+    alpha_schedule: Annotated[
+        str | None,
+        _opt(
+            "alpha_schedule",
+            _SPARSITY,
+            "How alpha changes with the epochs after the warm-up: constant; linear, which rises "
+            "to it; cosine, which falls from it to 0.",
+        ),
+    ] = None
     target: Annotated[
         str | None,
         _opt(

@@ -23,6 +23,7 @@ DATASET_PRESETS = {
     "image-folder": "imagenet",
     "text": "text",
 }
+ALPHA_SCHEDULES = ("constant", "linear", "cosine")
 _LANGUAGE_MODEL = "gpt-mini"
 _RAMP = 0.75  # share of the epochs, after those of the warm-up, in which --target is reached
 
@@ -43,6 +44,7 @@ class RunConfig:
     init: str | None = None
     dense: bool = False
     alpha: float = 4e-3
+    alpha_schedule: str = "constant"
     target: float | None = None
     ramp_epochs: int | None = None
     warmup_epochs: int = 0
@@ -84,6 +86,7 @@ class RunConfig:
         require_one_of("--optimizer", self.optimizer, ("sgd", "adam", "adamw"))
         require_one_of("--granularity", self.granularity, GRANULARITIES)
         require_one_of("--surrogate", self.surrogate, SURROGATES)
+        require_one_of("--alpha-schedule", self.alpha_schedule, ALPHA_SCHEDULES)
         require_one_of("--amp", self.amp, ("none", "bf16"))
         require_one_of("--track", self.track, ("none", "tensorboard"))
         for name, rule in RULES.items():
@@ -121,6 +124,17 @@ class RunConfig:
                 f"--warmup-epochs {self.warmup_epochs} and --ramp-epochs {self.ramp_epochs} are "
                 f"more than --epochs {self.epochs}. Accepted: as many or fewer together."
             )
+
+    def alpha_at(self, epoch: int) -> float:
+        """Return alpha in an epoch, counted from 0: none in the warm-up, then by its schedule."""
+        done, epochs = epoch - self.warmup_epochs, self.epochs - self.warmup_epochs
+        if done < 0:
+            return 0.0
+        if self.alpha_schedule == "constant":
+            return self.alpha
+        if self.alpha_schedule == "linear":
+            return self.alpha * (done + 1) / epochs
+        return self.alpha * (1 + math.cos(math.pi * done / epochs)) / 2
 
     @property
     def fixed_from(self) -> float:
@@ -207,6 +221,7 @@ _IN_OLDER_FILES = {
     "clip_grad_norm": None,
     "fsdp": False,
     "graph": False,
+    "alpha_schedule": "constant",
     "target": None,
     "ramp_epochs": None,
     "warmup_epochs": 0,

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from .config import RunConfig
 from .errors import UsageError
+from .masks import COLUMNS
 from .rules import FLAG, TEXT, Form, Rule, check, integer, number, or_none
 from .tasks import CLASSIFICATION, LANGUAGE, Task, task_of
 
@@ -29,13 +30,14 @@ LOG = "train.log"  # only added to
 TRACKED = "tensorboard"  # a folder of events, only added to
 VOCABULARY = "vocabulary.json"  # the characters of a text in the order of their ids
 PLOT_OF_LAYERS, PLOT_OF_THRESHOLDS = "layer_ratios.png", "thresholds.png"
+PLOT_OF_MASKS = "masks.png"
 SUMS = "SHA256SUMS"
 COMPARISON = "comparison.json"
 PLOT_OF_COMPARISON = "comparison.png"
 LOCK = ".dst-kernels.lock"
 TWINS = ("dense", "sparse")
 
-_PLOTS = (CLASSIFICATION.plot, LANGUAGE.plot, PLOT_OF_LAYERS, PLOT_OF_THRESHOLDS)
+_PLOTS = (CLASSIFICATION.plot, LANGUAGE.plot, PLOT_OF_LAYERS, PLOT_OF_THRESHOLDS, PLOT_OF_MASKS)
 _RESULTS = (CONFIG, VOCABULARY, METRICS, MODEL, BEST, *_PLOTS, SUMMARY)
 _FILES = (*_RESULTS, CHECKPOINT, SUMS, COMPARISON, PLOT_OF_COMPARISON)
 _ACCEPTED = "Accepted: a folder written by dst-kernels train"
@@ -94,9 +96,11 @@ _SUMMARY = {
 
 
 def _columns(task: Task, names: Collection[str]) -> tuple[str, ...]:
-    """Return the columns, with those of the validation if they are among `names`."""
+    """Return the columns, with those of the validation and of masks if they are among `names`."""
     validation = ("validation_loss", task.validation_key) if "validation_loss" in names else ()
-    return "epoch", "lr", "train_loss", *validation, "test_loss", task.key, "remaining_ratio"
+    masks = COLUMNS if COLUMNS[0] in names else ()
+    quality = (*validation, "test_loss", task.key)
+    return "epoch", "lr", "train_loss", *quality, "remaining_ratio", *masks
 
 
 def best_record(history: Sequence[Record]) -> Record | None:
@@ -201,6 +205,8 @@ def check_history(name: str, history: Any, task: Task) -> None:
     first = history[0] if isinstance(history, list) and history else None
     if isinstance(first, dict) and "validation_loss" in first:
         form |= {"validation_loss": _LOSS, task.validation_key: task.values}
+    if isinstance(first, dict) and COLUMNS[0] in first:
+        form |= dict(zip(COLUMNS, (_SHARE, _SHARE, SECONDS), strict=True))
     check(f"{name} history", history, [form])
     for index, record in enumerate(history):
         where = f"{name} history[{index}]"

@@ -18,10 +18,10 @@ from .config import RunConfig
 from .errors import DivergedError
 from .files import LOG, Record, cannot_write
 from .loop import Observer
+from .masks import was_restarted
 
 _EVERY = 30.0  # seconds between two lines within an epoch: each waits for the device
 _WITHOUT_EFFECT, _UNTOUCHED = 3, 0.99  # epochs; the loss alone prunes some tenths of a percent
-_NEARLY_NONE, _NEARLY_ALL = 0.05, 0.9  # of a layer's weights: the guard leads from one to the other
 
 
 class Journal(Observer):
@@ -95,7 +95,7 @@ class Journal(Observer):
         for name, ratio in record["layers"].items():
             if ratio == 0:
                 found.append(f"{name} keeps no weight after epoch {epoch}: try a smaller --alpha")
-            elif before.get(name, 1.0) < _NEARLY_NONE and ratio > _NEARLY_ALL:
+            elif was_restarted(before.get(name, 1.0), ratio):
                 found.append(
                     f"{name} was restarted with all weights in epoch {epoch}, since no more than "
                     f"--reset-ratio {self.config.reset_ratio} would have remained: try a smaller "

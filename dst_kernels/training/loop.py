@@ -20,6 +20,7 @@ from .data import Batches, Data
 from .errors import DivergedError
 from .files import Record, best_record
 from .graphed import GraphedStep
+from .masks import COLUMNS, Masks
 from .sharing import Share
 from .state import State, precision, rng_states, set_rng_states
 
@@ -61,6 +62,8 @@ def train(
     Raises DivergedError if a loss becomes infinite or NaN.
     """
     device = next(state.model.parameters()).device
+    followed = not config.dense and (not state.history or COLUMNS[0] in state.history[0])
+    masks = Masks(state.model, state.ever) if followed else None
     while len(state.history) < config.epochs:
         started = time.perf_counter()
         set_rng_states(state.rng)  # an observer or the twin's training may have drawn numbers
@@ -97,6 +100,11 @@ def train(
             if report
             else {},
         }
+        if masks is not None and report is not None:
+            dead_rows = sum(layer.dead_rows for layer in report.layers)
+            values = (*masks.update(state.model), dead_rows)
+            record |= dict(zip(COLUMNS, values, strict=True))
+            state.ever = masks.packed()
         state.history.append(record)
         state.weights = spread.whole(state.model.state_dict())
         if best_record(state.history) is record:
@@ -115,7 +123,7 @@ def _train_epoch(state: State, config: RunConfig, data: Data, observer: Observer
     regularized = config.execution in ("grouped", "layer by layer")  # else in the step, or never
     epoch = len(state.history)
     warm = epoch < config.warmup_epochs
-    alpha: float | Tensor = 0.0 if warm else config.alpha
+    alpha: float | Tensor = config.alpha_at(epoch)
     if state.controller is not None:
         alpha = state.controller.alpha
     order = _order(config, epoch)
@@ -232,5 +240,5 @@ def _set_learning_rates(optimizer: torch.optim.Optimizer, config: RunConfig, epo
         if warm and group.get("name") == "thresholds":
             group["lr"] = 0.0
         if "alpha" in group and config.target is None:
-            group["alpha"] = 0.0 if warm else config.alpha
+            group["alpha"] = config.alpha_at(epoch)
     return config.lr * decay

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from matplotlib.ticker import (
 )
 
 from .files import Record, write_atomically
+from .masks import was_restarted
 from .tasks import Task
 
 _FEW = 8  # at most so many lines get a hue each
@@ -47,12 +49,22 @@ def plot_layer_ratios(path: Path, history: Sequence[Record], title: str) -> None
         ratios = [record["layers"][name] for record in history]
         label = f"{name}  {_percent(ratios[-1])}" if index % stride == 0 else None
         axes[0].plot(epochs, _shown(ratios), color=color, label=label, **_marker(epochs))
+        restarts = [i for i in range(1, len(ratios)) if was_restarted(*ratios[i - 1 : i + 1])]
+        points = [epochs[i] for i in restarts], [ratios[i] for i in restarts]
+        axes[0].plot(*points, "^", color=color, markersize=7)
     ratios = [record["remaining_ratio"] for record in history]
     axes[0].plot(
         epochs, _shown(ratios), color=_DARK, linewidth=2.6, label=f"model  {_percent(ratios[-1])}"
     )
     _ratio_axis(axes[0])
     _epoch_axis(axes[0])
+    if any(
+        was_restarted(a["layers"][name], b["layers"][name])
+        for a, b in itertools.pairwise(history)
+        for name in names
+    ):
+        axes[0].set_xlabel("epoch\n▲ restarted by the collapse guard")
+    _mark_drops(axes, history)
     columns = -(-(len(names) // stride + 1) // 28)
     axes[0].legend(
         loc="center left",
@@ -63,6 +75,50 @@ def plot_layer_ratios(path: Path, history: Sequence[Record], title: str) -> None
         title="at the end",
     )
     _save(figure, path)
+
+
+def plot_masks(path: Path, history: Sequence[Record], title: str) -> None:
+    """Draw what share of the masks changed in each epoch, and what is and ever was kept."""
+    figure, (churn, kept) = _figure(title, 2)
+    epochs = [record["epoch"] for record in history]
+    changes = _shown([record["churn"] for record in history])
+    churn.plot(epochs, changes, color=_PALETTE[0], **_marker(epochs))
+    churn.set_yscale("log")
+    churn.set_ylabel("mask bits changed")
+    _log_percent(churn.yaxis)
+    for name, label, color in (
+        ("ever_active", "ever kept", _PALETTE[2]),
+        ("remaining_ratio", "remaining", _PALETTE[1]),
+    ):
+        values = [record[name] for record in history]
+        kept.plot(epochs, _shown(values), color=color, label=f"{label}  {_percent(values[-1])}",
+                  **_marker(epochs))  # fmt: skip
+    _ratio_axis(kept)
+    kept.set_ylabel("share of the weights")
+    kept.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), title="at the end")
+    dead = history[-1]["dead_rows"]
+    _epoch_axis(kept)
+    kept.set_xlabel(f"epoch\nrows and filters without a weight at the end: {dead:,.0f}")
+    _mark_drops((churn, kept), history)
+    _save(figure, path)
+
+
+def _mark_drops(axes: Sequence[Axes], history: Sequence[Record]) -> None:
+    """Draw a line where the learning rate has dropped, and its new value above the first axis."""
+    for before, record in itertools.pairwise(history):
+        if record["lr"] < before["lr"]:
+            for axis in axes:
+                axis.axvline(before["epoch"], color=_GRAY, linewidth=0.9, linestyle=":")
+            axes[0].annotate(
+                f"lr {record['lr']:g}",
+                (before["epoch"], 1.0),
+                xycoords=axes[0].get_xaxis_transform(),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="center",
+                fontsize="x-small",
+                color=_GRAY,
+            )
 
 
 def plot_quality_and_ratio(path: Path, history: Sequence[Record], title: str, task: Task) -> None:
@@ -87,6 +143,7 @@ def plot_quality_and_ratio(path: Path, history: Sequence[Record], title: str, ta
     _quality_axis(axes[0], [history], task)
     _ratio_axis(axes[1])
     _epoch_axis(axes[1])
+    _mark_drops(axes, history)
     _save(figure, path)
 
 

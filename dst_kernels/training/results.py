@@ -26,6 +26,7 @@ from .files import (
     MODEL,
     PLOT_OF_COMPARISON,
     PLOT_OF_LAYERS,
+    PLOT_OF_MASKS,
     PLOT_OF_THRESHOLDS,
     SUMMARY,
     SUMS,
@@ -37,6 +38,7 @@ from .files import (
     write_json,
     write_metrics,
 )
+from .masks import COLUMNS
 from .state import State
 from .tasks import task_of
 
@@ -74,6 +76,8 @@ def write_results(
     if report is not None:
         plots.plot_layer_ratios(directory / PLOT_OF_LAYERS, state.history, title)
         plots.plot_thresholds(directory / PLOT_OF_THRESHOLDS, thresholds, title)
+        if COLUMNS[0] in state.history[0]:
+            plots.plot_masks(directory / PLOT_OF_MASKS, state.history, title)
 
     last = state.history[-1]
     summary = {

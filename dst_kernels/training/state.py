@@ -38,7 +38,7 @@ class State:
     time spent training so far. `weights` and `best`: the whole state dicts, on the CPU, of the last
     epoch that was finished and of the best one; {} before, and without --validation. `copied`: what
     averages gradients over the processes that have a copy of the model. `controller`: what steers
-    alpha, if there is a --target.
+    alpha, if there is a --target. `ever`: which weights were ever kept (`Masks.packed`).
     """
 
     model: nn.Module
@@ -50,6 +50,7 @@ class State:
     best: dict[str, Tensor] = field(default_factory=dict)
     copied: nn.Module | None = None
     controller: TargetRatio | None = None
+    ever: dict[str, Tensor] = field(default_factory=dict)
 
 
 def new_state(
@@ -182,7 +183,7 @@ def restore(state: State, config: RunConfig, checkpoint: Mapping[str, Any]) -> N
         {"state": optimizer, "param_groups": state.optimizer.state_dict()["param_groups"]}
     )
     state.history, state.seconds = checkpoint["history"], checkpoint["seconds"]
-    state.weights, state.best = model, checkpoint["best"]
+    state.weights, state.best, state.ever = model, checkpoint["best"], checkpoint["ever"]
     state.rng = checkpoint["rng"]
 
 

@@ -11,6 +11,7 @@ from .config import RunConfig
 from .errors import UsageError
 from .files import TRACKED, Record, cannot_write
 from .loop import Observer
+from .masks import COLUMNS
 from .results import thresholds_by_layer
 from .state import State
 
@@ -67,6 +68,7 @@ class _TensorBoard(Observer):
         scalars = {
             "learning rate": record["lr"],
             "remaining ratio": record["remaining_ratio"],
+            **{f"masks/{name}": record[name] for name in COLUMNS if name in record},
             **{f"remaining ratio by layer/{name}": r for name, r in record["layers"].items()},
         }
         for split in ("train", "validation", "test"):

@@ -26,6 +26,7 @@ CONTENTS = {
     "model": {"weight": torch.arange(4.0)},
     "best": {},
     "controller": {},
+    "ever": {},
     "optimizer": {"state": {}, "param_groups": []},
     "rng": {"cpu": torch.get_rng_state()},
 }

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from dst_kernels.training import cli as entry
 from dst_kernels.training.commands import app
 
-PLOTS = ("accuracy_and_ratio.png", "layer_ratios.png", "thresholds.png")
+PLOTS = ("accuracy_and_ratio.png", "layer_ratios.png", "masks.png", "thresholds.png")
 
 
 def read_csv(path):
@@ -58,6 +58,7 @@ def test_a_run_writes_config_metrics_summary_model_and_plots(finished):
     rows = read_csv(directory / "metrics.csv")
     assert list(rows[0]) == [
         *("epoch", "lr", "train_loss", "test_loss", "test_accuracy", "remaining_ratio"),
+        *("churn", "ever_active", "dead_rows"),
         *("remaining_ratio/fc1", "remaining_ratio/fc2", "remaining_ratio/fc3"),
     ]
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from contextlib import contextmanager
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from dst_kernels.training import loop
+from dst_kernels.training.config import RunConfig
 
 TARGET = ("--target", 0.2, "--ramp-epochs", 3)
 FREEZE = ("--alpha", 0.05, "--lr", 0.05, "--warmup-epochs", 1, "--freeze-epoch", 3)
@@ -39,6 +41,25 @@ def test_thresholds_wait_for_the_warm_up_and_stop_with_the_masks(run_of):
     layers = [key for key in warm if key.startswith("remaining_ratio")]
     assert [fixed[key] for key in layers] == [last[key] for key in layers]
     assert last["train_loss"] != fixed["train_loss"], "the weights train on"
+
+
+def test_alpha_follows_its_schedule():
+    common = {"alpha": 0.4, "epochs": 5, "warmup_epochs": 1}
+    for schedule, expected in {
+        "constant": [0, 0.4, 0.4, 0.4, 0.4],
+        "linear": [0, 0.1, 0.2, 0.3, 0.4],
+        "cosine": [0, 0.4, 0.2 + 0.2 * math.sqrt(0.5), 0.2, 0.2 - 0.2 * math.sqrt(0.5)],
+    }.items():
+        config = RunConfig(alpha_schedule=schedule, **common)
+        assert [config.alpha_at(epoch) for epoch in range(5)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("way", [(), ("--layer-by-layer",)])
+def test_a_rising_alpha_prunes_later(run_of, way):
+    options = ("--epochs", 4, "--alpha", 0.02, *way)
+    constant = rows_of(run_of(*options))
+    rising = rows_of(run_of(*options, "--alpha-schedule", "linear"))
+    assert rising[0]["remaining_ratio"] > constant[0]["remaining_ratio"] + 0.1
 
 
 @pytest.mark.parametrize("options", [TARGET, FREEZE], ids=["target", "freeze"])

@@ -40,6 +40,7 @@ def test_each_epoch_is_written_once_through_stops(cli, run_of, tmp_path):
         "remaining ratio": "remaining_ratio",
         **{f"remaining ratio by layer/fc{i}": f"remaining_ratio/fc{i}" for i in (1, 2, 3)},
         "loss/train": "train_loss",
+        **{f"masks/{name}": name for name in ("churn", "ever_active", "dead_rows")},
         **{f"loss/{split}": f"{split}_loss" for split in ("validation", "test")},
         **{f"accuracy/{split}": f"{split}_accuracy" for split in ("validation", "test")},
     }
