@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..ops.dtensor import full_tensor, is_dtensor
 from . import processes
+
+# FSDP2 is imported where it is used: that takes half a second, and not every torch has it.
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -33,6 +33,9 @@ def shard_(model: nn.Module) -> None:
     A block is an item of an nn.Sequential or nn.ModuleList with a weight of two or more dimensions;
     what is in none is gathered with the model. The model must be on its device.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     device = next(model.parameters()).device.type
     mesh = init_device_mesh(device, (processes.count(),))
     for block in _blocks(model):
@@ -53,14 +56,13 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 @contextlib.contextmanager
 def synchronised(called: nn.Module, wanted: bool) -> Iterator[None]:
     """Average gradients in the backwards within this scope only if `wanted`."""
-    if isinstance(called, FSDPModule):
-        called.set_requires_gradient_sync(wanted)
-        yield
-    elif isinstance(called, DistributedDataParallel) and not wanted:
+    if isinstance(called, DistributedDataParallel) and not wanted:
         with called.no_sync():
             yield
-    else:
-        yield
+        return
+    if processes.joined() and not isinstance(called, DistributedDataParallel):
+        called.set_requires_gradient_sync(wanted)  # type: ignore[operator]  # it is an FSDPModule
+    yield
 
 
 @torch.no_grad()
@@ -83,7 +85,7 @@ def whole(values: Mapping[Any, Any]) -> dict[Any, Any]:
             return whole(value)
         if not isinstance(value, Tensor):
             return value
-        return (value.full_tensor() if isinstance(value, DTensor) else value).to("cpu", copy=True)
+        return full_tensor(value).to("cpu", copy=True)
 
     return {name: one(value) for name, value in values.items()}
 
@@ -101,8 +103,10 @@ def adopt_state(optimizer: torch.optim.Optimizer, whole_one: torch.optim.Optimiz
 
 
 def _cut_like(parameter: Tensor, values: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(parameter, DTensor):
+    if not is_dtensor(parameter):
         return values
+    from torch.distributed.tensor import distribute_tensor
+
     mesh, placements = parameter.device_mesh, parameter.placements
     return {
         name: distribute_tensor(value, mesh, placements)
