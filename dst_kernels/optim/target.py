@@ -22,7 +22,7 @@ _AHEAD = 10  # looks until the ratio should be on the ramp again
 _FIRST, _LEAST, _MOST = 1e-7, 1e-10, 1e3  # of alpha
 _GAIN = 0.3  # of one look: the share of an error in pace, in logarithms, that alpha takes
 _NOISE = 1e-6  # a pace of log(ratio) that counts as none
-_KEY = "target_ratio"  # in the state dict of an optimizer
+_KEY = "target_ratios"  # in the state dict of an optimizer
 
 
 class TargetRatio:
@@ -136,12 +136,15 @@ class TargetRatio:
         ]
 
     def _save(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        state[_KEY] = self.state_dict()
+        state.setdefault(_KEY, []).append(self.state_dict())
 
     def _load(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        if _KEY in state:
-            self.load_state_dict(state[_KEY])
-        return {key: value for key, value in state.items() if key != _KEY}
+        """Take the first state that is left, in the order in which `_save` was called."""
+        mine, *others = state.get(_KEY, [None])
+        if mine is not None:
+            self.load_state_dict(mine)
+        rest = {key: value for key, value in state.items() if key != _KEY}
+        return {**rest, _KEY: others} if others else rest
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on bit for bit: steps, and 0-dim tensors."""

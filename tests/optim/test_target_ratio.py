@@ -139,6 +139,31 @@ def test_every_optimizer_gets_there_and_a_stop_on_the_way_changes_nothing(name):
         assert torch.equal(value, other.state_dict()[key]), key
 
 
+def test_parts_of_a_model_have_targets_of_their_own():
+    def made():
+        model = small()
+        controllers = [TargetRatio(model[0], 0.1, STEPS), TargetRatio(model[2], 0.6, STEPS)]
+        groups = [
+            {"params": model[i].parameters(), "alpha": controller}
+            for i, controller in zip((0, 2), controllers, strict=True)
+        ]
+        return model, controllers, DSTSGD(model, groups, lr=0.05, momentum=0.9)
+
+    model, controllers, optimizer = made()
+    train(model, None, optimizer, range(STEPS // 2))
+    other, resumed, second = made()
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other.load_state_dict(saved[0])
+    second.load_state_dict(saved[1])
+    assert [each.alpha for each in resumed] == [each.alpha for each in controllers]
+    assert resumed[0].alpha != resumed[1].alpha
+    for each, by in ((model, optimizer), (other, second)):
+        train(each, None, by, range(STEPS // 2, STEPS))
+        kept = [layer.kept for layer in dst_kernels.sparsity_report(each).layers]
+        assert kept == [round(0.1 * 1200), round(0.6 * 600)]
+    assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+
+
 def test_without_freezing_the_ratio_is_held():
     model, controller, optimizer = make("DSTSGD", freeze=False)
     train(model, controller, optimizer, range(2 * STEPS))
