@@ -71,7 +71,9 @@ def together() -> Iterator[None]:
         ) from error
     try:
         yield
-        gc.collect()  # sharded modules are in cycles, and hold what is taken down next
+        # Sharded modules are in cycles. What they hold must go with the group: a thread of gloo that
+        # drops a tensor while Python ends aborts the process.
+        gc.collect()
     finally:
         dist.destroy_process_group()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -55,6 +56,10 @@ def _worker(rank: int, function: Callable, port: int, folder: Path, args: tuple)
         dist.barrier()
     finally:
         dist.destroy_process_group()
+    # Not by Python's own end: a thread of gloo may want to drop a tensor then, and aborts.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def build(granularity: str = "row", dtype: torch.dtype = torch.float64) -> nn.Module:
