@@ -42,6 +42,7 @@ _CONTENTS: dict[str, Form] = {
     "model": _MAPPING,
     "best": _MAPPING,
     "controller": _MAPPING,
+    "restore": _MAPPING,
     "ever": _MAPPING,
     "optimizer": {"state": _MAPPING, "param_groups": Rule("a list", lambda v: isinstance(v, list))},
     "rng": _MAPPING,
@@ -117,7 +118,7 @@ def load_checkpoint(path: Path, argument: str = "--resume") -> dict[str, Any]:
         raise UsageError(
             f"{argument}: {path} is not a checkpoint of dst-kernels train. {_ACCEPTED}"
         )
-    for later in ("best", "controller", "ever"):  # which earlier versions did not write
+    for later in ("best", "controller", "restore", "ever"):  # which earlier versions did not write
         contents.setdefault(later, {})
     check(f"{argument}: {path}:", contents, _CONTENTS)
     if contents["format"] == _FORMAT and not has_checksum:

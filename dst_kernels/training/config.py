@@ -64,6 +64,7 @@ class RunConfig:
     granularity: str = "row"
     surrogate: str = "long_tailed"
     reset_ratio: float | None = 0.01
+    restore_collapsed: bool = False
     skip_first: bool = False
     skip_last: bool = False
     seed: int = 0
@@ -118,6 +119,10 @@ class RunConfig:
             raise UsageError(
                 f"--freeze-epoch {self.freeze_epoch} with --target, which fixes masks at the end "
                 "of its ramp (--ramp-epochs). Accepted: one of them."
+            )
+        if self.restore_collapsed and self.fsdp:
+            raise UsageError(
+                "--restore-collapsed with --fsdp, which shards thresholds. Accepted: one of them."
             )
         if self.warmup_epochs + (self.ramp_epochs or 0) > self.epochs:
             raise UsageError(
@@ -226,6 +231,7 @@ _IN_OLDER_FILES = {
     "ramp_epochs": None,
     "warmup_epochs": 0,
     "freeze_epoch": None,
+    "restore_collapsed": False,
 }
 
 
@@ -248,6 +254,7 @@ RULES = {
     "layer_by_layer": FLAG,
     "compile": FLAG,
     "graph": FLAG,
+    "restore_collapsed": FLAG,
     "fsdp": FLAG,
     "validation": or_none(number("a number above 0 and below 1", lambda value: 0 < value < 1)),
     "image_size": integer(8, 4096),

@@ -162,6 +162,8 @@ def _train_epoch(state: State, config: RunConfig, data: Data, observer: Observer
         if last_of_step:
             if state.controller is not None and not warm:
                 state.controller.step()
+            if state.restore is not None:
+                state.restore.step()
             observer.step(total, samples)
     if order is not torch.default_generator:
         torch.set_rng_state(order.get_state())

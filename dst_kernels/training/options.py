@@ -166,6 +166,14 @@ class TrainOptions:
             "none: never.",
         ),
     ] = None
+    restore_collapsed: Annotated[
+        bool,
+        opt(
+            "restore_collapsed",
+            SPARSITY,
+            "Put such a layer back to its last healthy thresholds instead. Not the paper's rule.",
+        ),
+    ] = False
     threshold_lr: Annotated[
         str | None,
         opt("threshold_lr", SPARSITY, "Learning rate of the thresholds.", "that of the weights"),

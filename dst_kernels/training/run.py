@@ -60,6 +60,7 @@ def run(
             "seconds": state.seconds,
             "model": state.weights,
             "best": state.best,
+            "restore": spread.whole(state.restore.state_dict() if state.restore else {}),
             "ever": state.ever,
             "controller": spread.whole(state.controller.state_dict() if state.controller else {}),
             "optimizer": spread.whole(state.optimizer.state_dict()),

@@ -16,13 +16,14 @@ import dst_kernels
 from ..nn.find import named_masked_weights
 from ..nn.switches import is_grouped
 from ..nn.weight import is_of_mask
-from ..optim import DSTSGD, DSTAdamW, TargetRatio
+from ..optim import DSTSGD, DSTAdamW, RestoreCollapsed, TargetRatio
 from ..optim.deferred import DeferredOptimizer
 from . import processes, spread
 from .config import RunConfig
 from .data import Data
 from .errors import UsageError
 from .files import Record
+from .masks import COLUMNS
 from .models import build_model, example_input
 from .rules import Form, Rule, check, integer
 from .weights import load_weights
@@ -36,9 +37,10 @@ class State:
 
     `rng`: the states of torch's global generators, the only source of random numbers. `seconds`:
     time spent training so far. `weights` and `best`: the whole state dicts, on the CPU, of the last
-    epoch that was finished and of the best one; {} before, and without --validation. `copied`: what
-    averages gradients over the processes that have a copy of the model. `controller`: what steers
-    alpha, if there is a --target. `ever`: which weights were ever kept (`Masks.packed`).
+    epoch that was finished and of the best one; {} before, and without --validation. `ever`: which
+    weights were ever kept (`Masks.packed`). `copied`: what averages gradients over the processes
+    that have a copy of the model. `controller`: what steers alpha, if there is a --target.
+    `restore`: what --restore-collapsed asks for.
     """
 
     model: nn.Module
@@ -50,6 +52,7 @@ class State:
     best: dict[str, Tensor] = field(default_factory=dict)
     copied: nn.Module | None = None
     controller: TargetRatio | None = None
+    restore: RestoreCollapsed | None = None
     ever: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -74,7 +77,9 @@ def new_state(
         steps = (config.ramp_epochs or 0) * len(data.train)
         controller = TargetRatio(model, config.target, steps)
     optimizer = _optimizer(model, config, controller)
-    return State(model, optimizer, rng_states(device), controller=controller)
+    restores = config.restore_collapsed and not config.dense
+    restore = RestoreCollapsed(model) if restores else None
+    return State(model, optimizer, rng_states(device), controller=controller, restore=restore)
 
 
 _TORCH = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -150,9 +155,14 @@ def restore(state: State, config: RunConfig, checkpoint: Mapping[str, Any]) -> N
     model, optimizer = checkpoint["model"], checkpoint["optimizer"]["state"]
     if any(is_of_mask(name, "fixed_mask") for name in model):
         dst_kernels.freeze_masks_(state.model)  # which the state dict then replaces
-    weights: Form = {name: _like(t) for name, t in state.model.state_dict().items()}
+    weights: dict[str, Form] = {n: _like(t) for n, t in state.model.state_dict().items()}
     check("model", model, weights)
-    check("best", checkpoint["best"], {} if config.validation is None else weights)
+    best = checkpoint["best"]
+    # Its epoch may have been before the masks were fixed.
+    earlier = {
+        n: form for n, form in weights.items() if n in best or not is_of_mask(n, "fixed_mask")
+    }
+    check("best", best, {} if config.validation is None else earlier)
     held_out = {key: _ANY for key in checkpoint["history"][0] if key == "validation_loss"}
     check("history[0]", held_out, {} if config.validation is None else {"validation_loss": _ANY})
     groups = state.optimizer.param_groups
@@ -168,17 +178,19 @@ def restore(state: State, config: RunConfig, checkpoint: Mapping[str, Any]) -> N
     if not config.dense:
         names = {name: _ANY for name, _ in named_masked_weights(state.model)}
         check("history[0].layers", checkpoint["history"][0]["layers"], names)
-    controller: Form = {}
-    if state.controller is not None:
-        expected = state.controller.state_dict()
-        controller = {
-            name: _like(value) for name, value in expected.items() if name != "steps_done"
-        }
-        controller = {"steps_done": integer(0), **controller}
-    check("controller", checkpoint["controller"], controller)
+    for name in ("controller", "restore"):
+        helper = getattr(state, name)
+        check(name, checkpoint[name], _form_of(helper.state_dict() if helper else {}))
+    bits: Form = {}
+    if COLUMNS[0] in checkpoint["history"][0]:  # not in files of earlier versions
+        parts = named_masked_weights(state.model)
+        sizes = {name: -(-part.weight.numel() // 8) for name, part in parts}
+        bits = {n: _like(torch.empty(size, dtype=torch.uint8)) for n, size in sizes.items()}
+    check("ever", checkpoint["ever"], bits)
     state.model.load_state_dict(model)
-    if state.controller is not None:
-        state.controller.load_state_dict(checkpoint["controller"])
+    for name in ("controller", "restore"):
+        if (helper := getattr(state, name)) is not None:
+            helper.load_state_dict(checkpoint[name])
     state.optimizer.load_state_dict(
         {"state": optimizer, "param_groups": state.optimizer.state_dict()["param_groups"]}
     )
@@ -195,6 +207,13 @@ def _optimizer_state(config: RunConfig, parameter: Tensor) -> Form:
         return {"momentum_buffer": _like(parameter)}
     moments = {"exp_avg": _like(parameter), "exp_avg_sq": _like(parameter)}
     return {"step": _like(torch.tensor(0.0)), **moments}
+
+
+def _form_of(state: Any) -> Form:
+    """Accept what has the keys of this state, tensors like its, and counts."""
+    if isinstance(state, dict):
+        return {name: _form_of(value) for name, value in state.items()}
+    return _like(state) if isinstance(state, Tensor) else integer(0)
 
 
 def _like(tensor: Tensor) -> Rule:

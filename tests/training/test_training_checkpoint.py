@@ -27,6 +27,7 @@ CONTENTS = {
     "best": {},
     "controller": {},
     "ever": {},
+    "restore": {},
     "optimizer": {"state": {}, "param_groups": []},
     "rng": {"cpu": torch.get_rng_state()},
 }

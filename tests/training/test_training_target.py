@@ -15,7 +15,19 @@ from dst_kernels.training import loop
 from dst_kernels.training.config import RunConfig
 
 TARGET = ("--target", 0.2, "--ramp-epochs", 3)
-FREEZE = ("--alpha", 0.05, "--lr", 0.05, "--warmup-epochs", 1, "--freeze-epoch", 3)
+RESTORE = ("--alpha", 0.05, "--lr", 0.05, "--restore-collapsed", "--validation", 0.2)
+FREEZE = (
+    "--validation",
+    0.2,
+    "--alpha",
+    0.05,
+    "--lr",
+    0.05,
+    "--warmup-epochs",
+    1,
+    "--freeze-epoch",
+    3,
+)
 
 
 def rows_of(run):
@@ -62,7 +74,7 @@ def test_a_rising_alpha_prunes_later(run_of, way):
     assert rising[0]["remaining_ratio"] > constant[0]["remaining_ratio"] + 0.1
 
 
-@pytest.mark.parametrize("options", [TARGET, FREEZE], ids=["target", "freeze"])
+@pytest.mark.parametrize("options", [TARGET, FREEZE, RESTORE], ids=["target", "freeze", "restore"])
 @pytest.mark.parametrize("stop", [2, 3])
 def test_a_stop_in_the_ramp_or_after_it_changes_no_bit(cli, run_of, tmp_path, options, stop):
     whole = run_of("--epochs", 4, *options)
@@ -103,6 +115,7 @@ def interrupted_in_the_third_epoch():
         (("--target", 0.1, "--alpha", 1), "--alpha and --target contradict"),
         (("--ramp-epochs", 3), "--ramp-epochs 3 without --target"),
         (("--target", 0.1, "--freeze-epoch", 3), "--freeze-epoch 3 with --target"),
+        (("--restore-collapsed", "--fsdp"), "--restore-collapsed with --fsdp"),
         (("--target", 1), "--target is 1.0. Accepted: a number above 0 and below 1"),
         (("--warmup-epochs", 5, "--epochs", 4), "--warmup-epochs 5 and --ramp-epochs None are"),
         ((*TARGET, "--warmup-epochs", 2, "--epochs", 4), "--warmup-epochs 2 and --ramp-epochs 3"),
