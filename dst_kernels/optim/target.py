@@ -178,21 +178,37 @@ class TargetRatio:
         self.alpha.mul_(quotient.clamp(0.1, 10).pow(_GAIN).clamp(0.5, 1.5)).clamp_(_LEAST, _MOST)
 
     def _settle(self) -> None:
-        """Move all thresholds so that exactly the target remains, but for ties and rounding."""
+        """Move all thresholds so that exactly the target remains, but for ties and rounding.
+
+        A matrix of which the guard would then keep everything, or of which nothing would be left,
+        moves less: it keeps just enough, and the others make up for it.
+        """
         parts = self._parts()
-        margins, deviations = [], []
+        moves = []  # of each part: margins [matrices, n], largest offsets, deviations [matrices]
         for part in parts:
             weight, threshold = part.effective()
             threshold = part.each_row(threshold).float()
             if threshold.shape != weight.shape:
                 threshold = threshold.view(-1, *[1] * (weight.dim() - 1))
-            deviation = weight.float().std(correction=0).clamp(min=1e-30)
-            margins.append(((weight.abs() - threshold) / deviation).flatten())
-            deviations.append(deviation)
-        all_margins = torch.cat([each.to(self.alpha.device) for each in margins])
-        gone = all_margins.numel() - round(self.target * all_margins.numel())
+            margins = (weight.abs() - threshold).reshape(part.matrices, -1).to(self.alpha.device)
+            matrices = weight.float().reshape(part.matrices, -1).to(self.alpha.device)
+            deviations = matrices.std(1, correction=0).clamp(min=1e-30)
+            margins = (margins / deviations[:, None]).nan_to_num_(nan=torch.inf)
+            size = margins.shape[1]
+            least = int((part.module.masking.reset_ratio or 0) * size) + 1
+            largest = margins.kthvalue(max(size - least, 1), dim=1).values
+            moves.append((margins, largest, deviations))
+        pool = torch.cat(
+            [m.masked_fill(m > largest[:, None], torch.inf).flatten() for m, largest, _ in moves]
+        )
+        gone = pool.numel() - round(self.target * pool.numel())
         if gone == 0:
             return
-        offset = all_margins.nan_to_num_(nan=torch.inf).kthvalue(gone).values
-        for part, deviation in zip(parts, deviations, strict=True):
-            local(part.threshold).add_(offset.to(deviation.device) * deviation)
+        offset = pool.kthvalue(gone).values
+        for part, (_, largest, deviations) in zip(parts, moves, strict=True):
+            threshold = local(part.threshold)
+            shift = torch.minimum(offset, largest) * deviations
+            if part.matrices > 1:
+                shift = shift.repeat_interleave(part.threshold.numel() // part.matrices)
+                shift = shift.view(part.threshold.shape)
+            threshold.add_(shift.to(threshold.device))

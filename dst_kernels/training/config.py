@@ -100,7 +100,7 @@ class RunConfig:
             )
         if self.target is not None and self.ramp_epochs is None:
             # Written down, so that a run that goes on for more epochs keeps its ramp.
-            ramp = max(1, round(_RAMP * (self.epochs - self.warmup_epochs)))
+            ramp = max(1, int(_RAMP * (self.epochs - self.warmup_epochs)))
             object.__setattr__(self, "ramp_epochs", ramp)
         self._check_schedule()
         drops, highest = len(self.milestones), max(self.lr, self.threshold_lr or 0)

@@ -59,6 +59,7 @@ def test_works_where_triton_cannot_be_imported():
 
 def test_report_of_the_installation(monkeypatch, capsys):
     monkeypatch.setenv("DST_KERNELS_BACKEND", "reference")
+    monkeypatch.setattr("sys.argv", ["dst_kernels"])
     runpy.run_module("dst_kernels", run_name="__main__")
     rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     rows = {name: value.strip() for name, value in rows.items()}

@@ -78,6 +78,23 @@ def test_the_end_is_exact_and_keeps_what_training_found(granularity):
         torch.testing.assert_close(part.threshold, order, rtol=1e-5, atol=1e-6)
 
 
+def test_no_matrix_ends_empty_or_restarted():
+    """One layer is far below the others, and would end empty: the guard would then keep it all."""
+    model = dst_kernels.sparsify_(
+        nn.Sequential(nn.Linear(50, 40), nn.Linear(40, 30), nn.GRU(30, 20))
+    )
+    with torch.no_grad():
+        model[1].threshold.fill_(0.9 * model[1].weight.abs().max())
+        model[2].threshold_hh_l0[20:40] = 0.95 * model[2].weight_hh_l0[20:40].abs().max()
+    TargetRatio(model, 0.1, 1, freeze=False).step()
+    report = dst_kernels.sparsity_report(model)
+    assert report.kept == round(0.1 * report.total)
+    gates = dict(named_masked_weights(model))["2.weight_hh_l0"].mask().chunk(3)
+    shares = [layer.remaining_ratio for layer in report.layers]
+    shares += [gate.float().mean().item() for gate in gates]
+    assert all(0.01 < share < 0.5 for share in shares), shares
+
+
 def test_the_guard_does_not_restart_what_ends_sparse():
     model = small()
     TargetRatio(model, 0.02, 10)
