@@ -71,8 +71,8 @@ def together() -> Iterator[None]:
         ) from error
     try:
         yield
-        # Sharded modules are in cycles. What they hold must go with the group: a thread of gloo
-        # that drops a tensor while Python ends aborts the process.
+        # Sharded modules are in cycles, and hold what belongs to the group. Left to Python's end,
+        # runs aborted now and then (torch 2.14, gloo), perhaps in a thread of gloo.
         gc.collect()
     finally:
         dist.destroy_process_group()

@@ -56,7 +56,7 @@ def _worker(rank: int, function: Callable, port: int, folder: Path, args: tuple)
         dist.barrier()
     finally:
         dist.destroy_process_group()
-    # Not by Python's own end: a thread of gloo may want to drop a tensor then, and aborts.
+    # Not by Python's own end, in which a process with sharded modules aborts now and then.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
