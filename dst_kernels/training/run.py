@@ -121,6 +121,7 @@ def resumable(root: Path, directory: Path, epochs: int) -> Iterator[None]:
 
 
 def resume_command(directory: Path) -> str:
+    """Return the command that goes on with what is in the folder, on as many processes as now."""
     local_processes = processes.on_this_machine()[1]
     command = "dst-kernels"
     if processes.joined():
@@ -129,6 +130,7 @@ def resume_command(directory: Path) -> str:
 
 
 def twins_of(config: RunConfig) -> dict[str, RunConfig]:
+    """Return the configurations of a comparison, by the names of their folders."""
     return {name: dataclasses.replace(config, dense=name == "dense") for name in TWINS}
 
 
@@ -146,6 +148,7 @@ def write_twins(directory: Path, configs: dict[str, RunConfig]) -> None:
 def show_comparison(
     directory: Path, dense: dict[str, Any], sparse: dict[str, Any], console: Console
 ) -> dict[str, Any]:
+    """Write, print and return the comparison of two finished twins by their summaries."""
     comparison = from_first(lambda: write_comparison(directory, dense, sparse))
     display.show_comparison(console, dense, sparse, directory)
     return comparison

@@ -247,10 +247,12 @@ def _check_amp(model: nn.Module, config: RunConfig, data: Data, device: torch.de
 
 
 def precision(config: RunConfig, device: torch.device) -> torch.autocast:
+    """Return the scope in which a run's forwards are: that of --amp."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bf16")
 
 
 def rng_states(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of torch's global generators, of the CPU and of the device."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -258,6 +260,7 @@ def rng_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_rng_states(states: dict[str, Tensor]) -> None:
+    """Give torch's global generators the states that `rng_states` returned."""
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
