@@ -30,7 +30,7 @@ def freeze_masks_(model: nn.Module) -> nn.Module:
     Raises TypeError if `model` is no module, ValueError if it has no masked layers, holds a
     DistributedDataParallel or has an attribute with a buffer's name; no mask has changed then.
     """
-    parts = [part for part in _unwrapped_parts(model) if part.fixed_mask is None]
+    parts = [part for part in unwrapped_parts(model) if part.fixed_mask is None]
     masks = [part.mask() for part in parts]
     done = []
     try:
@@ -53,12 +53,13 @@ def unfreeze_masks_(model: nn.Module) -> nn.Module:
     Raises TypeError if `model` is no module, ValueError if it has no masked layers or holds a
     DistributedDataParallel.
     """
-    for part in _unwrapped_parts(model):
+    for part in unwrapped_parts(model):
         part.drop_fixed_mask()
     return model
 
 
-def _unwrapped_parts(model: nn.Module) -> list[MaskedWeight]:
+def unwrapped_parts(model: nn.Module) -> list[MaskedWeight]:
+    """Return every masked weight; raise ValueError for what a fixed mask cannot be set in."""
     parts = [part for _, part in named_masked_weights(model)]
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise ValueError(
