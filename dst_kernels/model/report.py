@@ -158,19 +158,35 @@ def remaining_ratio(model: nn.Module) -> Tensor:
     are counted where they are and added up, all layers in one sum; other weights are gathered.
     Raises what `sparsity_report` does.
     """
+    return ratio_of(kept_counts(model))
+
+
+def ratio_of(counts: list[tuple[MaskedWeight, Tensor]]) -> Tensor:
+    """Return the remaining ratio, 0-dim float32, from what `kept_counts` returned."""
+    device = counts[0][0].weight.device
+    kept = torch.cat([count.to(device, non_blocking=True) for _, count in counts]).sum()
+    return kept.to(torch.float32) / sum(part.weight.numel() for part, _ in counts)
+
+
+def kept_counts(model: nn.Module) -> list[tuple[MaskedWeight, Tensor]]:
+    """Return each weight once, with how many of each of its matrices are kept: int64 [matrices].
+
+    Collective with FSDP2, as `remaining_ratio` says.
+    """
     parts = {id(part.weight): part for _, part in named_masked_weights(model)}.values()
     sharded: dict[object, list[MaskedWeight]] = {}
-    counts = []
+    found = []
     for part in parts:
         weight = part.weight
         if is_dtensor(weight) and rows_are_whole(weight) and _has_own_rows(part):
             sharded.setdefault((weight.device_mesh, weight.placements), []).append(part)
         else:
-            counts.append(part.mask().sum())
-    counts += [_kept_of_shards(group) for group in sharded.values()]
-    device = next(iter(parts)).weight.device
-    kept = torch.stack([count.to(device, non_blocking=True) for count in counts]).sum()
-    return kept.to(torch.float32) / sum(part.weight.numel() for part in parts)
+            mask = part.mask()
+            rows = mask if part.matrices == 1 else part.rows(mask)
+            found.append((part, rows.reshape(part.matrices, -1).sum(1)))
+    for group in sharded.values():
+        found += zip(group, _kept_of_shards(group).unbind(), strict=True)
+    return found
 
 
 def _has_own_rows(part: MaskedWeight) -> bool:
@@ -182,7 +198,7 @@ def _has_own_rows(part: MaskedWeight) -> bool:
 
 
 def _kept_of_shards(parts: list[MaskedWeight]) -> Tensor:
-    """Return how many of the weights of all `parts` are kept, from one all-reduce."""
+    """Return how many weights of each of `parts` are kept, [parts, 1], from one all-reduce."""
 
     def counts(local: list[Tensor]) -> Tensor:
         """Return [parts, 2]: what a shard keeps, and what it would if the guard reset the layer."""
@@ -202,4 +218,4 @@ def _kept_of_shards(parts: list[MaskedWeight]) -> Tensor:
             collapsed = kept <= largest_collapsed_count(part.weight.numel(), ratio)
             kept = torch.where(collapsed, reset, kept)
         found.append(kept)
-    return torch.stack(found).sum()
+    return torch.stack(found)[:, None]

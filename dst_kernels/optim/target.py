@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..arguments import require, require_flag, require_integer, require_number
-from ..model import freeze_masks_, remaining_ratio
+from ..model import freeze_masks_
+from ..model.report import kept_counts, ratio_of
 from ..nn.find import named_masked_weights
 from ..nn.weight import MaskedWeight
 from ._batch import local
@@ -22,6 +24,8 @@ _AHEAD = 10  # looks until the ratio should be on the ramp again
 _FIRST, _LEAST, _MOST = 1e-7, 1e-10, 1e3  # of alpha
 _GAIN = 0.3  # of one look: the share of an error in pace, in logarithms, that alpha takes
 _NOISE = 1e-6  # a pace of log(ratio) that counts as none
+_FLOOR = 2.0  # times reset_ratio: a matrix that keeps fewer would soon set off the guard
+_EASED = 0.9  # of its thresholds, at each look, until it keeps more
 _KEY = "target_ratios"  # in the state dict of an optimizer
 
 
@@ -33,6 +37,9 @@ class TargetRatio:
     controller compares the pace at which log(ratio) falls with the pace that would bring it onto
     that ramp, and multiplies alpha with a power of their quotient. So it needs no starting value:
     alpha finds its order of magnitude, whatever the learning rate, the optimizer and the loss.
+
+    A matrix that keeps fewer than twice what would set off the collapse guard is held: each look
+    lowers its thresholds by a tenth. Its restart would throw the ratio far off the ramp.
 
     At the ramp's end the ratio is settled: all thresholds move by one multiple of their weight's
     standard deviation, the quantile that leaves `target` of all weights. What training has found
@@ -168,7 +175,10 @@ class TargetRatio:
         return [*found.values()][::-1]
 
     def _steer(self) -> None:
-        now = remaining_ratio(self.model).clamp(min=1e-9).log()
+        counts = kept_counts(self.model)
+        for part, kept in counts:
+            _hold(part, kept)
+        now = ratio_of(counts).clamp(min=1e-9).log()
         self._pace.lerp_(self._before - now, _GAIN)
         self._before.copy_(now)
         then = self.wanted(self.steps_done + _AHEAD * self._every)
@@ -206,9 +216,25 @@ class TargetRatio:
             return
         offset = pool.kthvalue(gone).values
         for part, (_, largest, deviations) in zip(parts, moves, strict=True):
-            threshold = local(part.threshold)
-            shift = torch.minimum(offset, largest) * deviations
-            if part.matrices > 1:
-                shift = shift.repeat_interleave(part.threshold.numel() // part.matrices)
-                shift = shift.view(part.threshold.shape)
-            threshold.add_(shift.to(threshold.device))
+            _each(part, torch.minimum(offset, largest) * deviations, Tensor.add_)
+
+
+def _hold(part: MaskedWeight, kept: Tensor) -> None:
+    """Lower the thresholds of a matrix that keeps too few for the guard to leave it alone.
+
+    Were it to restart with all its weights, alpha would answer a jump that thresholds cause.
+    """
+    reset_ratio = part.module.masking.reset_ratio
+    if reset_ratio is None:
+        return
+    least = _FLOOR * reset_ratio * (part.weight.numel() / part.matrices)
+    _each(part, torch.where(kept < least, _EASED, 1.0), Tensor.mul_)
+
+
+def _each(part: MaskedWeight, values: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Change the thresholds of each matrix, in place, by its value of `values` [matrices]."""
+    threshold = local(part.threshold)
+    if part.matrices > 1:
+        values = values.repeat_interleave(part.threshold.numel() // part.matrices)
+        values = values.view(part.threshold.shape)
+    change(threshold, values.to(threshold.device))

@@ -95,6 +95,29 @@ def test_no_matrix_ends_empty_or_restarted():
     assert all(0.01 < share < 0.5 for share in shares), shares
 
 
+@pytest.mark.parametrize("matrices", [1, 4])
+def test_a_matrix_close_to_the_guard_is_held_and_no_other(matrices):
+    """Below 1.6 of 100 weights is too few: thresholds then fall by a tenth at each look."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(10, 10 * matrices, bias=False), nn.Linear(10, 10)])
+    dst_kernels.mask_parameter_(model[0], "weight", matrices=matrices, reset_ratio=0.008)
+    dst_kernels.mask_parameter_(model[1], "weight", reset_ratio=None)
+    controller = TargetRatio(model, 0.1, 1000)
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.copy_(torch.arange(1.0, 101).repeat(len(layer.weight) // 10).view(-1, 10))
+            layer.threshold.fill_(99.0)  # one weight of each matrix is left
+        model[0].threshold[:10] = 98.0 if matrices > 1 else 99.0  # two of the first of several
+    before = [layer.threshold.clone() for layer in model]
+    for _ in range(controller._every):
+        controller.step()
+    expected = 0.9 * before[0]
+    if matrices > 1:
+        expected[:10] = 98.0
+    torch.testing.assert_close(model[0].threshold, expected)
+    torch.testing.assert_close(model[1].threshold, before[1], rtol=0, atol=0)
+
+
 def test_the_guard_does_not_restart_what_ends_sparse():
     model = small()
     TargetRatio(model, 0.02, 10)
