@@ -1,13 +1,14 @@
 """Train sparse PyTorch models with trainable pruning thresholds in drop-in layers.
 
-`functional` has the stateless operations, `nn` the layers, `optim` the optimizers, and this module
-what acts on a whole model. Method: Liu et al., "Dynamic Sparse Training: Find Efficient Sparse
-Network From Scratch With Trainable Masked Layers", ICLR 2020.
+`functional` has the stateless operations, `nn` the layers, `optim` the optimizers, `methods` other
+methods on the same layers, and this module what acts on a whole model. Method: Liu et al.,
+"Dynamic Sparse Training: Find Efficient Sparse Network From Scratch With Trainable Masked Layers",
+ICLR 2020.
 """
 
 from importlib.metadata import version as _version
 
-from . import functional, nn, optim
+from . import functional, methods, nn, optim
 from .model import (
     ConversionPlan,
     SparsifyConfig,
@@ -43,6 +44,7 @@ __all__ = [
     "functional",
     "group_",
     "mask_parameter_",
+    "methods",
     "nn",
     "optim",
     "parameter_groups",

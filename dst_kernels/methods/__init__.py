@@ -1,1 +1,5 @@
 """Offer the methods that DST is compared with, on the same masked layers: one rule per module."""
+
+from .set import SET
+
+__all__ = ["SET"]

@@ -16,7 +16,7 @@ from ..model.freeze import unwrapped_parts
 from ..nn.find import named_masked_weights
 from ..nn.weight import MaskedWeight
 from ..ops.dtensor import is_dtensor
-from .starts import DISTRIBUTIONS, layer_counts, random_mask
+from .starts import layer_counts, random_mask
 
 
 class Layer:
@@ -165,16 +165,22 @@ class Method:
 
     @torch.no_grad()
     def _start(self, density: float, distribution: str) -> None:
-        """Give each layer a random mask; weights that are masked out become 0."""
-        require_density("density", density)
-        if distribution not in DISTRIBUTIONS:
-            raise ValueError(
-                f"distribution must be one of {', '.join(DISTRIBUTIONS)}, but is {distribution!r}"
-            )
+        """Give each layer a random mask; weights that are masked out become 0.
+
+        Check the arguments of a rule before `super().__init__`, which fixes the model's masks.
+        """
         counts = layer_counts([layer.shape for layer in self.layers], density, distribution)
         for layer, count in zip(self.layers, counts, strict=True):
             layer.set_mask(random_mask(layer.weight, count, self._generator(layer)))
             layer.weight.mul_(layer.mask)
+
+    def _first_of_period(self, every: int) -> bool:
+        """Return whether this is the first step after `every` steps, twice as many, and so on.
+
+        A change that is due after an epoch is made then: at the epoch's end, when a network is
+        evaluated or kept, the weights that grew last have trained.
+        """
+        return self.steps_done > 1 and (self.steps_done - 1) % every == 0
 
     def _generator(self, layer: Layer) -> torch.Generator:
         """Return random numbers for this step and layer, the same whenever it is called."""

@@ -8,7 +8,16 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ..arguments import described
+
 DISTRIBUTIONS = ("uniform", "erdos_renyi", "erdos_renyi_kernel")
+
+
+def require_distribution(value: object) -> None:
+    """Raise ValueError unless `value` is one of DISTRIBUTIONS."""
+    if value not in DISTRIBUTIONS:
+        accepted = ", ".join(DISTRIBUTIONS)
+        raise ValueError(f"distribution must be one of {accepted}, but is {described(value)}")
 
 
 def layer_counts(shapes: Sequence[Sequence[int]], density: float, distribution: str) -> list[int]:
