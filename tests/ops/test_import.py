@@ -91,6 +91,7 @@ def test_public_names():
         "functional",
         "group_",
         "mask_parameter_",
+        "methods",
         "nn",
         "optim",
         "parameter_groups",
@@ -135,6 +136,7 @@ def test_public_names():
         "MaskedRNN",
         "group_",
         "mask_parameter_",
+        "methods",
         "ungroup_",
         "weights_unchanged",
     ]
