@@ -136,7 +136,6 @@ def test_public_names():
         "MaskedRNN",
         "group_",
         "mask_parameter_",
-        "methods",
         "ungroup_",
         "weights_unchanged",
     ]
