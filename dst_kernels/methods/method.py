@@ -16,7 +16,7 @@ from ..model.freeze import unwrapped_parts
 from ..nn.find import named_masked_weights
 from ..nn.weight import MaskedWeight
 from ..ops.dtensor import is_dtensor
-from .starts import layer_counts, random_mask
+from .starts import layer_counts, random_mask, random_places
 
 
 class Layer:
@@ -85,6 +85,9 @@ class Method:
 
     dense_gradient: ClassVar[bool] = False
     """Whether weights that are masked out have gradients, too."""
+
+    saved: ClassVar[tuple[str, ...]] = ("steps_done",)
+    """The attributes, plain numbers, that the state dict has."""
 
     def __init__(
         self,
@@ -155,11 +158,15 @@ class Method:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs, beside model and optimizer, to go on bit for bit."""
-        return {"steps_done": self.steps_done}
+        return {name: getattr(self, name) for name in self.saved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the method was that returned this state."""
-        self.steps_done = state["steps_done"]
+        """Go on where the method was that returned this state; raise ValueError for another's."""
+        missing = [name for name in self.saved if name not in state]
+        if missing:
+            raise ValueError(f"state is not that of {type(self).__name__}: no {', '.join(missing)}")
+        for name in self.saved:
+            setattr(self, name, state[name])
 
     # -- for the rules -------------------------------------------------------------------------
 
@@ -182,11 +189,14 @@ class Method:
         """
         return self.steps_done > 1 and (self.steps_done - 1) % every == 0
 
-    def _generator(self, layer: Layer) -> torch.Generator:
-        """Return random numbers for this step and layer, the same whenever it is called."""
-        generator = torch.Generator(layer.weight.device)
-        number = hash((self.seed, self.steps_done, layer.index)) % 2**63
-        return generator.manual_seed(number)
+    def _generator(self, layer: Layer | None = None) -> torch.Generator:
+        """Return random numbers for this step and layer, the same whenever it is called.
+
+        Those of a layer are drawn on its device; those of no layer on the host.
+        """
+        device = "cpu" if layer is None else layer.weight.device
+        number = hash((self.seed, self.steps_done, -1 if layer is None else layer.index)) % 2**63
+        return torch.Generator(device).manual_seed(number)
 
     def _change(self, layer: Layer, mask: Tensor, *, keep_state: bool = False) -> None:
         """Set a layer's mask. What is pruned or grown becomes 0, and so does its momentum.
@@ -199,6 +209,16 @@ class Method:
             for tensor in self._state(layer):
                 tensor.masked_fill_(changed, 0)
         layer.set_mask(mask)
+
+    def _regrow(self, layer: Layer, kept: Tensor, free: Tensor, count: int) -> None:
+        """Prune what is not `kept`, and grow `count` weights, 0, at random places that are `free`.
+
+        A weight that is pruned and grows again at once starts at 0, too.
+        """
+        grown = torch.zeros(kept.shape, dtype=torch.bool, device=kept.device)
+        grown.view(-1)[random_places(free, count, self._generator(layer))] = True
+        self._change(layer, kept)
+        self._change(layer, kept | grown)
 
     def _state(self, layer: Layer) -> list[Tensor]:
         """Return the optimizer's tensors of the weight's shape: momentum and the like."""
@@ -235,7 +255,7 @@ def require_share(name: str, value: object) -> None:
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
-    """Return a boolean tensor: True at the `count` largest scores, of ties the first ones found."""
+    """Return a boolean tensor: True at the `count` largest scores, of ties at any."""
     chosen = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     chosen.view(-1)[scores.reshape(-1).topk(count).indices] = True
     return chosen

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from ..arguments import require_flag, require_integer
 from .method import Layer, Method, largest, require_density, require_share
-from .starts import random_places, require_distribution
+from .starts import require_distribution
 
 
 class SET(Method):
@@ -71,7 +71,7 @@ class SET(Method):
                 self._evolve(layer)
 
     def _evolve(self, layer: Layer) -> None:
-        active = layer.mask.clone()
+        active = layer.mask
         count = int(active.sum())
         if count == active.numel():
             return
@@ -84,11 +84,7 @@ class SET(Method):
             pruned = min(int(self.rate * count) + 1, count, active.numel() - count)
             scores = layer.weight.abs().masked_fill(free, -torch.inf)
             kept = largest(scores, count - pruned)
-        self._change(layer, kept)
-        grown = kept.clone()
-        places = random_places(free, count - int(kept.sum()), self._generator(layer))
-        grown.view(-1)[places] = True
-        self._change(layer, grown)
+        self._regrow(layer, kept, free, count - int(kept.sum()))
 
     def _far_from_zero(self, weight: Tensor, active: Tensor) -> Tensor:
         """Return which of the positive weights stay: all but the share nearest zero."""

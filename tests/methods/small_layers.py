@@ -21,12 +21,12 @@ def put(
 ) -> None:
     """Give a layer these weights, a mask that keeps those that are not 0, and this momentum."""
     layer = method.layers[index]
-    values = torch.tensor(weight).view(layer.weight.shape)
+    values = torch.tensor(weight).float().view(layer.weight.shape)
     with torch.no_grad():
         layer.weight.copy_(values)
     layer.set_mask(values != 0)
-    buffer = torch.ones_like(values) if momentum is None else torch.tensor(momentum).view_as(values)
-    method.optimizer.state[layer.weight]["momentum_buffer"] = buffer
+    buffer = torch.ones(values.numel()) if momentum is None else torch.tensor(momentum).float()
+    method.optimizer.state[layer.weight]["momentum_buffer"] = buffer.view_as(values)
 
 
 def run(method: Method, steps: int) -> None:
