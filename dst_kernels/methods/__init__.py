@@ -1,5 +1,6 @@
 """Offer the methods that DST is compared with, on the same masked layers: one rule per module."""
 
+from .dsr import DynamicSparseReparameterization
 from .set import SET
 
-__all__ = ["SET"]
+__all__ = ["SET", "DynamicSparseReparameterization"]
