@@ -1,6 +1,7 @@
 """Offer the methods that DST is compared with, on the same masked layers: one rule per module."""
 
 from .dsr import DynamicSparseReparameterization
+from .rigl import RigL
 from .set import SET
 
-__all__ = ["SET", "DynamicSparseReparameterization"]
+__all__ = ["SET", "DynamicSparseReparameterization", "RigL"]
