@@ -3,5 +3,6 @@
 from .dsr import DynamicSparseReparameterization
 from .rigl import RigL
 from .set import SET
+from .sparse_momentum import SparseMomentum
 
-__all__ = ["SET", "DynamicSparseReparameterization", "RigL"]
+__all__ = ["SET", "DynamicSparseReparameterization", "RigL", "SparseMomentum"]
