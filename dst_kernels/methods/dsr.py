@@ -85,7 +85,7 @@ class DynamicSparseReparameterization(Method):
             self.threshold /= 2
         elif pruned < 0.9 * self.exchange:
             self.threshold *= 2
-        if pruned <= sum(room):
+        if 0 < pruned <= sum(room):
             grown = self._growth(pruned, stay, room)
             for layer, mask, count in zip(self.layers, kept, grown, strict=True):
                 self._regrow(layer, mask, ~layer.mask, count)

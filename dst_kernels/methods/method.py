@@ -40,7 +40,10 @@ class Layer:
     @property
     def mask(self) -> Tensor:
         """Return the boolean mask, of the weight's shape. Do not change it: use `set_mask`."""
-        return self.parts[0].module._buffers[self.parts[0].fixed_mask_name]
+        mask = self.parts[0].fixed_mask
+        if mask is None:
+            raise RuntimeError(f"the mask of {self.names[0] or 'the model'} is no longer fixed")
+        return mask
 
     def set_mask(self, mask: Tensor) -> None:
         """Compute with this boolean mask from now on; nothing waits for the device."""

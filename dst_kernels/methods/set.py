@@ -87,8 +87,8 @@ class SET(Method):
         self._regrow(layer, kept, free, count - int(kept.sum()))
 
     def _far_from_zero(self, weight: Tensor, active: Tensor) -> Tensor:
-        """Return which of the positive weights stay: all but the share nearest zero."""
-        positive = (weight > 0) & active
+        """Return which of the positive weights stay: all but the share nearest zero. So do NaN."""
+        positive = active & ~(weight <= 0)
         count = int(positive.sum())
         scores = weight.masked_fill(~positive, -torch.inf)
         return largest(scores, count - int(self.rate * count))

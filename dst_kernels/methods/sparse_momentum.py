@@ -106,7 +106,7 @@ class SparseMomentum(Method):
             for momentum, layer, count in zip(momenta, self.layers, active, strict=True)
         ]
         total, average = sum(means), 1 / len(means)
-        shares = [mean / total if total else average for mean in means]
+        shares = [mean / total if 0 < total < math.inf else average for mean in means]
         done = min(self.steps_done / self.steps, 1)
         rate = (self.rate - self.final_rate) * (1 + math.cos(math.pi * done)) / 2 + self.final_rate
         pruned, room = [], []

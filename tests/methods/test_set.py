@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -45,6 +47,15 @@ def test_at_most_as_many_go_as_places_are_empty():
     run(method, 2)
     assert weights(method) == [0, 2, 3, 4, 5, 6, 7, 8, 9, 0]
     assert active(method) == [*range(1, 10)]
+
+
+@pytest.mark.parametrize("separate_signs", [True, False])
+def test_a_weight_that_diverged_stays_to_be_seen(separate_signs: bool):
+    method = SET(*layers((2, 5)), 0.4, every=1, rate=0.5, separate_signs=separate_signs)
+    put(method, 0, [math.nan, 3, -2, 1] + 6 * [0.0])
+    run(method, 2)
+    assert math.isnan(weights(method)[0]) and 0 in active(method)
+    assert len(active(method)) == 4
 
 
 @pytest.mark.parametrize("separate_signs", [True, False])
