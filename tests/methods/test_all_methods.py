@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dst_kernels
 from dst_kernels import methods
@@ -184,6 +185,26 @@ def test_all_processes_choose_the_same(tmp_path: Path):
         assert same(first[name], second[name]), name
 
 
+class NeverWait(TorchDispatchMode):
+    """Raise where the host would wait for a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waiting = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select")
+        assert func._schema.name.removeprefix("aten::") not in waiting
+        return func(*args, **(kwargs or {}))
+
+
+@every_method
+def test_nothing_waits_for_the_device_while_masks_stay(name: str):
+    model, optimizer, method = build(name)
+    (model(torch.ones(2, 2, 5, 5))).sum().backward()
+    optimizer.step()
+    with NeverWait():
+        method.step()
+    with pytest.raises(AssertionError), NeverWait():
+        bool(model.last.bias.sum())
+
+
 @pytest.mark.slow
 @every_method
 def test_compiled_models_follow(name: str):
@@ -266,3 +287,7 @@ def test_models_that_do_not_fit_are_told_why():
         methods.RigL(model, optimizer, 0.5, steps=1)
     with pytest.raises(ValueError, match="state is not that of SET: no steps_done"):
         method.load_state_dict({})
+    dst_kernels.unfreeze_masks_(model)
+    method.step()
+    with pytest.raises(RuntimeError, match="the mask of 0 is no longer fixed"):
+        method.step()
