@@ -1,9 +1,17 @@
 """Offer the methods that DST is compared with, on the same masked layers: one rule per module."""
 
+from .deepr import DeepR
 from .dsr import DynamicSparseReparameterization
 from .magnitude import MagnitudePruning
 from .rigl import RigL
 from .set import SET
 from .sparse_momentum import SparseMomentum
 
-__all__ = ["SET", "DynamicSparseReparameterization", "MagnitudePruning", "RigL", "SparseMomentum"]
+__all__ = [
+    "SET",
+    "DeepR",
+    "DynamicSparseReparameterization",
+    "MagnitudePruning",
+    "RigL",
+    "SparseMomentum",
+]
