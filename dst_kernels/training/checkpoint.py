@@ -43,6 +43,7 @@ _CONTENTS: dict[str, Form] = {
     "best": _MAPPING,
     "controller": _MAPPING,
     "restore": _MAPPING,
+    "method": _MAPPING,
     "ever": _MAPPING,
     "optimizer": {"state": _MAPPING, "param_groups": Rule("a list", lambda v: isinstance(v, list))},
     "rng": _MAPPING,
@@ -118,7 +119,8 @@ def load_checkpoint(path: Path, argument: str = "--resume") -> dict[str, Any]:
         raise UsageError(
             f"{argument}: {path} is not a checkpoint of dst-kernels train. {_ACCEPTED}"
         )
-    for later in ("best", "controller", "restore", "ever"):  # which earlier versions did not write
+    # Which earlier versions did not write.
+    for later in ("best", "controller", "restore", "method", "ever"):
         contents.setdefault(later, {})
     check(f"{argument}: {path}:", contents, _CONTENTS)
     if contents["format"] == _FORMAT and not has_checksum:

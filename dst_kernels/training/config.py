@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .errors import UsageError, require_one_of
-from .rules import FLAG, MILESTONES, MOST, TEXT, check, integer, number, or_none
+from .rivals import METHODS, check_method
+from .rules import FLAG, MILESTONES, MOST, PAIRS, TEXT, check, integer, number, or_none
 from .tasks import LANGUAGE, Task, task_of
 
 # The preset of each data set, if none is given. An alpha that suits 23 steps per epoch would prune
@@ -43,6 +44,10 @@ class RunConfig:
     validation: float | None = None
     init: str | None = None
     dense: bool = False
+    method: str = "dst"
+    density: float | None = None
+    method_options: str | None = None
+    method_epochs: int | None = None
     alpha: float = 4e-3
     alpha_schedule: str = "constant"
     target: float | None = None
@@ -84,6 +89,7 @@ class RunConfig:
 
         require_one_of("--preset", self.preset, PRESETS)
         require_one_of("--dataset", self.dataset, DATASET_PRESETS)
+        require_one_of("--method", self.method, METHODS)
         require_one_of("--optimizer", self.optimizer, ("sgd", "adam", "adamw"))
         require_one_of("--granularity", self.granularity, GRANULARITIES)
         require_one_of("--surrogate", self.surrogate, SURROGATES)
@@ -98,6 +104,7 @@ class RunConfig:
                 f"--model {self.model!r} does not fit --dataset {self.dataset}. "
                 f"Accepted for that: {models}. Accepted with {_LANGUAGE_MODEL}: --dataset text."
             )
+        self._check_method()
         if self.target is not None and self.ramp_epochs is None:
             # Written down, so that a run that goes on for more epochs keeps its ramp.
             ramp = max(1, int(_RAMP * (self.epochs - self.warmup_epochs)))
@@ -109,6 +116,35 @@ class RunConfig:
                 f"--gamma is {self.gamma!r}, which {drops} milestones raise to a learning rate "
                 f"above {MOST:g}. Accepted: a smaller factor or fewer milestones."
             )
+
+    def _check_method(self) -> None:
+        """Refuse what does not go together; write down what follows from other options."""
+        if self.method != "dst":
+            refused = {name: getattr(self, name) for name in _OF_THRESHOLDS}
+            for name, default in _DEFAULTS.items():
+                if name in refused and refused[name] != default:
+                    raise UsageError(
+                        f"{option(name)} with --method {self.method}, whose masks are fixed. "
+                        "Accepted: one of them."
+                    )
+            check_method(self.method, self.density, self.method_options)
+            if self.method_epochs is None:  # a run that goes on for more epochs keeps its schedule
+                object.__setattr__(self, "method_epochs", self.epochs)
+            return
+        for name in ("method_options", "method_epochs"):
+            if getattr(self, name) is not None:
+                raise UsageError(
+                    f"{option(name)} with --method dst, which has none. Accepted: another --method."
+                )
+        if self.density is not None:
+            check("--density", self.density, RULES["target"])
+            if self.target is not None:
+                raise UsageError(
+                    f"--density {self.density} and --target {self.target} are the same option of "
+                    "--method dst. Accepted: one of them."
+                )
+            object.__setattr__(self, "target", self.density)
+            object.__setattr__(self, "density", None)
 
     def _check_schedule(self) -> None:
         if self.target is None and self.ramp_epochs is not None:
@@ -155,7 +191,17 @@ class RunConfig:
         """Return what decides how sparse the model gets, in words."""
         if self.dense:
             return "dense"
+        if self.rival is not None:
+            return self.method + (f", density {self.density:g}" if self.density else "")
         return f"alpha {self.alpha:g}" if self.target is None else f"target {self.target:g}"
+
+    @property
+    def rival(self) -> str | None:
+        """Return the method that chooses fixed masks; None where thresholds do, or there are none.
+
+        It alone says so: a dense twin has the options of the sparse run.
+        """
+        return None if self.dense or self.method == "dst" else self.method
 
     @property
     def task(self) -> Task:
@@ -185,8 +231,10 @@ class RunConfig:
         """Return how masked weights and their gradients are made: the fastest way that there is.
 
         "deferred": by the optimizer's step; "grouped": for all layers at once. All ways give the
-        same trajectory up to rounding.
+        same trajectory up to rounding. "fixed masks": by each layer, under a method's masks.
         """
+        if self.rival is not None:
+            return "fixed masks"
         if self.dense or self.layer_by_layer:
             return "dense" if self.dense else "layer by layer"
         decays = self.weight_decay or self.threshold_weight_decay
@@ -232,7 +280,19 @@ _IN_OLDER_FILES = {
     "warmup_epochs": 0,
     "freeze_epoch": None,
     "restore_collapsed": False,
+    "method": "dst",
+    "density": None,
+    "method_options": None,
+    "method_epochs": None,
 }
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(RunConfig)}
+# What methods with fixed masks have not: steps of their own, or trained thresholds.
+_OF_THRESHOLDS = (
+    *("target", "ramp_epochs", "alpha_schedule", "warmup_epochs", "freeze_epoch"),
+    *("restore_collapsed", "graph", "fsdp"),
+)
 
 
 def option(field: str) -> str:
@@ -260,6 +320,9 @@ RULES = {
     "image_size": integer(8, 4096),
     "alpha": _AT_LEAST_0,
     "target": or_none(number("a number above 0 and below 1", lambda value: 0 < value < 1)),
+    "density": or_none(number("a number above 0 and at most 1", lambda value: 0 < value <= 1)),
+    "method_options": or_none(PAIRS),
+    "method_epochs": or_none(integer(1, 1_000_000)),
     "ramp_epochs": or_none(integer(1, 1_000_000)),
     "warmup_epochs": integer(0, 1_000_000),
     "freeze_epoch": or_none(integer(1, 1_000_000)),

@@ -224,9 +224,13 @@ def _threshold(value: float) -> str:
 def _layer_table(report: SparsityReport) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("layer", overflow="fold")
-    for name in ("shape", "remaining", "kept", "of", "empty rows", "t mean", "t min", "t max"):
+    # A method with fixed masks has no thresholds to show.
+    shown = not all(math.isnan(layer.threshold_mean) for layer in report.layers)
+    thresholds = ("t mean", "t min", "t max") if shown else ()
+    for name in ("shape", "remaining", "kept", "of", "empty rows", *thresholds):
         table.add_column(name, justify="right", no_wrap=True)
     for layer in report.layers:
+        values = layer.threshold_mean, layer.threshold_min, layer.threshold_max
         table.add_row(
             layer.name,
             _shape(layer.shape),
@@ -234,7 +238,7 @@ def _layer_table(report: SparsityReport) -> Table:
             f"{layer.kept:,}",
             f"{layer.total:,}",
             f"{layer.dead_rows:,}",
-            *map(_threshold, (layer.threshold_mean, layer.threshold_min, layer.threshold_max)),
+            *map(_threshold, values if shown else ()),
         )
     table.add_section()
     ratio, kept, total = percent(report.remaining_ratio), f"{report.kept:,}", f"{report.total:,}"

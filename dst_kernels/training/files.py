@@ -77,6 +77,8 @@ _SUMMARY = {
     "model": TEXT,
     "dataset": TEXT,
     "dense": FLAG,
+    "method": TEXT,
+    "density": or_none(_SHARE),
     "alpha": SECONDS,
     "target": or_none(_SHARE),
     "layers": _SHARES,
@@ -227,7 +229,7 @@ def read_summary(directory: Path) -> dict[str, Any]:
     """Return the contents of summary.json; raise UsageError if it is damaged."""
     # What files mean that were written before there was an option.
     older: dict[str, Any] = {"execution": "layer by layer", "best": None, "target": None}
-    older |= {"processes": 1, "fsdp": False}
+    older |= {"processes": 1, "fsdp": False, "method": "dst", "density": None}
     summary = {**older, **_read_json(directory / SUMMARY)}
     try:
         task = task_of(summary.get("dataset"))

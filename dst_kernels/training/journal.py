@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ..ops.dtensor import is_dtensor
 from .config import RunConfig
-from .errors import DivergedError
 from .files import LOG, Record, cannot_write
-from .loop import Observer
+from .loop import Observer, diverged
 from .masks import was_restarted
 
 _EVERY = 30.0  # seconds between two lines within an epoch: each waits for the device
@@ -58,11 +57,8 @@ class Journal(Observer):
             return
         self.last, value, epoch = now, float(total) / samples, len(self.history) + 1
         if not math.isfinite(value):
-            raise DivergedError(
-                f"training diverged: the mean loss of epoch {epoch} is {value:g} after "
-                f"{self.step_of_epoch} of {self.steps} steps. --lr is {self.config.lr:g}, "
-                f"--{self.config.kind}: try smaller ones."
-            )
+            done = f"{self.step_of_epoch} of {self.steps} steps"
+            raise diverged(self.config, f"the mean loss of epoch {epoch} is {value:g} after {done}")
         per_step = (now - self.started) / self.steps_done
         left = (self.config.epochs - epoch + 1) * self.steps - self.step_of_epoch
         self._line(
@@ -90,19 +86,20 @@ class Journal(Observer):
             self.console.print(f"[bold yellow]Warning:[/] {escape(trouble)}", soft_wrap=True)
 
     def _troubles(self, record: Record) -> list[str]:
-        found, epoch = [], record["epoch"]
+        found, epoch, config = [], record["epoch"], self.config
+        advice = ": try a smaller --alpha"
+        if config.rival is not None:
+            advice = ": try a larger --density" if config.density is not None else ""
         before = self.history[-2]["layers"] if len(self.history) > 1 else {}
         for name, ratio in record["layers"].items():
             if ratio == 0:
-                found.append(f"{name} keeps no weight after epoch {epoch}: try a smaller --alpha")
-            elif was_restarted(before.get(name, 1.0), ratio):
+                found.append(f"{name} keeps no weight after epoch {epoch}{advice}")
+            elif config.rival is None and was_restarted(before.get(name, 1.0), ratio):
                 found.append(
                     f"{name} was restarted with all weights in epoch {epoch}, since no more than "
-                    f"--reset-ratio {self.config.reset_ratio} would have remained: try a smaller "
-                    "--alpha"
+                    f"--reset-ratio {config.reset_ratio} would have remained{advice}"
                 )
-        config = self.config
-        if config.dense or epoch <= config.warmup_epochs:
+        if config.dense or config.rival is not None or epoch <= config.warmup_epochs:
             return found
         pairs = zip(map(_own_part, self.thresholds), self.at_start, strict=True)
         if self.at_start and all(torch.equal(now, then) for now, then in pairs):

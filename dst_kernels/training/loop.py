@@ -82,10 +82,10 @@ def train(
             validation = {"validation_loss": loss, config.task.validation_key: quality}
         test_loss, quality = evaluate(state.model, config, data.test)
         if not math.isfinite(train_loss + test_loss + quality + sum(validation.values())):
-            raise DivergedError(
-                f"training diverged: the losses of epoch {epoch + 1} are {train_loss:g} in "
-                f"training and {test_loss:g} in the test. "
-                f"--lr is {config.lr:g}, --{config.kind}: try smaller ones."
+            raise diverged(
+                config,
+                f"the losses of epoch {epoch + 1} are {train_loss:g} in training and "
+                f"{test_loss:g} in the test",
             )
         report = None if config.dense else dst_kernels.sparsity_report(state.model)
         record = {
@@ -113,6 +113,14 @@ def train(
         state.seconds += time.perf_counter() - started
         save(state)
         observer.epoch(record)
+
+
+def diverged(config: RunConfig, found: str) -> DivergedError:
+    """Return the error for losses that are infinite or NaN; `found` says which."""
+    advice = f"--lr is {config.lr:g}, --{config.kind}: try smaller ones"
+    if config.dense or config.rival is not None:
+        advice = f"--lr is {config.lr:g}: try a smaller one"
+    return DivergedError(f"training diverged: {found}. {advice}.")
 
 
 def _train_epoch(state: State, config: RunConfig, data: Data, observer: Observer) -> float:
@@ -146,6 +154,8 @@ def _train_epoch(state: State, config: RunConfig, data: Data, observer: Observer
             if config.clip_grad_norm is not None:
                 _clip(state.optimizer, config.clip_grad_norm)
             state.optimizer.step()
+            if state.method is not None:
+                state.method.step()  # it may look at the gradients
             state.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 

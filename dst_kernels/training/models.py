@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from .config import RunConfig
 from .errors import UsageError, require_one_of
 from .gpt import GPT
+from .rivals import new_method
 
 
 class LeNet300(nn.Module):
@@ -239,5 +240,7 @@ def load_model(directory: str | Path) -> nn.Module:
     config, summary = read_config(directory), read_summary(directory)
     with torch.random.fork_rng(devices=[]):
         model = build_model(config, tuple(summary["input_shape"]), summary["classes"])
+    if config.rival is not None:  # it may have added parameters
+        new_method(config, model, torch.optim.SGD(model.parameters(), momentum=0.9), steps=1)
     model.load_state_dict(load_file(directory / MODEL))
     return model.eval()

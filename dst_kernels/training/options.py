@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from .config import DATASET_PRESETS, PRESETS, RULES, RunConfig, option
+from .rivals import RIVALS
 from .rules import FLAG
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(RunConfig)}
@@ -102,6 +103,36 @@ class TrainOptions:
     compare: Annotated[
         bool, opt("compare", WHAT, "Train the dense twin, then the sparse model; compare both.")
     ] = False
+    method: Annotated[
+        str | None,
+        opt(
+            "method",
+            SPARSITY,
+            "How masks are chosen. dst: by thresholds that train. To compare with: "
+            f"{', '.join(RIVALS)}. These have none of the options for thresholds.",
+        ),
+    ] = None
+    density: Annotated[
+        str | None,
+        opt(
+            "density",
+            SPARSITY,
+            "The share of the masked weights that --method keeps; of dst the same as --target.",
+        ),
+    ] = None
+    method_options: Annotated[
+        str | None,
+        opt(
+            "method_options",
+            SPARSITY,
+            "Options of --method, the arguments of its class in dst_kernels.methods: "
+            "every=938,rate=0.5. Where they have no default, every is an epoch.",
+        ),
+    ] = None
+    method_epochs: Annotated[
+        str | None,
+        opt("method_epochs", SPARSITY, "Epochs in which --method's schedule runs.", "all"),
+    ] = None
     alpha: Annotated[
         str | None,
         opt("alpha", SPARSITY, "Factor of the regulariser sum(exp(-t)): larger is sparser."),

@@ -39,17 +39,25 @@ class Curve(NamedTuple):
     dense: bool
 
 
-def plot_layer_ratios(path: Path, history: Sequence[Record], title: str) -> None:
-    """Draw the remaining ratio of every layer, and of the model, over the epochs."""
+def plot_layer_ratios(
+    path: Path, history: Sequence[Record], title: str, *, guarded: bool = True
+) -> None:
+    """Draw the remaining ratio of every layer, and of the model, over the epochs.
+
+    With `guarded`, mark where the collapse guard has restarted a layer.
+    """
     figure, axes = _figure(title, 1)
     names = list(history[0]["layers"])
     epochs = [record["epoch"] for record in history]
-    stride = -(-len(names) // _MOST_NAMED)
+    stride, marked = -(-len(names) // _MOST_NAMED), 0
     for index, (name, color) in enumerate(zip(names, _colors(len(names)), strict=True)):
         ratios = [record["layers"][name] for record in history]
         label = f"{name}  {_percent(ratios[-1])}" if index % stride == 0 else None
         axes[0].plot(epochs, _shown(ratios), color=color, label=label, **_marker(epochs))
-        restarts = [i for i in range(1, len(ratios)) if was_restarted(*ratios[i - 1 : i + 1])]
+        restarts = [
+            i for i in range(1, len(ratios)) if guarded and was_restarted(*ratios[i - 1 : i + 1])
+        ]
+        marked += len(restarts)
         points = [epochs[i] for i in restarts], [ratios[i] for i in restarts]
         axes[0].plot(*points, "^", color=color, markersize=7)
     ratios = [record["remaining_ratio"] for record in history]
@@ -58,11 +66,7 @@ def plot_layer_ratios(path: Path, history: Sequence[Record], title: str) -> None
     )
     _ratio_axis(axes[0])
     _epoch_axis(axes[0])
-    if any(
-        was_restarted(a["layers"][name], b["layers"][name])
-        for a, b in itertools.pairwise(history)
-        for name in names
-    ):
+    if marked:
         axes[0].set_xlabel("epoch\n▲ restarted by the collapse guard")
     _mark_drops(axes, history)
     columns = -(-(len(names) // stride + 1) // 28)

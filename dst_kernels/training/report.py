@@ -103,12 +103,14 @@ def _table(runs: Sequence[Run], task: Task) -> Table:
     table.add_column("run", overflow="fold")
     if not shared:
         table.add_column("model on data", overflow="fold")
-    for name in ("alpha", "seed", "epochs", task.quality, "remaining", "loss", "seconds"):
+    compared = any(run.config.rival is not None for run in runs)
+    by = "method" if compared else "alpha"
+    for name in (by, "seed", "epochs", task.quality, "remaining", "loss", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
 
     def add(name: str, config: RunConfig, *cells: str, style: str | None = None) -> None:
         subject = [] if shared else [f"{config.model} on {config.dataset}"]
-        kind = config.kind.removeprefix("alpha ")
+        kind = config.kind if compared else config.kind.removeprefix("alpha ")
         table.add_row(name, *subject, kind, *cells, style=style)
 
     for run in runs:

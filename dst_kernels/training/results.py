@@ -33,6 +33,7 @@ from .files import (
     TWINS,
     best_record,
     checksums,
+    read_config,
     read_metrics,
     write_atomically,
     write_json,
@@ -74,8 +75,11 @@ def write_results(
     title = f"{config.model} on {config.dataset}, {config.kind}, seed {config.seed}"
     plots.plot_quality_and_ratio(directory / task.plot, state.history, title, task)
     if report is not None:
-        plots.plot_layer_ratios(directory / PLOT_OF_LAYERS, state.history, title)
-        plots.plot_thresholds(directory / PLOT_OF_THRESHOLDS, thresholds, title)
+        plots.plot_layer_ratios(
+            directory / PLOT_OF_LAYERS, state.history, title, guarded=config.rival is None
+        )
+        if thresholds:
+            plots.plot_thresholds(directory / PLOT_OF_THRESHOLDS, thresholds, title)
         if COLUMNS[0] in state.history[0]:
             plots.plot_masks(directory / PLOT_OF_MASKS, state.history, title)
 
@@ -92,6 +96,8 @@ def write_results(
         "model": config.model,
         "dataset": config.dataset,
         "dense": config.dense,
+        "method": config.method,
+        "density": config.density,
         "alpha": config.alpha,
         "target": config.target,
         "layers": last["layers"],
@@ -129,10 +135,8 @@ def write_comparison(
     curves = [
         plots.Curve(name, read_metrics(directory / name, task), name == "dense") for name in TWINS
     ]
-    target = sparse["target"]
-    kind = f"alpha {sparse['alpha']:g}" if target is None else f"target {target:g}"
-    title = f"{sparse['model']} on {sparse['dataset']}, {kind}"
-    title = f"{title}, seed {sparse['seed']}"
+    config = read_config(directory / TWINS[1])
+    title = f"{config.model} on {config.dataset}, {config.kind}, seed {config.seed}"
     plots.plot_runs(directory / PLOT_OF_COMPARISON, curves, title, task)
     return comparison
 
@@ -144,7 +148,12 @@ def weights_by_layer(model: nn.Module) -> dict[str, MaskedWeight]:
 
 
 def thresholds_by_layer(state: State) -> dict[str, Tensor]:
-    """Return the last epoch's thresholds, on the CPU, by the names in the report."""
+    """Return the last epoch's thresholds, on the CPU, by the names in the report.
+
+    {} for a dense model, and where a method has fixed the masks: they decide nothing then.
+    """
+    if state.method is not None:
+        return {}
     keys = {id(parameter): name for name, parameter in state.model.named_parameters()}
     parts = weights_by_layer(state.model)
     return {name: state.weights[keys[id(part.threshold)]] for name, part in parts.items()}

@@ -71,6 +71,7 @@ MILESTONES = Rule(
     "INT,INT,...",
 )
 TEXT = Rule("a name", lambda value: isinstance(value, str) and value != "")
+PAIRS = TEXT._replace(accepted="name=value pairs", metavar="NAME=VALUE,...")
 FLAG = Rule("true or false", lambda value: isinstance(value, bool))
 
 

@@ -60,9 +60,11 @@ def run(
             "seconds": state.seconds,
             "model": state.weights,
             "best": state.best,
-            "restore": spread.whole(state.restore.state_dict() if state.restore else {}),
             "ever": state.ever,
-            "controller": spread.whole(state.controller.state_dict() if state.controller else {}),
+            **{
+                name: spread.whole(helper.state_dict() if helper else {})
+                for name, helper in state.helpers.items()
+            },
             "optimizer": spread.whole(state.optimizer.state_dict()),
             "rng": state.rng,
         }

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import dst_kernels
 
+from ..methods.method import Method
 from ..nn.find import named_masked_weights
 from ..nn.switches import is_grouped
 from ..nn.weight import is_of_mask
@@ -25,9 +26,11 @@ from .errors import UsageError
 from .files import Record
 from .masks import COLUMNS
 from .models import build_model, example_input
-from .rules import Form, Rule, check, integer
+from .rivals import new_method
+from .rules import FLAG, Form, Rule, check, integer, number
 from .weights import load_weights
 
+HELPERS = ("controller", "restore", "method")
 _CHECKED = 8  # images for check_masks: enough to reach every layer, and quick
 
 
@@ -40,7 +43,7 @@ class State:
     epoch that was finished and of the best one; {} before, and without --validation. `ever`: which
     weights were ever kept (`Masks.packed`). `copied`: what averages gradients over the processes
     that have a copy of the model. `controller`: what steers alpha, if there is a --target.
-    `restore`: what --restore-collapsed asks for.
+    `restore`: what --restore-collapsed asks for. `method`: what --method asks for, if not dst.
     """
 
     model: nn.Module
@@ -53,7 +56,13 @@ class State:
     copied: nn.Module | None = None
     controller: TargetRatio | None = None
     restore: RestoreCollapsed | None = None
+    method: Method | None = None
     ever: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def helpers(self) -> dict[str, Any]:
+        """Return what acts on masks beside the optimizer, by its name in a checkpoint, or None."""
+        return {name: getattr(self, name) for name in HELPERS}
 
 
 def new_state(
@@ -79,7 +88,17 @@ def new_state(
     optimizer = _optimizer(model, config, controller)
     restores = config.restore_collapsed and not config.dense
     restore = RestoreCollapsed(model) if restores else None
-    return State(model, optimizer, rng_states(device), controller=controller, restore=restore)
+    method = None
+    if config.rival is not None:
+        method = new_method(config, model, optimizer, len(data.train))
+    return State(
+        model,
+        optimizer,
+        rng_states(device),
+        controller=controller,
+        restore=restore,
+        method=method,
+    )
 
 
 _TORCH = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -98,6 +117,8 @@ def _optimizer(
             threshold_lr=config.threshold_lr,
             threshold_weight_decay=config.threshold_weight_decay,
         )
+        if config.rival is not None:
+            groups = groups[:1]  # nothing trains thresholds
     options: dict[str, Any] = {"lr": config.lr}
     if config.graph and config.execution != "deferred" and config.optimizer != "sgd":
         options["capturable"] = True  # steps are then counted on the device
@@ -178,8 +199,7 @@ def restore(state: State, config: RunConfig, checkpoint: Mapping[str, Any]) -> N
     if not config.dense:
         names = {name: _ANY for name, _ in named_masked_weights(state.model)}
         check("history[0].layers", checkpoint["history"][0]["layers"], names)
-    for name in ("controller", "restore"):
-        helper = getattr(state, name)
+    for name, helper in state.helpers.items():
         check(name, checkpoint[name], _form_of(helper.state_dict() if helper else {}))
     bits: Form = {}
     if COLUMNS[0] in checkpoint["history"][0]:  # not in files of earlier versions
@@ -188,8 +208,8 @@ def restore(state: State, config: RunConfig, checkpoint: Mapping[str, Any]) -> N
         bits = {n: _like(torch.empty(size, dtype=torch.uint8)) for n, size in sizes.items()}
     check("ever", checkpoint["ever"], bits)
     state.model.load_state_dict(model)
-    for name in ("controller", "restore"):
-        if (helper := getattr(state, name)) is not None:
+    for name, helper in state.helpers.items():
+        if helper is not None:
             helper.load_state_dict(checkpoint[name])
     state.optimizer.load_state_dict(
         {"state": optimizer, "param_groups": state.optimizer.state_dict()["param_groups"]}
@@ -210,10 +230,16 @@ def _optimizer_state(config: RunConfig, parameter: Tensor) -> Form:
 
 
 def _form_of(state: Any) -> Form:
-    """Accept what has the keys of this state, tensors like its, and counts."""
+    """Accept what has the keys of this state, tensors like its, counts and numbers."""
     if isinstance(state, dict):
         return {name: _form_of(value) for name, value in state.items()}
-    return _like(state) if isinstance(state, Tensor) else integer(0)
+    if isinstance(state, Tensor):
+        return _like(state)
+    if isinstance(state, bool):
+        return FLAG
+    if isinstance(state, float):
+        return number("a number", lambda value: True)
+    return integer(0) if isinstance(state, int) else _ANY
 
 
 def _like(tensor: Tensor) -> Rule:
