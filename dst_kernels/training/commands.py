@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 
-from .config import DATASET_PRESETS, RunConfig, option
+from .config import DATASET_PRESETS, ONLY_DST, RunConfig, not_of_rival, option
 from .errors import UsageError
 from .options import RUN, WHAT, SweepOptions, TrainOptions, opt, signature
 from .processes import together
@@ -22,7 +24,10 @@ app = typer.Typer(
 )
 
 _ON_RESUME = ("epochs", "device", "fsdp")
-_NOT_IN_SWEEPS = ("preset", "dense", "compare", "alpha", "target", "seed", "out", "resume")
+_NOT_IN_SWEEPS = (
+    *("preset", "dense", "compare", "method", "density", "alpha", "target", "seed", "out"),
+    "resume",
+)
 
 
 @app.callback()
@@ -52,7 +57,7 @@ app.command()(train)
 
 
 def sweep(**options: Any) -> None:
-    """Train a recipe for several alphas, or targets, and seeds; show means and spreads.
+    """Train a recipe for several alphas, targets or methods, and seeds; show means and spreads.
 
     The same command goes on with a sweep that was stopped.
     """
@@ -64,35 +69,53 @@ def sweep(**options: Any) -> None:
 
         preset, seeds, jobs = (given.pop(name) for name in ("preset", "seeds", "jobs"))
         out = usable_path("--out", given.pop("out", f"runs/sweep-{preset}"))
-        axes = _axes(given.pop("alphas", None), given.pop("targets", None), seeds)
+        axes = _axes({name: given.pop(name, None) for name in _AXES}, seeds)
         check("--jobs", int(jobs) if jobs.isdecimal() else jobs, integer(1, 1024))
         download = given.pop("download", False)
         same = [f"--preset={preset}"]
         for name, value in given.items():
             same.append(option(name) if value is True else f"{option(name)}={value}")
+        methods = axes.get("method", ["dst"])
+        if "method_options" in given and len(methods) > 1:
+            raise UsageError(
+                f"--method-options with --methods {','.join(methods)}. Accepted: one method."
+            )
+        _refuse_ignored(given, methods)
         parsed = {name: _parsed(name, value) for name, value in given.items()}
-        first = {field: values[0] for field, values in axes.items()}
-        base = RunConfig.from_preset(preset, **parsed, **first)
-        run_sweep(base, axes, same, out, int(jobs), new_console(), download)
+        configure = partial(RunConfig.from_preset, preset, **parsed)
+        run_sweep(configure, axes, same, out, int(jobs), new_console(), download)
 
 
 vars(sweep)["__signature__"] = signature(SweepOptions, TrainOptions, without=_NOT_IN_SWEEPS)
 app.command()(sweep)
 
 
-def _axes(alphas: str | None, targets: str | None, seeds: str) -> dict[str, list[Any]]:
-    """Return the values of --alphas or --targets, and of --seeds, by the option of each run."""
-    if (alphas is None) == (targets is None):
-        raise UsageError(f"--alphas is {alphas!r}, --targets {targets!r}. Accepted: one of them.")
-    field, text = ("alpha", alphas) if targets is None else ("target", targets)
-    values = [RunConfig.parse(field, part) for part in str(text).split(",")]
-    numbers: list[int] = []
+_AXES = {"alphas": "alpha", "targets": "target", "methods": "method", "densities": "density"}
+
+
+def _axes(given: dict[str, str | None], seeds: str) -> dict[str, list[Any]]:
+    """Return the values of each axis, the seeds last, by the option of each run."""
+    chosen = {name: text for name, text in given.items() if text is not None}
+    alone = {"alphas", "targets"} & chosen.keys()
+    if not chosen or (alone and len(chosen) > 1):
+        found = ", ".join(f"--{name} is {text!r}" for name, text in (chosen or given).items())
+        raise UsageError(
+            f"{found}. Accepted: --alphas, or --targets, or --methods and --densities."
+        )
+    axes = {
+        _AXES[name]: [RunConfig.parse(_AXES[name], part) for part in text.split(",")]
+        for name, text in chosen.items()
+    }
+    if "density" in axes:
+        axes = {"method": ["dst"], **axes}
+    numbers: list[Any] = []
     for part in seeds.split(","):
         first, dash, last = part.partition("-")
         if not (first.isdecimal() and (last.isdecimal() or not dash)):
             raise UsageError(f"--seeds is {seeds!r}. Accepted: integers such as 0-4 or 1,5.")
         numbers += range(int(first), int(last or first) + 1)
-    return {field: list(dict.fromkeys(values)), "seed": list(dict.fromkeys(numbers))}
+    axes["seed"] = numbers
+    return {field: list(dict.fromkeys(values)) for field, values in axes.items()}
 
 
 def _start(given: dict[str, Any]) -> None:
@@ -104,10 +127,13 @@ def _start(given: dict[str, Any]) -> None:
             "--compare and --dense contradict each other: --compare trains the dense twin too. "
             "Accepted: one of them."
         )
-    if "alpha" in given and "target" in given:
-        raise UsageError(
-            "--alpha and --target contradict each other: --target steers alpha. Accepted: one."
-        )
+    for name in ("target", "density"):
+        if "alpha" in given and name in given and given.get("method", "dst") == "dst":
+            raise UsageError(
+                f"--alpha and {option(name)} contradict each other: {option(name)} steers alpha. "
+                "Accepted: one."
+            )
+    _refuse_ignored(given, [given.get("method", "dst")])
     if "init" in given:
         usable_path("--init", given["init"])
     given = {name: _parsed(name, value) for name, value in given.items()}
@@ -121,6 +147,14 @@ def _start(given: dict[str, Any]) -> None:
 
     action = start_both if compare else start
     action(config, out, new_console(), download=download)
+
+
+def _refuse_ignored(given: dict[str, Any], methods: Sequence[str]) -> None:
+    """Raise UsageError for options of trained thresholds that one of the methods has not."""
+    names = [name for name in ONLY_DST if name in given]
+    others = [method for method in methods if method != "dst"]
+    if names and others:
+        raise not_of_rival(names, ", ".join(others))
 
 
 def _resume(given: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -120,13 +120,10 @@ class RunConfig:
     def _check_method(self) -> None:
         """Refuse what does not go together; write down what follows from other options."""
         if self.method != "dst":
-            refused = {name: getattr(self, name) for name in _OF_THRESHOLDS}
-            for name, default in _DEFAULTS.items():
-                if name in refused and refused[name] != default:
-                    raise UsageError(
-                        f"{option(name)} with --method {self.method}, whose masks are fixed. "
-                        "Accepted: one of them."
-                    )
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            for name in (*ONLY_DST, *_NOT_WITH_RIVALS):
+                if name not in _IN_PRESETS and getattr(self, name) != defaults[name]:
+                    raise not_of_rival([name], self.method)
             check_method(self.method, self.density, self.method_options)
             if self.method_epochs is None:  # a run that goes on for more epochs keeps its schedule
                 object.__setattr__(self, "method_epochs", self.epochs)
@@ -287,12 +284,23 @@ _IN_OLDER_FILES = {
 }
 
 
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(RunConfig)}
-# What methods with fixed masks have not: steps of their own, or trained thresholds.
-_OF_THRESHOLDS = (
-    *("target", "ramp_epochs", "alpha_schedule", "warmup_epochs", "freeze_epoch"),
-    *("restore_collapsed", "graph", "fsdp"),
+_IN_PRESETS = ("alpha", "threshold_weight_decay")  # of which other methods make nothing
+_NOT_WITH_RIVALS = ("graph", "fsdp")  # a replay would change no masks; they need whole weights
+ONLY_DST = (
+    *("alpha", "alpha_schedule", "target", "ramp_epochs", "warmup_epochs", "freeze_epoch"),
+    *("granularity", "surrogate", "reset_ratio", "restore_collapsed"),
+    *("threshold_lr", "threshold_weight_decay"),
 )
+"""The fields that are about trained thresholds."""
+
+
+def not_of_rival(names: Sequence[str], method: str) -> UsageError:
+    """Return the error for options that a method other than dst cannot follow."""
+    lacks = "trains no thresholds" if names[0] in ONLY_DST else "does not work with that"
+    return UsageError(
+        f"{', '.join(map(option, names))} with --method {method}, which {lacks}. "
+        "Accepted: --method dst, or a command without."
+    )
 
 
 def option(field: str) -> str:

@@ -347,6 +347,16 @@ class SweepOptions:
             help="In place of alphas, values of --target: 0.1,0.05.", metavar="NUMBER,..."
         ),
     ] = None
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of alphas, values of --method: dst,set,rigl.", metavar="NAME,..."
+        ),
+    ] = None
+    densities: Annotated[
+        str | None,
+        typer.Option(help="Values of --density for all methods: 0.1,0.05.", metavar="NUMBER,..."),
+    ] = None
     seeds: Annotated[
         str, typer.Option(help="Seeds: 0-4, or 1,5.", metavar="INT,... or INT-INT")
     ] = "0"

@@ -227,7 +227,7 @@ def plot_runs(path: Path, curves: Sequence[Curve], title: str, task: Task) -> No
 class Point(NamedTuple):
     """Hold the means over the seeds, and standard deviations, at one value of a sweep's option."""
 
-    value: float
+    value: float | str
     quality: float
     quality_spread: float
     ratio: float
@@ -255,13 +255,45 @@ def plot_sweep(path: Path, points: Sequence[Point], option: str, title: str, tas
     _save(figure, path)
 
 
+def plot_methods(path: Path, lines: Mapping[str, Sequence[Point]], title: str, task: Task) -> None:
+    """Draw quality over the remaining ratio, a line for each method, with standard deviations."""
+    figure, (axis,) = _figure(title, 1)
+    others = itertools.cycle(_PALETTE)
+    for (name, points), marker in zip(lines.items(), itertools.cycle("osD^v<>P*"), strict=False):
+        points = sorted(points, key=lambda point: point.ratio)
+        ratios = _shown([point.ratio for point in points])
+        means = np.array([point.quality for point in points])
+        spreads = np.array([point.quality_spread for point in points])
+        ours = name == "dst"
+        color = _DARK if ours else next(others)
+        style = {"color": color, "marker": marker, "markersize": 6}
+        axis.plot(ratios, means, label=name, linewidth=2.6 if ours else 1.5, zorder=3, **style)
+        if len(points) > 1:
+            low, high = means - spreads, means + spreads
+            axis.fill_between(ratios, low, high, color=color, alpha=0.13, linewidth=0)
+        else:
+            axis.errorbar(ratios, means, spreads, color=color, capsize=3)
+    axis.set_xscale("log")
+    _log_percent(axis.xaxis)
+    axis.set_xlabel("remaining ratio\nbands: standard deviation over the seeds")
+    axis.set_ylabel(f"test {task.quality}")
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: task.show(value, ".3g")))
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, title="method")
+    _save(figure, path)
+
+
+def shown_value(value: float | str) -> str:
+    """Return a value of an option as text."""
+    return value if isinstance(value, str) else f"{value:g}"
+
+
 def plot_layer_pattern(path: Path, points: Sequence[Point], option: str, title: str) -> None:
     """Draw the remaining ratio of each layer, a line for each of the option's values."""
     figure, (axis,) = _figure(title, 1)
     for point, color in zip(points, _colors(len(points)), strict=True):
         ratios = _shown([*point.layers.values()])
         axis.plot(range(len(ratios)), ratios, color=color, marker="o", markersize=5,
-                  label=f"{point.value:g}")  # fmt: skip
+                  label=shown_value(point.value))  # fmt: skip
     names = list(points[0].layers)
     stride = -(-len(names) // _MOST_NAMED)
     shown = range(0, len(names), stride)

@@ -47,7 +47,7 @@ def check_method(name: str, density: float | None, options: str | None) -> None:
         )
     for given in parse_options(options):
         require_one_of(
-            f"--method-options: the name", given, _accepted(name),
+            "--method-options: the name", given, _accepted(name),
             note=f"{', '.join(_accepted(name))} for --method {name}",
         )  # fmt: skip
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -21,18 +21,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from . import plots
 from .config import RunConfig, option
+from .device import select_device
 from .display import percent
 from .errors import UsageError
-from .files import cannot_write, holds_run, is_finished, read_config, write_atomically
+from .files import Record, cannot_write, holds_run, is_finished, read_config, write_atomically
 from .journal import duration
 from .report import Run, read_runs
 from .run import load
+from .state import new_state
+from .tasks import Task
 
 CSV, PLOT, PLOT_OF_LAYERS = "sweep.csv", "sweep.png", "layers.png"
 
 Axes = Mapping[str, Sequence[Any]]
-"""Values by the name of the option of `train` that takes them; the means are for the first one."""
+"""Values by the name of the option of `train` that takes them. The last are seeds, of the means."""
 
 
 class SweepError(UsageError):
@@ -59,7 +63,7 @@ class _Job:
 
 
 def sweep(
-    base: RunConfig,
+    configure: Callable[..., RunConfig],
     axes: Axes,
     given: Sequence[str],
     out: Path,
@@ -69,19 +73,21 @@ def sweep(
 ) -> list[Run]:
     """Train all combinations of the axes' values, `jobs` at a time; write and show what came out.
 
-    `given` are the options of every run, as the command line has them. Runs that are in `out`
-    already are kept, and gone on with if they were stopped. Return the finished runs. Raises
-    UsageError before the first one starts if the options do not fit or a folder has another run;
-    SweepError at the end if runs failed.
+    `configure` returns the configuration with a run's values, `given` are the options of every run,
+    as the command line has them. Runs that are in `out` already are kept, and gone on with if they
+    were stopped. Return the finished runs. Raises UsageError before the first one starts if the
+    options do not fit or a folder has another run; SweepError at the end if runs failed.
     """
     combinations = [
         dict(zip(axes, each, strict=True)) for each in itertools.product(*axes.values())
     ]
-    names = [
-        "-".join(f"{field}-{value:g}" for field, value in each.items()) for each in combinations
-    ]
-    configs = [dataclasses.replace(base, **chosen) for chosen in combinations]
-    load(base, download)  # wrong input ends here, not in every process
+    names = ["-".join(_part(*each) for each in chosen.items()) for chosen in combinations]
+    configs = [configure(**chosen) for chosen in combinations]
+    # Wrong input ends here, not in every process.
+    data, device = load(configs[0], download), select_device(configs[0].device)
+    for config in configs:
+        if config.rival is not None and config.seed == axes["seed"][0]:
+            new_state(config, data, device)
     planned = [
         _job(out / name, config, [*given, *(f"{option(f)}={v}" for f, v in chosen.items())])
         for name, config, chosen in zip(names, configs, combinations, strict=True)
@@ -98,10 +104,10 @@ def sweep(
         highlight=False,
     )
     failed = _run_all(waiting, jobs, console, len(planned))
-    done = [out / name for name in names if is_finished(out / name)]
-    runs = read_runs(done) if done else []
+    done = [i for i, name in enumerate(names) if is_finished(out / name)]
+    runs = read_runs([out / names[i] for i in done]) if done else []
     if runs:
-        _show(runs, axes, out, console)
+        _show(runs, [combinations[i] for i in done], out, console)
     if failed:
         raise SweepError(
             f"{len(failed)} of {len(planned)} runs failed, the first of them {failed[0]}. The same "
@@ -170,54 +176,80 @@ def _result(directory: Path) -> str:
     return f"{task.show(last[task.key])}  remaining {percent(last['remaining_ratio'])}"
 
 
-def _show(runs: Sequence[Run], axes: Axes, out: Path, console: Console) -> None:
-    """Print means over the seeds, and write them, all runs and the plots into the folder."""
-    from . import plots
+def _part(field: str, value: Any) -> str:
+    """Return a value's part of a run's name."""
+    return value if field == "method" else f"{field}-{value:g}"
 
-    task, axis = runs[0].config.task, next(iter(axes))
-    _write_csv(runs, axes, out)
+
+def _show(
+    runs: Sequence[Run], chosen: Sequence[Mapping[str, Any]], out: Path, console: Console
+) -> None:
+    """Print means over the seeds, and write them, all runs and the plots into the folder.
+
+    `chosen` are the values of the axes with which each run was trained.
+    """
+    task = runs[0].config.task
+    _write_csv(runs, chosen, out)
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for run, (*values, _) in zip(runs, (each.values() for each in chosen), strict=True):
+        groups.setdefault(tuple(values), []).append(run)
+    *axes, _ = chosen[0]
+    timed = "method" in axes
     table = Table(
         title=f"{runs[0].config.model} on {runs[0].config.dataset}", title_justify="left",
         title_style="bold", box=SIMPLE_HEAD, header_style="dim",
     )  # fmt: skip
-    for name in (axis, "runs", task.quality, "±", "remaining", "±", "loss"):
-        table.add_column(name, justify="right", no_wrap=True)
-    points = []
-    for value in axes[axis]:
-        group = [run.history[-1] for run in runs if getattr(run.config, axis) == value]
-        if not group:
-            continue
-        qualities = [record[task.key] for record in group]
-        ratios = [record["remaining_ratio"] for record in group]
-        layers = {name: mean(r["layers"][name] for r in group) for name in group[0]["layers"]}
-        point = plots.Point(value, mean(qualities), _spread(qualities), mean(ratios),
-                            _spread(ratios), layers)  # fmt: skip
-        points.append(point)
+    for name in (*axes, "runs", task.quality, "±", "remaining", "±", "loss"):
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+    if timed:
+        table.add_column("s per run", justify="right", no_wrap=True)
+    points = {}
+    for values, group in groups.items():
+        finals = [run.history[-1] for run in group]
+        points[values] = point = _point(values[-1], finals, task)
         one = len(group) == 1
         table.add_row(
-            f"{value:g}", str(len(group)),
+            *map(plots.shown_value, values), str(len(group)),
             task.show(point.quality), "" if one else task.show(point.quality_spread),
             percent(point.ratio), "" if one else percent(point.ratio_spread),
-            f"{mean(record['test_loss'] for record in group):.4f}",
+            f"{mean(record['test_loss'] for record in finals):.4f}",
+            *([f"{mean(run.seconds or 0 for run in group):.1f}"] if timed else []),
         )  # fmt: skip
     console.print(table)
     subject = f"{runs[0].config.model} on {runs[0].config.dataset}, {runs[0].config.epochs} epochs"
-    plots.plot_sweep(out / PLOT, points, axis, subject, task)
-    plots.plot_layer_pattern(out / PLOT_OF_LAYERS, points, axis, subject)
+    if timed:
+        methods = dict.fromkeys(values[0] for values in points)
+        lines = {name: [p for v, p in points.items() if v[0] == name] for name in methods}
+        plots.plot_methods(out / PLOT, lines, subject, task)
+        # The layers where methods differ most: of each, those of its smallest ratio.
+        sparsest = {name: min(line, key=lambda point: point.ratio) for name, line in lines.items()}
+        pattern = [point._replace(value=name) for name, point in sparsest.items()]
+    else:
+        pattern = [*points.values()]
+        plots.plot_sweep(out / PLOT, pattern, axes[0], subject, task)
+    plots.plot_layer_pattern(out / PLOT_OF_LAYERS, pattern, axes[0], subject)
     written = "  ".join((CSV, PLOT, PLOT_OF_LAYERS))
     console.print(f"written into {escape(str(out))}: {written}", highlight=False, soft_wrap=True)
+
+
+def _point(value: Any, finals: Sequence[Record], task: Task) -> plots.Point:
+    qualities = [record[task.key] for record in finals]
+    ratios = [record["remaining_ratio"] for record in finals]
+    layers = {name: mean(r["layers"][name] for r in finals) for name in finals[0]["layers"]}
+    return plots.Point(value, mean(qualities), _spread(qualities), mean(ratios),
+                       _spread(ratios), layers)  # fmt: skip
 
 
 def _spread(values: Sequence[float]) -> float:
     return stdev(values) if len(values) > 1 else 0.0
 
 
-def _write_csv(runs: Sequence[Run], axes: Axes, out: Path) -> None:
+def _write_csv(runs: Sequence[Run], chosen: Sequence[Mapping[str, Any]], out: Path) -> None:
     task, text = runs[0].config.task, io.StringIO()
     measured = ("epoch", task.key, "test_loss", "train_loss", "remaining_ratio")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*axes, *measured, "seconds"])
-    for run in runs:
-        values = [getattr(run.config, field) for field in axes]
-        writer.writerow([*values, *(run.history[-1][name] for name in measured), run.seconds])
+    writer.writerow([*chosen[0], *measured, "seconds"])
+    for run, values in zip(runs, chosen, strict=True):
+        last = run.history[-1]
+        writer.writerow([*values.values(), *(last[name] for name in measured), run.seconds])
     write_atomically(out / CSV, lambda file: file.write(text.getvalue().encode()))

@@ -26,6 +26,7 @@ CONTENTS = {
     "model": {"weight": torch.arange(4.0)},
     "best": {},
     "controller": {},
+    "method": {},
     "ever": {},
     "restore": {},
     "optimizer": {"state": {}, "param_groups": []},

@@ -120,8 +120,14 @@ def test_ctrl_c_says_how_to_go_on(cli, in_process, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ((), "--alphas is None, --targets None. Accepted: one of them"),
-        (("--alphas", "1", "--targets", "0.1"), "Accepted: one of them"),
+        (
+            (),
+            "--alphas is None, --targets is None, --methods is None, --densities is None. Accepted",
+        ),
+        (
+            ("--alphas", "1", "--targets", "0.1"),
+            "Accepted: --alphas, or --targets, or --methods and --densities",
+        ),
         (("--alphas", "x"), "--alpha is 'x'"),
         (("--targets", "0.1,2"), "--target is 2.0"),
         (("--alphas", "1", "--seeds", "0-"), "--seeds is '0-'"),
