@@ -258,21 +258,17 @@ def plot_sweep(path: Path, points: Sequence[Point], option: str, title: str, tas
 def plot_methods(path: Path, lines: Mapping[str, Sequence[Point]], title: str, task: Task) -> None:
     """Draw quality over the remaining ratio, a line for each method, with standard deviations."""
     figure, (axis,) = _figure(title, 1)
-    others = itertools.cycle(_PALETTE)
-    for (name, points), marker in zip(lines.items(), itertools.cycle("osD^v<>P*"), strict=False):
+    for (name, points), style in zip(lines.items(), _styles([*lines]), strict=True):
         points = sorted(points, key=lambda point: point.ratio)
         ratios = _shown([point.ratio for point in points])
         means = np.array([point.quality for point in points])
         spreads = np.array([point.quality_spread for point in points])
-        ours = name == "dst"
-        color = _DARK if ours else next(others)
-        style = {"color": color, "marker": marker, "markersize": 6}
-        axis.plot(ratios, means, label=name, linewidth=2.6 if ours else 1.5, zorder=3, **style)
+        axis.plot(ratios, means, label=name, **style)
         if len(points) > 1:
             low, high = means - spreads, means + spreads
-            axis.fill_between(ratios, low, high, color=color, alpha=0.13, linewidth=0)
+            axis.fill_between(ratios, low, high, color=style["color"], alpha=0.13, linewidth=0)
         else:
-            axis.errorbar(ratios, means, spreads, color=color, capsize=3)
+            axis.errorbar(ratios, means, spreads, color=style["color"], capsize=3)
     axis.set_xscale("log")
     _log_percent(axis.xaxis)
     axis.set_xlabel("remaining ratio\nbands: standard deviation over the seeds")
@@ -290,10 +286,9 @@ def shown_value(value: float | str) -> str:
 def plot_layer_pattern(path: Path, points: Sequence[Point], option: str, title: str) -> None:
     """Draw the remaining ratio of each layer, a line for each of the option's values."""
     figure, (axis,) = _figure(title, 1)
-    for point, color in zip(points, _colors(len(points)), strict=True):
+    for point, style in zip(points, _styles([point.value for point in points]), strict=True):
         ratios = _shown([*point.layers.values()])
-        axis.plot(range(len(ratios)), ratios, color=color, marker="o", markersize=5,
-                  label=shown_value(point.value))  # fmt: skip
+        axis.plot(range(len(ratios)), ratios, label=shown_value(point.value), **style)
     names = list(points[0].layers)
     stride = -(-len(names) // _MOST_NAMED)
     shown = range(0, len(names), stride)
@@ -323,6 +318,18 @@ def _colors(count: int) -> list[object]:
     if count <= _FEW:
         return list(_PALETTE[:count])
     return list(colormaps["viridis"](np.linspace(0, 0.92, count)))
+
+
+def _styles(values: Sequence[float | str]) -> list[dict[str, Any]]:
+    """Return a line's style for each value of a sweep's option: numbers in order, or methods."""
+    if not isinstance(values[0], str):
+        return [{"color": color, "marker": "o", "markersize": 5} for color in _colors(len(values))]
+    others = zip(itertools.cycle(_PALETTE), itertools.cycle("sD^v<>PX"), strict=False)
+    ours = {"color": _DARK, "marker": "o", "markersize": 6, "linewidth": 2.6, "zorder": 3}
+    return [
+        ours if value == "dst" else dict(zip(("color", "marker"), next(others), strict=True))
+        for value in values
+    ]
 
 
 def _marker(epochs: Sequence[int]) -> dict[str, Any]:

@@ -191,8 +191,8 @@ def _show(
     task = runs[0].config.task
     _write_csv(runs, chosen, out)
     groups: dict[tuple[Any, ...], list[Run]] = {}
-    for run, (*values, _) in zip(runs, (each.values() for each in chosen), strict=True):
-        groups.setdefault(tuple(values), []).append(run)
+    for run, each in zip(runs, chosen, strict=True):
+        groups.setdefault(tuple(each.values())[:-1], []).append(run)  # the last is the seed
     *axes, _ = chosen[0]
     timed = "method" in axes
     table = Table(
@@ -221,13 +221,13 @@ def _show(
         methods = dict.fromkeys(values[0] for values in points)
         lines = {name: [p for v, p in points.items() if v[0] == name] for name in methods}
         plots.plot_methods(out / PLOT, lines, subject, task)
-        # The layers where methods differ most: of each, those of its smallest ratio.
         sparsest = {name: min(line, key=lambda point: point.ratio) for name, line in lines.items()}
         pattern = [point._replace(value=name) for name, point in sparsest.items()]
+        of_pattern = f"{subject}, the sparsest of each"
     else:
-        pattern = [*points.values()]
+        pattern, of_pattern = [*points.values()], subject
         plots.plot_sweep(out / PLOT, pattern, axes[0], subject, task)
-    plots.plot_layer_pattern(out / PLOT_OF_LAYERS, pattern, axes[0], subject)
+    plots.plot_layer_pattern(out / PLOT_OF_LAYERS, pattern, axes[0], of_pattern)
     written = "  ".join((CSV, PLOT, PLOT_OF_LAYERS))
     console.print(f"written into {escape(str(out))}: {written}", highlight=False, soft_wrap=True)
 

@@ -122,11 +122,11 @@ def test_ctrl_c_says_how_to_go_on(cli, in_process, monkeypatch):
     [
         (
             (),
-            "--alphas is None, --targets is None, --methods is None, --densities is None. Accepted",
+            "--methods is None, --densities is None. Accepted: --alphas, or --targets",
         ),
         (
             ("--alphas", "1", "--targets", "0.1"),
-            "Accepted: --alphas, or --targets, or --methods and --densities",
+            "Accepted: --alphas, or --targets, or --methods",
         ),
         (("--alphas", "x"), "--alpha is 'x'"),
         (("--targets", "0.1,2"), "--target is 2.0"),
