@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .config import DATASET_PRESETS, ONLY_DST, RunConfig, not_of_rival, option
+from .config import ONLY_DST, RunConfig, not_of_rival, option
 from .errors import UsageError
 from .options import RUN, WHAT, SweepOptions, TrainOptions, opt, signature
+from .presets import DATASET_PRESETS
 from .processes import together
 from .rules import check, integer
 from .terminal import messages, new_console, usable_path

@@ -9,7 +9,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from .config import DATASET_PRESETS, PRESETS, RULES, RunConfig, option
+from .config import RULES, RunConfig, option
+from .presets import DATASET_PRESETS, PRESETS
 from .rivals import RIVALS
 from .rules import FLAG
 

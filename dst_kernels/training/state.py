@@ -27,7 +27,7 @@ from .files import Record
 from .masks import COLUMNS
 from .models import build_model, example_input
 from .rivals import new_method
-from .rules import FLAG, Form, Rule, check, integer, number
+from .rules import FLAG, Form, Rule, check, number
 from .weights import load_weights
 
 HELPERS = ("controller", "restore", "method")
@@ -230,16 +230,14 @@ def _optimizer_state(config: RunConfig, parameter: Tensor) -> Form:
 
 
 def _form_of(state: Any) -> Form:
-    """Accept what has the keys of this state, tensors like its, counts and numbers."""
+    """Accept what has the keys of this state, tensors like its, and numbers."""
     if isinstance(state, dict):
         return {name: _form_of(value) for name, value in state.items()}
     if isinstance(state, Tensor):
         return _like(state)
     if isinstance(state, bool):
         return FLAG
-    if isinstance(state, float):
-        return number("a number", lambda value: True)
-    return integer(0) if isinstance(state, int) else _ANY
+    return number("a number", lambda value: True) if isinstance(state, (int, float)) else _ANY
 
 
 def _like(tensor: Tensor) -> Rule:

@@ -5,8 +5,9 @@ import math
 
 import pytest
 
-from dst_kernels.training.config import DATASET_PRESETS, PRESETS, RunConfig
+from dst_kernels.training.config import RunConfig
 from dst_kernels.training.errors import UsageError
+from dst_kernels.training.presets import DATASET_PRESETS, PRESETS
 
 
 def test_default_preset_is_the_digits_anchor():
