@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import UsageError, require_one_of
-from .presets import PRESETS
+from .presets import DATASET_PRESETS, PRESETS
 from .rivals import METHODS, check_method
 from .rules import FLAG, MILESTONES, MOST, PAIRS, TEXT, check, integer, number, or_none
 from .tasks import LANGUAGE, Task, task_of

@@ -11,6 +11,7 @@ import pytest
 
 from dst_kernels.training.sweep import _Job
 
+SET = ("--methods", "set", "--densities", "0.1")
 OPTIONS = ("--epochs", 1, "--alphas", "1e-3,5e-2", "--seeds", "0-1,3", "--jobs", 2, "--out", "all")
 NAMES = [f"alpha-{alpha}-seed-{seed}" for alpha in ("0.001", "0.05") for seed in (0, 1, 3)]
 
@@ -69,6 +70,31 @@ def test_all_combinations_are_trained_and_averaged(cli, in_process, tmp_path):
             expected += [f"{mean(values):.2f}", "%", f"{stdev(values):.2f}", "%"]
         loss = f"{mean(summary['test_loss'] for summary in group):.4f}"
         assert table_of(result.output)[alpha] == [*expected, loss]
+
+
+def test_methods_and_densities_are_axes(cli, in_process, tmp_path):
+    options = ("--methods", "dst,set", "--densities", "0.4,0.2", "--seeds", "0-1", "--epochs", 1)
+    result = cli("sweep", "digits", *options, "--out", "all")
+    assert result.exit_code == 0, result.output
+    names = [f"{m}-density-{d}-seed-{s}" for m in ("dst", "set") for d in (0.4, 0.2) for s in "01"]
+    files = {path.name for path in (tmp_path / "all").iterdir()}
+    assert files == {*names, "layers.png", "sweep.csv", "sweep.png"}
+    with open(tmp_path / "all" / "sweep.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row, name in zip(rows, names, strict=True):
+        assert f"{row['method']}-density-{row['density']}-seed-{row['seed']}" == name
+        summary = json.loads((tmp_path / "all" / name / "summary.json").read_text())
+        assert float(row["test_accuracy"]) == summary["test_accuracy"]
+        assert float(row["remaining_ratio"]) == pytest.approx(float(row["density"]), abs=1e-5)
+    lines = [line.split() for line in result.output.splitlines()]
+    table = [line for line in lines if line and line[0] in ("dst", "set") and len(line) > 9]
+    assert [line[:3] for line in table] == [
+        [method, density, "2"] for method in ("dst", "set") for density in ("0.4", "0.2")
+    ]
+    for line, group in zip(table, (rows[i : i + 2] for i in range(0, 8, 2)), strict=True):
+        values = [100 * float(row["test_accuracy"]) for row in group]
+        assert line[3:7] == [f"{mean(values):.2f}", "%", f"{stdev(values):.2f}", "%"]
+        assert float(line[-1]) == round(mean(float(row["seconds"]) for row in group), 1)
 
 
 def test_the_same_command_goes_on_and_keeps_what_is_finished(cli, in_process, tmp_path):
@@ -133,6 +159,14 @@ def test_ctrl_c_says_how_to_go_on(cli, in_process, monkeypatch):
         (("--alphas", "1", "--seeds", "0-"), "--seeds is '0-'"),
         (("--alphas", "1", "--jobs", "0"), "--jobs is 0"),
         (("--alphas", "1", "--model", "lenet"), "--model"),
+        (("--methods", "dst,set"), "--density is None. Accepted with --method set"),
+        (("--methods", "dst", "--alphas", "1"), "--alphas is '1', --methods is 'dst'. Accepted"),
+        ((*SET, "--alpha-schedule", "linear"), "--alpha-schedule with --method set, which"),
+        ((*SET, "--method-options", "rate=2"), "--method set: rate must be at most 1"),
+        (
+            ("--methods", "dst,set", "--densities", "0.1", "--method-options", "rate=0.1"),
+            "--method-options with --methods dst,set. Accepted: one method",
+        ),
     ],
 )
 def test_wrong_input_ends_before_anything_is_written(cli, tmp_path, options, words):
