@@ -30,6 +30,7 @@ RUNS = {
     "ddp": SPLIT,
     "grouped": ("--optimizer", "adam", "--weight-decay", 1e-4, "--lr", 1e-5, *SPLIT),
     "twins": ("--compare", "--validation", 0.2),
+    "method": ("--method", "set", "--density", 0.2, "--accumulate", 3),
     "fsdp": ("--fsdp", "--validation", 0.2, *SPLIT),
     "fsdp layer by layer": ("--fsdp", "--layer-by-layer", "--accumulate", 3),
     "fsdp text": ("--fsdp", "--dataset", "text", "--data-dir", "book.txt", "--optimizer", "sgd"),
