@@ -1,6 +1,7 @@
 """Offer the methods that DST is compared with, on the same masked layers: one rule per module."""
 
 from .deepr import DeepR
+from .dns import DynamicNetworkSurgery
 from .dsr import DynamicSparseReparameterization
 from .magnitude import MagnitudePruning
 from .rigl import RigL
@@ -10,6 +11,7 @@ from .sparse_momentum import SparseMomentum
 __all__ = [
     "SET",
     "DeepR",
+    "DynamicNetworkSurgery",
     "DynamicSparseReparameterization",
     "MagnitudePruning",
     "RigL",

@@ -121,7 +121,7 @@ class DeepR(Method):
             for layer, (active, _) in zip(self.layers, counts, strict=True)
         ]
         gone = [count for _, count in counts]
-        if not self.per_layer and sum(gone):
+        if any(gone) and not self.per_layer:
             gone = _shared_out(free, sum(gone), self._generator())
         for layer, signs, places, count in zip(self.layers, self.signs, free, gone, strict=True):
             if count:

@@ -23,6 +23,9 @@ STEPS = 12
 CASES: dict[str, Callable[..., Method]] = {  # (model, optimizer, density, **options) of all methods
     "SET": lambda *args, **common: methods.SET(*args, every=3, **common),
     "DeepR": lambda *args, **common: methods.DeepR(*args, l1=1e-2, noise=1e-2, **common),
+    "DynamicNetworkSurgery": lambda *args, **common: methods.DynamicNetworkSurgery(
+        *args, steps=STEPS, begin=0.3, until=1.0, **common
+    ),
     "DynamicSparseReparameterization": lambda *args, **common: (
         methods.DynamicSparseReparameterization(
             *args, every=3, steps=STEPS, exchange=30, threshold=0.02, **common
