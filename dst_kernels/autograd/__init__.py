@@ -13,6 +13,7 @@ from .fixed import fixed_weight
 from .linear import masked_linear
 from .options import GRANULARITIES, MaskOptions, check_options
 from .regularization import sparse_regularization
+from .sparse import sparse_product
 from .weight import FRESH, MADE, Packed, WeightSource, masked_weight, pack
 from .weights import mask_weights, pack_weights, with_dense_gradients
 
@@ -34,6 +35,7 @@ __all__ = [
     "pack",
     "pack_weights",
     "product_dtype",
+    "sparse_product",
     "sparse_regularization",
     "with_dense_gradients",
 ]

@@ -1,4 +1,8 @@
-"""Offer masked layers: subclasses of their torch.nn parents with a trainable pruning threshold."""
+"""Offer masked layers and sparse ones.
+
+Masked layers are subclasses of their torch.nn parents with a trainable pruning threshold; sparse
+layers run what was trained, with a weight stored without its zeros.
+"""
 
 from ..autograd import GRANULARITIES, MaskOptions
 from .conv import MaskedConv1d, MaskedConv2d, MaskedConv3d
@@ -12,6 +16,7 @@ from .linear import MaskedLinear
 from .module import MaskedModule
 from .parameters import mask_parameter_
 from .recurrent import MaskedGRU, MaskedLSTM, MaskedRNN
+from .sparse import SparseConv1d, SparseConv2d, SparseLinear
 from .switches import group_, ungroup_, weights_unchanged
 
 __all__ = [
@@ -29,6 +34,9 @@ __all__ = [
     "MaskedLinear",
     "MaskedModule",
     "MaskedRNN",
+    "SparseConv1d",
+    "SparseConv2d",
+    "SparseLinear",
     "group_",
     "mask_parameter_",
     "ungroup_",

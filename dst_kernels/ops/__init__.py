@@ -18,6 +18,8 @@ from .schemas import (
     masked_linear_grad_weight,
     masked_weight,
     masked_weight_backward,
+    sparse_conv,
+    sparse_linear,
     without_autograd_and_autocast,
 )
 
@@ -37,5 +39,7 @@ __all__ = [
     "masked_weight",
     "masked_weight_backward",
     "one_by_one",
+    "sparse_conv",
+    "sparse_linear",
     "without_autograd_and_autocast",
 ]

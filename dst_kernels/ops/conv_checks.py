@@ -55,11 +55,15 @@ def check_conv(
 ) -> None:
     check_weight_and_threshold(weight, threshold)
     check_input(input, weight)
-    try:
-        _check_shapes(input.shape, weight.shape, geometry)
-    except TypeError:  # symbolic sizes have no hash, so the cache cannot take them
-        _check_shapes.__wrapped__(input.shape, weight.shape, geometry)
+    check_shapes(input.shape, weight.shape, geometry)
     check_bias(bias, weight)
+
+
+def check_shapes(input: Sequence[int], weight: Sequence[int], geometry: Geometry) -> None:
+    try:
+        _check_shapes(input, tuple(weight), geometry)
+    except TypeError:  # symbolic sizes have no hash, so the cache cannot take them
+        _check_shapes.__wrapped__(input, weight, geometry)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from ..backends import implementation
 from ..reference.conv import Geometry, conv_memory_format
 from ..reference.weight import recorded_masked_weight
-from . import checks, conv_checks
+from . import checks, conv_checks, sparse_checks
 from .autocast import autocast_enabled, device_type_of
 from .batching import is_batched, one_by_one
 
@@ -231,3 +231,28 @@ def masked_conv_grad_weight(
     grad, input, weight, threshold, geometry, surrogate, structure_gradient
 ):
     return torch.empty_like(weight), torch.empty_like(threshold)
+
+
+@_define(
+    "sparse_linear(Tensor input, Tensor values, Tensor columns, Tensor row_starts, Tensor? bias) "
+    "-> Tensor",
+    sparse_checks.check_sparse_linear,
+)
+def sparse_linear(input, values, columns, row_starts, bias):
+    return input.new_empty([*input.shape[:-1], row_starts.shape[0] - 1])
+
+
+@_define(
+    "sparse_conv(Tensor input, Tensor values, Tensor columns, Tensor row_starts, Tensor? bias, "
+    "SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) "
+    "-> Tensor",
+    sparse_checks.check_sparse_conv,
+)
+def sparse_conv(input, values, columns, row_starts, bias, kernel_size, geometry):
+    weight_shape = [row_starts.shape[0] - 1, 0, *kernel_size]
+    return torch.empty(
+        geometry.output_shape(input.shape, weight_shape),
+        dtype=input.dtype,
+        device=input.device,
+        memory_format=conv_memory_format(input, input),
+    )

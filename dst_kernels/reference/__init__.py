@@ -11,6 +11,7 @@ from .conv_transpose import masked_conv_transpose
 from .group import masked_weights, masked_weights_backward
 from .linear import masked_linear, masked_linear_grad_input, masked_linear_grad_weight
 from .regularization import regularization, sparse_regularization
+from .sparse import dense_weight, sparse_conv, sparse_linear
 from .step import adamw_step_, grad_norm_, sgd_step_
 from .surrogate import SURROGATES
 from .weight import (
@@ -23,6 +24,7 @@ from .weight import (
 __all__ = [
     "SURROGATES",
     "adamw_step_",
+    "dense_weight",
     "effective_threshold",
     "grad_norm_",
     "masked_conv",
@@ -38,6 +40,8 @@ __all__ = [
     "masked_weights_backward",
     "regularization",
     "sgd_step_",
+    "sparse_conv",
+    "sparse_linear",
     "sparse_regularization",
     "threshold_mask",
 ]

@@ -43,6 +43,8 @@ def test_every_op_is_checked_here():
         "masked_conv",
         "masked_conv_grad_input",
         "masked_conv_grad_weight",
+        "sparse_linear",
+        "sparse_conv",
     }
 
 
@@ -216,3 +218,28 @@ def test_convolution_of_strided_arguments(layout):
         ([1, 1], [1, 1], [1, 1], 1),
         arrange,
     )
+
+
+@pytest.mark.parametrize("backend", [BACKEND])
+@pytest.mark.parametrize("batch", [(), (5,), (0,)], ids=str)
+def test_sparse_products(batch, backend):
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = rand(4, 6, dtype=dtype) * (torch.rand(4, 6) < 0.5)
+        parts = parts_of(weight)
+        for bias in (None, rand(4, dtype=dtype)):
+            opcheck(ops.sparse_linear, (rand(*batch, 6, dtype=dtype), *parts, bias, backend))
+    if len(batch) == 1:
+        weight = rand(4, 2, 3, 3) * (torch.rand(4, 2, 3, 3) < 0.3)
+        input = rand(*batch, 4, 7, 6)
+        rest = [3, 3], [1, 2], [1, 0], [1, 1], 2, backend
+        for layout in (torch.contiguous_format, torch.channels_last):
+            images = input.contiguous(memory_format=layout)
+            opcheck(ops.sparse_conv, (images, *parts_of(weight), rand(4), *rest))
+
+
+def parts_of(weight):
+    flat = weight.flatten(1)
+    rows, columns = flat.nonzero(as_tuple=True)
+    starts = torch.zeros(len(flat) + 1, dtype=torch.int32)
+    starts[1:] = torch.bincount(rows, minlength=len(flat)).cumsum(0)
+    return flat[rows, columns], columns.to(torch.uint16), starts
