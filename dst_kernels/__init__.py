@@ -11,16 +11,19 @@ from importlib.metadata import version as _version
 from . import functional, methods, nn, optim
 from .model import (
     ConversionPlan,
+    SparseFileError,
     SparsifyConfig,
     SparsityReport,
     check_masks,
     densify_,
     finalize_,
     freeze_masks_,
+    load_sparse,
     parameter_groups,
     plan_sparsify,
     prune_,
     remaining_ratio,
+    save_sparse,
     sparse_regularization,
     sparsify_,
     sparsity_report,
@@ -33,6 +36,7 @@ __version__ = _version("dst_kernels")
 
 __all__ = [
     "ConversionPlan",
+    "SparseFileError",
     "SparsifyConfig",
     "SparsityReport",
     "TargetRatio",
@@ -43,6 +47,7 @@ __all__ = [
     "freeze_masks_",
     "functional",
     "group_",
+    "load_sparse",
     "mask_parameter_",
     "methods",
     "nn",
@@ -51,6 +56,7 @@ __all__ = [
     "plan_sparsify",
     "prune_",
     "remaining_ratio",
+    "save_sparse",
     "sparse_regularization",
     "sparsify_",
     "sparsity_report",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from ..arguments import require_module
@@ -35,3 +37,28 @@ def masked_layers(model: nn.Module) -> list[MaskedLayer]:
     """Return every masked layer once; raise what `named_masked_weights` does."""
     modules = {part.module: None for _, part in named_masked_weights(model)}
     return [module for module in modules if isinstance(module, MaskedLayer)]
+
+
+def masked_by_key(model: nn.Module) -> dict[str, MaskedWeight]:
+    """Return every masked weight, under each name that it may have in a state dict."""
+    return {
+        f"{name}.{part.name}".lstrip("."): part
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, MaskedModule)
+        for part in module.masked_weights()
+    }
+
+
+def beside(key: str, name: str) -> str:
+    """Return the name in a state dict of what the module of `key` calls `name`."""
+    module, dot, _ = key.rpartition(".")
+    return f"{module}{dot}{name}"
+
+
+def names_of_masks(masked: Mapping[str, MaskedWeight]) -> dict[str, str]:
+    """Return the names in a state dict of thresholds and fixed masks, with those of the weights."""
+    return {
+        beside(key, name): key
+        for key, part in masked.items()
+        for name in (part.threshold_name, part.fixed_mask_name)
+    }

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import io
 import json
-import os
-import secrets
 import shlex
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..model.sparse_file import write_atomically as write_whole
 from .config import RunConfig
 from .errors import UsageError
 from .masks import COLUMNS
@@ -113,29 +111,11 @@ def best_record(history: Sequence[Record]) -> Record | None:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call `write` on a temporary file of this process beside `path`, then rename it to `path`.
-
-    At any time `path` holds either its old or its new contents, completely. Raises UsageError if
-    the file cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    """Do what `model.sparse_file.write_atomically` does; raise UsageError if that fails."""
     try:
-        try:
-            with open(temporary, "xb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, write)
     except OSError as error:
         raise cannot_write(path, error) from error
-    with contextlib.suppress(OSError):  # the new name is only safe with its folder; not everywhere
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def cannot_write(path: Path, error: OSError) -> UsageError:
