@@ -55,10 +55,10 @@ def beside(key: str, name: str) -> str:
     return f"{module}{dot}{name}"
 
 
-def names_of_masks(masked: Mapping[str, MaskedWeight]) -> dict[str, str]:
-    """Return the names in a state dict of thresholds and fixed masks, with those of the weights."""
+def names_of_masks(masked: Mapping[str, MaskedWeight]) -> set[str]:
+    """Return the names in a state dict of the thresholds and fixed masks of these weights."""
     return {
-        beside(key, name): key
+        beside(key, name)
         for key, part in masked.items()
         for name in (part.threshold_name, part.fixed_mask_name)
     }
