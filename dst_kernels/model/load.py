@@ -54,7 +54,8 @@ def load_into(model: nn.Module, found: SparseFile) -> nn.Module:
     of_masks = names_of_masks(masked)
     state = model.state_dict(keep_vars=True)
     own = {k: v for k, v in state.items() if k not in of_masks and not _is_of(k, layers)}
-    given = {k: v for k, v in found.tensors.items() if not _is_of(k, layers)}
+    taken = {_name(layer, kind) for layer in layers for kind in _TENSORS}
+    given = {k: v for k, v in found.tensors.items() if k not in taken}
     for key in own:
         if key not in given:
             raise found.error(key, "the model has it, the file has not")
@@ -69,8 +70,8 @@ def load_into(model: nn.Module, found: SparseFile) -> nn.Module:
         threshold = found.thresholds.get(key)
         given[name] = torch.zeros_like(state[name]) if threshold is None else threshold
         _check_fits(found, name, given[name], state[name])
-        taken = part.fixed_mask is None and hasattr(part.module, part.fixed_mask_name)
-        if key in found.masks and taken:
+        in_use = part.fixed_mask is None and hasattr(part.module, part.fixed_mask_name)
+        if key in found.masks and in_use:
             raise found.error(key, f"the model has a {part.fixed_mask_name} of its own")
 
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -84,6 +85,10 @@ def load_into(model: nn.Module, found: SparseFile) -> nn.Module:
             part.drop_fixed_mask()
     model.load_state_dict({**model.state_dict(), **given})
     return model
+
+
+def _name(layer: str, kind: str) -> str:
+    return f"{layer}.{kind}" if layer else kind
 
 
 def _is_of(key: str, layers: Iterable[str]) -> bool:
@@ -114,7 +119,7 @@ def _new_layers(model: nn.Module, found: SparseFile) -> dict[str, nn.Module]:
         old = modules.get(name)
         if old is None:
             raise found.error(name, "the model has no such layer")
-        weight, bias = (found.tensors.get(f"{name}.{kind}".lstrip(".")) for kind in _TENSORS)
+        weight, bias = (found.tensors.get(_name(name, kind)) for kind in _TENSORS)
         if isinstance(old, MaskedModule):
             if weight is None or weight.shape != getattr(old, "weight", weight).shape:
                 raise found.error(name, _MASKED)

@@ -80,6 +80,7 @@ def test_report_of_the_installation(monkeypatch, capsys):
 def test_public_names():
     assert sorted(dst_kernels.__all__) == [
         "ConversionPlan",
+        "SparseFileError",
         "SparsifyConfig",
         "SparsityReport",
         "TargetRatio",
@@ -90,6 +91,7 @@ def test_public_names():
         "freeze_masks_",
         "functional",
         "group_",
+        "load_sparse",
         "mask_parameter_",
         "methods",
         "nn",
@@ -98,6 +100,7 @@ def test_public_names():
         "plan_sparsify",
         "prune_",
         "remaining_ratio",
+        "save_sparse",
         "sparse_regularization",
         "sparsify_",
         "sparsity_report",
