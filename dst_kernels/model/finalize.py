@@ -7,7 +7,13 @@ from torch import Tensor, nn
 
 from ..arguments import require_module
 from ..nn import MaskedModule, ungroup_
-from ..nn.in_place import stop_reading_, unmask_module_, why_not_unmasked
+from ..nn.in_place import (
+    drop_parametrizations_,
+    is_parametrized_since,
+    stop_reading_,
+    unmask_module_,
+    why_not_unmasked,
+)
 from ._transformer_encoder import restore_fast_path
 from .note import forget_masks_
 
@@ -21,11 +27,11 @@ def finalize_(model: nn.Module, format: str = "dense") -> nn.Module:
     Outputs stay the same (bit for bit in float32 on the reference path). Weights that layers share
     stay shared. A model without masked layers is returned unchanged.
 
-    A parametrization that is older than `sparsify_` is removed: its masked result is the weight.
+    Parametrizations of masked layers are removed: their masked result is the weight.
 
     Raises TypeError if `model` is no module, ValueError for a format other than "dense",
-    RuntimeError for sharded weights and for those that a parametrization or a hook computes since
-    conversion; nothing has changed then.
+    RuntimeError for sharded weights and for those that a hook computes since conversion; nothing
+    has changed then.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, but is {format!r}")
@@ -36,7 +42,8 @@ def densify_(model: nn.Module) -> nn.Module:
     """Turn every masked layer back into the dense layer it was, unmasked; return `model`.
 
     This undoes `sparsify_`, in place: thresholds are dropped, and pruned weights have their stored
-    values again, while `finalize_` sets them to 0. It raises the errors of `finalize_`.
+    values again, while `finalize_` sets them to 0. It raises the errors of `finalize_`, and one for
+    layers with a parametrization since conversion.
     """
     return _without_masks(model, bake=False)
 
@@ -45,11 +52,12 @@ def _without_masks(model: nn.Module, bake: bool) -> nn.Module:
     require_module(model)
     masked = {n: m for n, m in model.named_modules() if isinstance(m, MaskedModule)}
     for name, module in masked.items():
-        reason = why_not_unmasked(module)
+        reason = why_not_unmasked(module, baked=bake)
         if reason is not None:
             raise RuntimeError(f"{name or 'the model'} ({type(module).__name__}): {reason}")
     computed: list[tuple[nn.Module, str, Tensor]] = []  # by parametrizations, removed below
     if bake:
+        drop_parametrizations_(m for m in masked.values() if is_parametrized_since(m))
         weights = {id(part.weight): part for m in masked.values() for part in m.masked_weights()}
         with torch.no_grad():
             for part in weights.values():

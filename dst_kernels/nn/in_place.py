@@ -9,15 +9,16 @@ and `super().forward` in one of them calls the twin's.
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..ops.dtensor import is_dtensor
-from .reading import members_for_reading
+from .reading import members_for_reading, stored_weight
 from .tools import LEAF
 
 if TYPE_CHECKING:
@@ -143,14 +144,19 @@ def unmask_module_(module: MaskedModule) -> nn.Module:
     return dense
 
 
-def why_not_unmasked(module: MaskedModule) -> str | None:
-    """Return why a module cannot become dense now, and what to do; None if it can."""
+def why_not_unmasked(module: MaskedModule, *, baked: bool = False) -> str | None:
+    """Return why a module cannot become dense now, and what to do; None if it can.
+
+    If it is to be `baked`, parametrizations are no reason: `drop_parametrizations_` comes before.
+    """
+    if baked and is_parametrized_since(module):
+        return None
     if any(is_dtensor(part.weight) for part in module.masked_weights()):
         return (
             "a sharded layer cannot be made dense: gather the state dict and load it into an "
             "unsharded model first"
         )
-    if is_parametrized(module) and not _was_parametrized(module):
+    if is_parametrized_since(module):
         return (
             "a parametrized layer cannot be made dense: call "
             "torch.nn.utils.parametrize.remove_parametrizations on it first"
@@ -162,6 +168,36 @@ def why_not_unmasked(module: MaskedModule) -> str | None:
             "torch.nn.utils.prune.remove (or what else undoes it) on it first"
         )
     return None
+
+
+def is_parametrized_since(module: MaskedModule) -> bool:
+    """Return whether a parametrization computes parameters of a module since it was masked."""
+    return is_parametrized(module) and not _was_parametrized(module)
+
+
+@torch.no_grad()
+def drop_parametrizations_(modules: Iterable[nn.Module]) -> None:
+    """Store in each module what its parametrizations compute, and remove these.
+
+    A parameter that was given to a parametrization stays the same object, if it has the shape and
+    dtype of the result. Not `remove_parametrizations`: it takes the property from the class, which
+    copies share.
+    """
+    computed = [
+        (module, name, stored_weight(module, name).clone(), getattr(by, "original", None))
+        for module in modules
+        for name, by in module.parametrizations.items()  # type: ignore[union-attr, operator]
+    ]  # all before the first one is stored: modules may share a parameter
+    for module in dict.fromkeys(module for module, *_ in computed):
+        module.__class__ = type(module).__bases__[0]
+        del module._modules["parametrizations"]
+    for module, name, value, original in computed:
+        stored = nn.Parameter(value)
+        like = value.shape, value.dtype
+        if isinstance(original, nn.Parameter) and (original.shape, original.dtype) == like:
+            original.copy_(value)
+            stored = original
+        module.register_parameter(name, stored)
 
 
 def _was_parametrized(module: MaskedModule) -> bool:

@@ -57,7 +57,7 @@ def stored_weight(module: nn.Module, name: str) -> Tensor:
     for cls in type(module).__mro__:
         computed = cls.__dict__.get(name)
         if isinstance(computed, property) and not isinstance(computed, Readable):
-            return computed.__get__(module)
+            return computed.fget(module)  # type: ignore[misc]  # not __get__, which no compiler reads
     raise AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}")
 
 

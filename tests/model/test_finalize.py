@@ -118,3 +118,22 @@ def test_export():
     model, input = finalize_(build()), torch.randn(2, 3, 7, 7)
     exported = torch.export.export(model, (input,)).module()
     assert torch.equal(exported(input), model(input))
+
+
+def test_parametrizations_since_conversion_go_with_the_masks():
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    model, input = build(), torch.randn(2, 3, 7, 7)
+    shared = nn.Linear(5, 5)
+    model.extend([shared, nn.Linear(5, 5)])
+    model[-1].weight = shared.weight
+    for layer in (model[0], *model[-2:]):
+        torch.nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+    torch.nn.utils.parametrizations.weight_norm(model[3])
+    other, expected = copy.deepcopy(model), model(input)
+    finalize_(model)
+    assert not any(map(torch.nn.utils.parametrize.is_parametrized, model[:6]))
+    torch.testing.assert_close(model(input), expected, rtol=0, atol=0)
+    torch.testing.assert_close(other(input), expected, rtol=0, atol=0)
