@@ -7,9 +7,11 @@ from .magnitude import MagnitudePruning
 from .rigl import RigL
 from .set import SET
 from .sparse_momentum import SparseMomentum
+from .str import STR
 
 __all__ = [
     "SET",
+    "STR",
     "DeepR",
     "DynamicNetworkSurgery",
     "DynamicSparseReparameterization",

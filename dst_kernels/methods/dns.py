@@ -36,7 +36,8 @@ class DynamicNetworkSurgery(Method):
             follows. What is kept comes out near it, not exactly: at first the weights between
             0.9 and 1.1 tau are kept, too, and later weights cross in both directions.
         steps: of the whole training.
-        begin: the share of `steps` after which masks change: 0 for a model that is trained.
+        begin: the share of `steps` after which masks change: 0 for a model that is trained, as in
+            the publication.
         until: the share of `steps` after which masks stay. The authors stop after 8,000 to 14,000
             steps.
         c: give it or `density`. The authors' 3 or 4 for LeNet-5.
@@ -55,7 +56,7 @@ class DynamicNetworkSurgery(Method):
         density: float | None = None,
         *,
         steps: int,
-        begin: float = 0.0,
+        begin: float = 0.25,
         until: float = 0.75,
         c: float | None = None,
         gamma: float = 1e-3,

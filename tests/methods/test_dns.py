@@ -16,7 +16,9 @@ def start(*scales: float, **options: object) -> DynamicNetworkSurgery:
     with torch.no_grad():
         for layer, scale in zip(model, scales, strict=True):
             layer.weight.copy_(scale * torch.tensor(UP_TO_TEN).view(2, 5))
-    return DynamicNetworkSurgery(model, optimizer, **{"steps": 100, "gamma": 0.0, **options})
+    return DynamicNetworkSurgery(
+        model, optimizer, **{"steps": 100, "begin": 0.0, "gamma": 0.0, **options}
+    )
 
 
 def test_thresholds_hysteresis_and_splicing():
