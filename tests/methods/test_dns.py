@@ -53,7 +53,7 @@ def test_one_c_for_all_layers_follows_from_the_density():
     assert active(method, 0) == active(method, 1) == [*range(10)]
     torch.manual_seed(0)
     model, optimizer = layers((30, 50), (20, 30))
-    method = DynamicNetworkSurgery(model, optimizer, 0.2, steps=10)
+    method = DynamicNetworkSurgery(model, optimizer, 0.2, steps=10, begin=0.0)
     above = [
         int((layer.weight.abs() > tau).sum())
         for layer, tau in zip(method.layers, method.thresholds, strict=True)
