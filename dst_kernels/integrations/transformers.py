@@ -165,7 +165,7 @@ def _tie_thresholds_(model: nn.Module, missing: set[str]) -> None:
     names = {module: name for name, module in model.named_modules()}
     by_weight: dict[int, list] = {}
     for _, part in named_masked_weights(model):
-        by_weight.setdefault(id(part.weight), []).append(part)
+        by_weight.setdefault(id(part.stored), []).append(part)
     for parts in by_weight.values():
         keys = [f"{names[part.module]}.{part.threshold_name}".lstrip(".") for part in parts]
         loaded = [part for part, key in zip(parts, keys, strict=True) if key not in missing]

@@ -142,9 +142,9 @@ class Method:
                 raise ValueError(f"model: the weight of {called} is computed by a parametrization")
             if is_dtensor(part.weight):
                 raise ValueError(f"model: the weight of {called} is sharded")
-            if id(part.weight) not in trained:
+            if id(part.stored) not in trained:
                 raise ValueError(f"optimizer does not train the weight of {called}")
-            layer = found.setdefault(id(part.weight), Layer(len(found)))
+            layer = found.setdefault(id(part.stored), Layer(len(found)))
             layer.names.append(name)
             layer.parts.append(part)
         return [*found.values()]

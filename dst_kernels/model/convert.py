@@ -55,7 +55,7 @@ def sparsify_(
     config = SparsifyConfig() if config is None else config
     plan, chosen = plan_conversion(model, config, filter_fn)
     thresholds = {
-        id(part.weight): part.threshold
+        id(part.stored): part.threshold
         for module in model.modules()
         if isinstance(module, MaskedModule)
         for part in module.masked_weights()
@@ -74,7 +74,7 @@ def sparsify_(
         raise
     for module in done:
         for part in module.masked_weights():
-            shared = thresholds.setdefault(id(part.weight), part.threshold)
+            shared = thresholds.setdefault(id(part.stored), part.threshold)
             setattr(module, part.threshold_name, shared)
     _let_forwards_read_(model)
     avoid_fast_path(model)

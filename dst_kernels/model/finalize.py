@@ -58,7 +58,7 @@ def _without_masks(model: nn.Module, bake: bool) -> nn.Module:
     computed: list[tuple[nn.Module, str, Tensor]] = []  # by parametrizations, removed below
     if bake:
         drop_parametrizations_(m for m in masked.values() if is_parametrized_since(m))
-        weights = {id(part.weight): part for m in masked.values() for part in m.masked_weights()}
+        weights = {id(part.stored): part for m in masked.values() for part in m.masked_weights()}
         with torch.no_grad():
             for part in weights.values():
                 baked = part.baked()

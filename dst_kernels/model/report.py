@@ -119,11 +119,11 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
                 threshold_max=high,
             )
         )
-    unique = {id(part.weight): entry for (_, part), entry in zip(named, layers, strict=True)}
+    unique = {id(part.stored): entry for (_, part), entry in zip(named, layers, strict=True)}
     kept = sum(entry.kept for entry in unique.values())
     total = sum(entry.total for entry in unique.values())
     ratio = kept / total if total else float("nan")
-    numbers = {id(part.weight): part.weight.numel() for _, part in named}
+    numbers = {id(part.stored): part.weight.numel() for _, part in named}
     thresholds = {id(part.threshold) for _, part in named}
     for parameter in model.parameters():
         if parameter.dim() >= 2 and id(parameter) not in thresholds:
@@ -173,7 +173,7 @@ def kept_counts(model: nn.Module) -> list[tuple[MaskedWeight, Tensor]]:
 
     Collective with FSDP2, as `remaining_ratio` says.
     """
-    parts = {id(part.weight): part for _, part in named_masked_weights(model)}.values()
+    parts = {id(part.stored): part for _, part in named_masked_weights(model)}.values()
     sharded: dict[object, list[MaskedWeight]] = {}
     found = []
     for part in parts:

@@ -60,6 +60,17 @@ class MaskedWeight:
         return stored_weight(self.module, self.name)
 
     @property
+    def stored(self) -> object:
+        """Return the parameter that holds the weight, or the parametrization that computes it.
+
+        Weights that modules share have the same one. (A computed weight is a new tensor each time.)
+        """
+        if is_parametrized(self.module, self.name):
+            computed_by = self.module.parametrizations[self.name]
+            return getattr(computed_by, "original", computed_by)
+        return self.weight
+
+    @property
     def threshold(self) -> Tensor:
         return getattr(self.module, self.threshold_name)
 

@@ -68,6 +68,22 @@ def test_export_leaves_plain_layers_and_copies_alone():
         dst_kernels.densify_(other)
 
 
+def test_each_weight_counts_once_whoever_shares_it():
+    model = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(4)))
+    model[1].weight = model[0].weight
+    dst_kernels.sparsify_(model)
+    STR(model, torch.optim.SGD(model.parameters(), lr=0.1), start=QUARTER)
+    report, weights = dst_kernels.sparsity_report(model), [each.weight.detach() for each in model]
+    kept = sum(int(weight.count_nonzero()) for weight in weights[1:])
+    assert (report.kept, report.total, report.all_weights) == (kept, 27, 27)
+    assert dst_kernels.remaining_ratio(model).item() == pytest.approx(kept / 27)
+    dst_kernels.finalize_(model)
+    assert model[0].weight is model[1].weight
+    assert all(
+        torch.equal(each.weight, weight) for each, weight in zip(model, weights, strict=True)
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

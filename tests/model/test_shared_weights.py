@@ -188,3 +188,20 @@ def test_a_decoder_tied_to_its_encoder_stays_dense(channels, first):
     model = dst_kernels.sparsify_(model, whole)
     hidden = model["encoder"](torch.randn(1, inputs, 5, 5))
     assert model["decoder"](hidden).shape == (1, inputs, 5, 5)
+
+
+def test_weights_that_a_parametrization_computes_are_told_apart():
+    # Each read makes a new tensor, often where the last one was: its address says nothing.
+    model = nn.Sequential(
+        *(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4, bias=False)) for _ in range(4))
+    )
+    dst_kernels.sparsify_(model)
+    assert len({id(layer.threshold) for layer in model}) == 4
+    report = dst_kernels.sparsity_report(model)
+    assert (report.kept, report.total) == (64, 64)
+    with torch.no_grad():
+        model[3].threshold[:2] = 9
+    assert dst_kernels.remaining_ratio(model) == 56 / 64
+    dst_kernels.finalize_(model)
+    assert [type(layer) for layer in model] == [nn.Linear] * 4
+    assert [int((layer.weight != 0).sum()) for layer in model] == [16, 16, 16, 8]
