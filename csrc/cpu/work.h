@@ -37,18 +37,24 @@ class Work {
  public:
   // A segment of no rows or columns has no work.
   explicit Work(std::vector<Rows> shapes) : shapes_(std::move(shapes)) {
-    firsts_.reserve(shapes_.size());
+    places_.reserve(shapes_.size());
     for (const Rows& shape : shapes_) {
-      firsts_.push_back({elements_, units_});
-      elements_ += shape.rows * shape.columns;
-      units_ += shape.rows * units_per_row(shape);
+      const int64_t elements = shape.rows * shape.columns;
+      const int64_t units = shape.rows * units_per_row(shape);
+      const bool alone = units >= kMany;
+      places_.push_back({units_, alone ? 0 : few_, alone ? elements : 0});
+      elements_ += elements;
+      units_ += units;
+      if (!alone) few_ += elements;
     }
   }
 
   int64_t units() const { return units_; }
-  int64_t first_unit(size_t segment) const { return firsts_[segment].unit; }
+  int64_t first_unit(size_t segment) const { return places_[segment].unit; }
 
-  // f(part) for all parts. A thread takes the units that begin in its share of the elements.
+  // f(part) for all parts. A thread takes its share of every segment of many units, as it does in
+  // torch's own operations: so it finds in its cache what it wrote there. The other segments are
+  // shared as if they were one. A unit is where it begins.
   template <typename F>
   void run(const F& f) const {
     if (elements_ == 0) return;
@@ -58,31 +64,37 @@ class Work {
 
  private:
   static constexpr int64_t kGrain = 32768;  // fewer elements are not worth a thread
+  static constexpr int64_t kMany = 64;      // units, to be shared evenly
 
-  struct First {
-    int64_t element, unit;
+  struct Place {
+    int64_t unit;
+    int64_t element;   // that it begins with in what is shared with it
+    int64_t elements;  // of what is shared: the segment, or (0) all segments of few units
   };
 
   template <typename F>
   void share(int64_t begin, int64_t end, const F& f) const {
-    const auto after = std::upper_bound(
-        firsts_.begin(), firsts_.end(), begin,
-        [](int64_t element, const First& first) { return element < first.element; });
-    for (size_t i = after - firsts_.begin() - 1; i < shapes_.size(); ++i) {
-      const First& first = firsts_[i];
-      if (first.element >= end) break;
+    for (size_t i = 0; i < shapes_.size(); ++i) {
       const Rows& shape = shapes_[i];
       if (shape.rows == 0 || shape.columns == 0) continue;
-      const int64_t from = std::max<int64_t>(begin - first.element, 0);
-      const int64_t to = std::min(end - first.element, shape.rows * shape.columns);
+      const int64_t from = std::max<int64_t>(element(i, begin), 0);
+      const int64_t to = std::min(element(i, end), shape.rows * shape.columns);
+      if (from >= to) continue;
       if (is_long(shape)) {
         share_units(i, from, to, f);
       } else {
         const int64_t row = (from + shape.columns - 1) / shape.columns;
         const int64_t rows = (to + shape.columns - 1) / shape.columns - row;
-        if (rows > 0) f(Part{i, row, rows, 0, shape.columns, first.unit + row});
+        if (rows > 0) f(Part{i, row, rows, 0, shape.columns, places_[i].unit + row});
       }
     }
+  }
+
+  // Which element of a segment is where a thread's share of all `elements_` begins or ends.
+  int64_t element(size_t i, int64_t boundary) const {
+    const Place& place = places_[i];
+    const int64_t shared = place.elements ? place.elements : few_;
+    return static_cast<int64_t>(static_cast<double>(boundary) / elements_ * shared) - place.element;
   }
 
   template <typename F>
@@ -96,14 +108,15 @@ class Work {
         const int64_t column = u * kUnit;
         if (start + column >= to) break;
         f(Part{i, row, 1, column, std::min(kUnit, shape.columns - column),
-               firsts_[i].unit + row * per_row + u});
+               places_[i].unit + row * per_row + u});
       }
     }
   }
 
   std::vector<Rows> shapes_;
-  std::vector<First> firsts_;
+  std::vector<Place> places_;
   int64_t elements_ = 0;
+  int64_t few_ = 0;  // elements in segments of few units
   int64_t units_ = 0;
 };
 
