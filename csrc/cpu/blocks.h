@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "../formulas.h"
 #include "vector.h"
@@ -37,38 +38,77 @@ DST_FUNCTION int mask_block(const Real* weight, Threshold threshold, Real* resul
 template <typename Real>
 class Lanes {
  public:
+  // The sums that a block's elements are to be added to, and where the results go.
+  struct Sums {
+    const Real* before;
+    Real* after;
+  };
+
   // For a run of `columns` elements.
   explicit DST_FUNCTION Lanes(int64_t columns) {
     while (used_ < columns && used_ < kBlock) used_ *= 2;
-    for (int i = 0; i < used_; i += kLeast) fill<kLeast>(values_ + i);
   }
 
-  DST_FUNCTION Real& operator[](int i) { return values_[i]; }
+  // For the next `count` elements: kBlock, or what is left of the run.
+  DST_FUNCTION Sums next(int count) {
+    if (!empty_) return {values_, values_};
+    empty_ = false;
+    for (int i = count; i < used_; ++i) values_[i] = Real(0);
+    return {kZeros, values_};
+  }
 
   DST_FUNCTION Real sum() {
-    for (int half = used_ / 2; half >= kLeast; half /= 2) {
-      for (int i = 0; i < half; i += kLeast) add<kLeast>(values_ + i, values_ + half + i);
+    if (empty_) return Real(0);
+    Vector sums;
+    switch (used_) {
+      case 32:
+        tree<32>(values_, sums);
+        break;
+      case 64:
+        tree<64>(values_, sums);
+        break;
+      case 128:
+        tree<128>(values_, sums);
+        break;
+      case 256:
+        tree<256>(values_, sums);
+        break;
+      case 512:
+        tree<512>(values_, sums);
+        break;
+      default:
+        tree<kLeast>(values_, sums);
     }
-    add<8>(values_, values_ + 8);
-    add<4>(values_, values_ + 4);
-    return (values_[0] + values_[2]) + (values_[1] + values_[3]);
+    for (int half = kLeast / 2; half > 2; half /= 2) {
+      for (int i = 0; i < half; ++i) sums[i] += sums[half + i];
+    }
+    return (sums[0] + sums[2]) + (sums[1] + sums[3]);
   }
 
  private:
   static constexpr int kLeast = 16;
+  static_assert(kBlock == 512, "sum() has a case for every power of two");
+  alignas(64) static constexpr Real kZeros[kBlock] = {};
 
-  template <int count>
-  static DST_FUNCTION void fill(Real* lanes) {
-    for (int i = 0; i < count; ++i) lanes[i] = Real(0);
-  }
+  // In registers, where a loop over halves would write all of its steps to memory.
+  typedef Real Vector __attribute__((vector_size(kLeast * sizeof(Real))));
 
-  template <int count>
-  static DST_FUNCTION void add(Real* lanes, const Real* others) {
-    DST_VECTORIZE for (int i = 0; i < count; ++i) lanes[i] += others[i];
+  // The kLeast sums that are left of `count` lanes when each half has been added to the one before.
+  template <int count, int step = kLeast>
+  static DST_FUNCTION void tree(const Real* lanes, Vector& sums) {
+    if constexpr (step == count) {
+      std::memcpy(&sums, lanes, sizeof(sums));
+    } else {
+      Vector others;
+      tree<count, 2 * step>(lanes, sums);
+      tree<count, 2 * step>(lanes + step, others);
+      sums += others;
+    }
   }
 
   int used_ = kLeast;
-  Real values_[kBlock];
+  bool empty_ = true;
+  alignas(64) Real values_[kBlock];
 };
 
 // f.operator()<surrogate, structure>(), for kernels that are compiled for each. `f` must be inlined

@@ -24,9 +24,10 @@ DST_FUNCTION void square_run(const Step& step, const StepSegment& s, Real thresh
     } else {
       plain_gradients(s, step, 1, weight, at, count, grads);
     }
+    const auto sums = square_lanes.next(count);
     DST_VECTORIZE for (int i = 0; i < count; ++i) {
       const double gradient = grads[i];
-      square_lanes[i] += gradient * gradient;
+      sums.after[i] = sums.before[i] + gradient * gradient;
     }
   }
   squares += square_lanes.sum();

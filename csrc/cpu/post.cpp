@@ -21,10 +21,11 @@ DST_FUNCTION Real post_run(const PostSegment& s, Real threshold, int64_t begin, 
     const Real* grad = load(s.grad, at, count, grads);
     const Real* weight = load(s.weight, at, count, weights);
     Real* result = target(s.grad_weight, at, results);
+    const auto sums = lanes.next(count);
     DST_VECTORIZE for (int i = 0; i < count; ++i) {
       const auto both = gradients<Real, surrogate, structure>(grad[i], weight[i], threshold);
       result[i] = both.weight;
-      lanes[i] += both.minus_threshold;
+      sums.after[i] = sums.before[i] + both.minus_threshold;
     }
     store(s.grad_weight, at, count, result);
   }
