@@ -97,7 +97,7 @@ class DeferredOptimizer(Optimizer):
             torch.autograd.graph.increment_version(batch.written + renewed)
             for segment, each in zip(batch.segments, masked, strict=True):
                 if each is not None and segment.layer is not None:
-                    self._deferral.store(segment.layer, each)
+                    self._deferral.renewed(segment.layer)
         if any(batch.first for batch in batches):
             self._first_step_done(scales[1])
             self._signature = None

@@ -125,6 +125,12 @@ class Deferral:
         self._made[key] = masked, stamp(layer), memory
         return masked
 
+    def renewed(self, layer: MaskedLayer) -> None:
+        """Take note that a step has written a fresh W * M anew, in the memory where it was."""
+        key = id(layer._parameters["weight"])
+        masked, _, memory = self._made[key]
+        self._made[key] = masked, stamp(layer), memory
+
     def refresh(self) -> None:
         """Mark every W * M as stale, and keep its memory."""
         self._made = {key: (masked, None, ()) for key, (masked, *_) in self._made.items()}
