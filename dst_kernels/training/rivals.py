@@ -15,18 +15,15 @@ from .errors import UsageError, require_one_of
 if TYPE_CHECKING:
     from .config import RunConfig
 
-_CLASSES = {
-    "set": "SET",
-    "deep-r": "DeepR",
-    "dsr": "DynamicSparseReparameterization",
-    "dns": "DynamicNetworkSurgery",
-    "sparse-momentum": "SparseMomentum",
-    "rigl": "RigL",
-    "str": "STR",
-    "magnitude": "MagnitudePruning",
-}
 RIVALS: dict[str, type[Method]] = {
-    name: getattr(methods, kind) for name, kind in _CLASSES.items() if hasattr(methods, kind)
+    "set": methods.SET,
+    "deep-r": methods.DeepR,
+    "dsr": methods.DynamicSparseReparameterization,
+    "dns": methods.DynamicNetworkSurgery,
+    "sparse-momentum": methods.SparseMomentum,
+    "rigl": methods.RigL,
+    "str": methods.STR,
+    "magnitude": methods.MagnitudePruning,
 }
 METHODS = ("dst", *RIVALS)
 

@@ -161,6 +161,10 @@ def test_ctrl_c_says_how_to_go_on(cli, in_process, monkeypatch):
         (("--alphas", "1", "--model", "lenet"), "--model"),
         (("--methods", "dst,set"), "--density is None. Accepted with --method set"),
         (("--methods", "dst", "--alphas", "1"), "--alphas is '1', --methods is 'dst'. Accepted"),
+        (
+            ("--methods", "str", "--densities", "0.1"),
+            "--density 0.1 with --method str, which finds",
+        ),
         ((*SET, "--alpha-schedule", "linear"), "--alpha-schedule with --method set, which"),
         ((*SET, "--method-options", "rate=2"), "--method set: rate must be at most 1"),
         (
