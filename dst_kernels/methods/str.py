@@ -18,7 +18,7 @@ class SoftThreshold(nn.Module):
 
     def __init__(self, start: float, device: torch.device) -> None:
         super().__init__()
-        self.s = nn.Parameter(torch.full((), start, device=device))
+        self.s = nn.Parameter(torch.full((), float(start), device=device))
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight's sparse form, in its shape and dtype."""
