@@ -52,7 +52,7 @@ class STR(Method):
         weight_decay: of s; the authors' 2.25e-5 (for 90.23 % sparsity), with a learning rate of
             0.256 that falls to 0, a momentum of 0.875 and 500,000 steps.
 
-    Raises as `Method` does.
+    Raises as `Method` does; ValueError for an optimizer without weight decay.
     """
 
     def __init__(
@@ -69,6 +69,9 @@ class STR(Method):
         require(number, "start", "a negative number", start)
         require_number("-start", -start, positive=True)
         require_number("weight_decay", weight_decay)
+        if isinstance(optimizer, Optimizer) and "weight_decay" not in optimizer.defaults:
+            name = type(optimizer).__name__
+            raise ValueError(f"optimizer ({name}) has no weight decay, which drives thresholds up")
         super().__init__(model, optimizer, dense=dense, seed=seed)
         soft = [SoftThreshold(start, layer.weight.device) for layer in self.layers]
         for layer, threshold in zip(self.layers, soft, strict=True):

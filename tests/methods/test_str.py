@@ -96,3 +96,9 @@ def test_bad_options(options: dict, message: str):
     with pytest.raises((TypeError, ValueError)) as caught:
         soft([1.0], **options)
     assert str(caught.value) == message
+
+
+def test_without_weight_decay_nothing_would_be_pruned():
+    model, _ = layers((1, 4))
+    with pytest.raises(ValueError, match=r"optimizer \(Rprop\) has no weight decay"):
+        STR(model, torch.optim.Rprop(model.parameters()))
