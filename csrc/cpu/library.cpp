@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../ops.h"
+#include "sparse.h"
 
 STABLE_TORCH_LIBRARY(dst_kernels_compiled, library) {
   // settings: the largest kept count at which the guard takes all thresholds of the layer for 0
@@ -44,6 +45,15 @@ STABLE_TORCH_LIBRARY(dst_kernels_compiled, library) {
       "grad_norm(Tensor[] weights, Tensor[] grads, Tensor[] thresholds, "
       "Tensor[] threshold_grads, int[] settings, Tensor hypers, Tensor[] alphas, "
       "Tensor[] scales, Tensor(a!) norm) -> ()");
+  // On CPUs only, and of one weight: see dst_kernels/reference/sparse.py. Tensors are contiguous,
+  // in float32 or bfloat16. geometry: kernel, stride, padding and dilation, each over height and
+  // width, and groups.
+  library.def(
+      "sparse_linear(Tensor input, Tensor values, Tensor columns, Tensor row_starts, "
+      "Tensor? bias) -> Tensor");
+  library.def(
+      "sparse_conv(Tensor input, Tensor values, Tensor columns, Tensor row_starts, Tensor? bias, "
+      "int[] geometry) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dst_kernels_compiled, CPU, library) {
@@ -53,4 +63,6 @@ STABLE_TORCH_LIBRARY_IMPL(dst_kernels_compiled, CPU, library) {
   library.impl("sgd_step", TORCH_BOX(&dst::sgd_step));
   library.impl("adamw_step", TORCH_BOX(&dst::adamw_step));
   library.impl("grad_norm", TORCH_BOX(&dst::grad_norm));
+  library.impl("sparse_linear", TORCH_BOX(&dst::sparse_linear));
+  library.impl("sparse_conv", TORCH_BOX(&dst::sparse_conv));
 }

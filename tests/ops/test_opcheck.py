@@ -220,7 +220,7 @@ def test_convolution_of_strided_arguments(layout):
     )
 
 
-@pytest.mark.parametrize("backend", [BACKEND])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("batch", [(), (5,), (0,)], ids=str)
 def test_sparse_products(batch, backend):
     for dtype in (torch.float32, torch.bfloat16):

@@ -1,6 +1,7 @@
 """Offer the functions of the backends "cpu" and "cuda"; load the CPU library before the import."""
 
 from .regularization import regularization
+from .sparse import sparse_conv, sparse_linear
 from .step import adamw_step_, grad_norm_, sgd_step_
 from .weight import (
     effective_threshold,
@@ -20,4 +21,6 @@ __all__ = [
     "masked_weights_backward",
     "regularization",
     "sgd_step_",
+    "sparse_conv",
+    "sparse_linear",
 ]

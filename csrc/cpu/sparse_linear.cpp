@@ -1,0 +1,262 @@
+// input W^T + bias for a sparse W.
+//
+// One input is read where each weight needs it. Of several, blocks of 8 to 64 are transposed first,
+// so that their numbers for one column lie side by side.
+#include <bit>
+#include <cstring>
+#include <vector>
+
+#include "sparse.h"
+#include "storage.h"
+
+namespace dst {
+namespace {
+
+constexpr int64_t kPacked = 1 << 20;  // numbers transposed at a time
+
+struct Linear {
+  SparseRows& weight;
+  int64_t inputs, features;
+  const void* input;
+  void* output;
+};
+
+// Eight numbers of x, not next to each other.
+DST_FUNCTION Vector gather(const float* x, const int32_t* c) {
+  return Vector{x[c[0]], x[c[1]], x[c[2]], x[c[3]], x[c[4]], x[c[5]], x[c[6]], x[c[7]]};
+}
+
+// Processors load twice in a cycle or so; shifts come on top.
+DST_FUNCTION Vector gather(const float* x, const uint16_t* c) {
+  if constexpr (std::endian::native == std::endian::little) {
+    uint64_t a, b;
+    std::memcpy(&a, c, 8);
+    std::memcpy(&b, c + 4, 8);
+    return Vector{x[a & 0xffff], x[a >> 16 & 0xffff], x[a >> 32 & 0xffff], x[a >> 48],
+                  x[b & 0xffff], x[b >> 16 & 0xffff], x[b >> 32 & 0xffff], x[b >> 48]};
+  } else {
+    return Vector{x[c[0]], x[c[1]], x[c[2]], x[c[3]], x[c[4]], x[c[5]], x[c[6]], x[c[7]]};
+  }
+}
+
+template <typename Real, typename Column>
+DST_FUNCTION float row_times_one(const Real* values, const Column* columns, int64_t count,
+                                 int64_t readable, const float* x) {
+  constexpr Mask lane = {0, 1, 2, 3, 4, 5, 6, 7};
+  Vector sums = {};
+  int64_t j = 0;
+  // The last block reads on in the next row, without a branch that few rows agree on.
+  for (; j < count && j + kLanes <= readable; j += kLanes) {
+    const Vector terms = load(values + j) * gather(x, columns + j);
+    sums += (Vector)((Mask)terms & (lane < static_cast<int32_t>(count - j)));
+  }
+  if (j < count) {
+    for (int l = 0; j + l < count; ++l) sums[l] += number(values[j + l]) * x[columns[j + l]];
+  }
+  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+}
+
+template <typename Real, typename Column>
+DST_FUNCTION void one_input(const Linear& call, const float* x, int64_t row, int64_t end) {
+  const SparseRows& w = call.weight;
+  const Real* values = static_cast<const Real*>(w.stored_values());
+  const Column* columns = static_cast<const Column*>(w.columns);
+  Real* output = static_cast<Real*>(call.output);
+  for (; row < end; ++row) {
+    const int64_t at = w.starts[row], count = w.starts[row + 1] - at;
+    const float sum = row_times_one(values + at, columns + at, count, w.kept - at, x);
+    const Vector result = {w.bias ? sum + w.bias[row] : sum};
+    if constexpr (std::is_same_v<Real, float>) {
+      output[row] = result[0];
+    } else {
+      store(result, 1, output + row);
+    }
+  }
+}
+
+DST_CLONES void one_input(const Linear& call, const float* x, int64_t row, int64_t end) {
+  const bool small = call.weight.small;
+  if (call.weight.dtype == ScalarType::Float) {
+    small ? one_input<float, uint16_t>(call, x, row, end)
+          : one_input<float, int32_t>(call, x, row, end);
+  } else {
+    small ? one_input<BFloat16, uint16_t>(call, x, row, end)
+          : one_input<BFloat16, int32_t>(call, x, row, end);
+  }
+}
+
+// Exchanges rows and columns of 8 x 8 numbers.
+DST_FUNCTION void transpose(Vector* r) {
+  Vector s[8];
+  for (int half = 0; half < 8; half += 4) {
+    const Vector a = r[half], b = r[half + 1], c = r[half + 2], d = r[half + 3];
+    const Vector ab = {a[0], b[0], a[1], b[1], a[4], b[4], a[5], b[5]};
+    const Vector cd = {c[0], d[0], c[1], d[1], c[4], d[4], c[5], d[5]};
+    const Vector ba = {a[2], b[2], a[3], b[3], a[6], b[6], a[7], b[7]};
+    const Vector dc = {c[2], d[2], c[3], d[3], c[6], d[6], c[7], d[7]};
+    s[half] = Vector{ab[0], ab[1], cd[0], cd[1], ab[4], ab[5], cd[4], cd[5]};
+    s[half + 1] = Vector{ab[2], ab[3], cd[2], cd[3], ab[6], ab[7], cd[6], cd[7]};
+    s[half + 2] = Vector{ba[0], ba[1], dc[0], dc[1], ba[4], ba[5], dc[4], dc[5]};
+    s[half + 3] = Vector{ba[2], ba[3], dc[2], dc[3], ba[6], ba[7], dc[6], dc[7]};
+  }
+  for (int i = 0; i < 4; ++i) {
+    const Vector a = s[i], b = s[i + 4];
+    r[i] = Vector{a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]};
+    r[i + 4] = Vector{a[4], a[5], a[6], a[7], b[4], b[5], b[6], b[7]};
+  }
+}
+
+struct Block {
+  int64_t first;  // input
+  int width;
+  float* packed;  // [features, width]
+};
+
+// Columns from `column` to `end` of a block's inputs. The last input fills what is left of it.
+template <typename Real>
+DST_FUNCTION void pack_columns(const Linear& call, const Block& block, int64_t column,
+                               int64_t end) {
+  const int64_t features = call.features;
+  for (int part = 0; part < block.width; part += kLanes) {
+    const Real* from[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      const int64_t input = std::min(block.first + part + i, call.inputs - 1);
+      from[i] = static_cast<const Real*>(call.input) + input * features;
+    }
+    float* to = block.packed + part;
+    int64_t k = column;
+    for (; k + kLanes <= end; k += kLanes) {
+      Vector tile[kLanes];
+      for (int i = 0; i < kLanes; ++i) tile[i] = load(from[i] + k);
+      transpose(tile);
+      for (int i = 0; i < kLanes; ++i) store(tile[i], to + (k + i) * block.width);
+    }
+    for (; k < end; ++k) {
+      for (int i = 0; i < kLanes; ++i) to[k * block.width + i] = number(from[i][k]);
+    }
+  }
+}
+
+DST_CLONES void pack_block(const Linear& call, const Block& block, int64_t column, int64_t end) {
+  if (call.weight.dtype == ScalarType::Float) {
+    pack_columns<float>(call, block, column, end);
+  } else {
+    pack_columns<BFloat16>(call, block, column, end);
+  }
+}
+
+// Eight rows at a time, as the output has them side by side.
+template <int width, typename Real, typename Column>
+DST_FUNCTION void multiply(const Linear& call, const float* values, const Block& block, int64_t row,
+                           int64_t end) {
+  constexpr int vectors = width / kLanes;
+  const SparseRows& w = call.weight;
+  const Column* columns = static_cast<const Column*>(w.columns);
+  for (; row < end; row += kLanes) {
+    const int rows = static_cast<int>(std::min<int64_t>(kLanes, end - row));
+    Vector sums[kLanes][vectors] = {};
+    for (int i = 0; i < rows; ++i) {
+      const int64_t at = w.starts[row + i], count = w.starts[row + i + 1] - at;
+      row_times_block<width, width>(values + at, columns + at, count, block.packed, sums[i]);
+      if (w.bias) {
+        for (int v = 0; v < vectors; ++v) sums[i][v] += w.bias[row + i];
+      }
+    }
+    for (int v = 0; v < vectors; ++v) {
+      Vector tile[kLanes];
+      for (int i = 0; i < kLanes; ++i) tile[i] = sums[i][v];
+      transpose(tile);
+      const int64_t input = block.first + v * kLanes;
+      Real* output = static_cast<Real*>(call.output) + input * w.rows + row;
+      for (int i = 0; i < kLanes && input + i < call.inputs; ++i) {
+        store(tile[i], rows, output + i * w.rows);
+      }
+    }
+  }
+}
+
+template <typename Real, typename Column>
+DST_FUNCTION void multiply(const Linear& call, const float* values, const Block& block, int64_t row,
+                           int64_t end) {
+  switch (block.width) {
+    case 8:
+      return multiply<8, Real, Column>(call, values, block, row, end);
+    case 16:
+      return multiply<16, Real, Column>(call, values, block, row, end);
+    case 32:
+      return multiply<32, Real, Column>(call, values, block, row, end);
+    default:
+      return multiply<64, Real, Column>(call, values, block, row, end);
+  }
+}
+
+DST_CLONES void multiply_block(const Linear& call, const float* values, const Block& block,
+                               int64_t row, int64_t end) {
+  const bool small = call.weight.small;
+  if (call.weight.dtype == ScalarType::Float) {
+    small ? multiply<float, uint16_t>(call, values, block, row, end)
+          : multiply<float, int32_t>(call, values, block, row, end);
+  } else {
+    small ? multiply<BFloat16, uint16_t>(call, values, block, row, end)
+          : multiply<BFloat16, int32_t>(call, values, block, row, end);
+  }
+}
+
+void several_inputs(const Linear& call) {
+  // Blocks of more numbers leave the second-level cache.
+  const int widest = call.features <= 2048 ? kWidest : kWidest / 2;
+  const float* values = call.weight.values();
+  const int64_t most = std::max<int64_t>(kPacked / (call.features * widest + 1), 1) * widest;
+  const auto packed = scratch<float>(std::min(most, call.inputs + kWidest) * call.features);
+  for (int64_t begin = 0; begin < call.inputs;) {
+    std::vector<Block> blocks;
+    const int64_t end = std::min(begin + most, call.inputs);
+    float* at = packed.get();
+    while (begin < end) {
+      blocks.push_back({begin, block_width(end - begin, widest), at});
+      at += blocks.back().width * call.features;
+      begin += blocks.back().width;
+    }
+    const int64_t count = blocks.size(), all = call.features;
+    torch::stable::parallel_for(0, count * all, kTerms / widest, [&](int64_t from, int64_t to) {
+      for (int64_t block = from / all; block * all < to; ++block) {
+        pack_block(call, blocks[block], std::max<int64_t>(from - block * all, 0),
+                   std::min(to - block * all, all));
+      }
+    });
+    call.weight.share(count, widest, [&](int64_t row, int64_t rows_end, int64_t block) {
+      multiply_block(call, values, blocks[block], row, rows_end);
+    });
+  }
+}
+
+}  // namespace
+
+Tensor sparse_linear(const Tensor& input, const Tensor& values, const Tensor& columns,
+                     const Tensor& row_starts, const std::optional<Tensor>& bias) {
+  SparseRows weight("sparse_linear", input, values, columns, row_starts, bias);
+  std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
+  STD_TORCH_CHECK(!shape.empty(), "sparse_linear: input must have at least 1 dimension");
+  const int64_t features = shape.back();
+  int64_t inputs = 1;
+  for (size_t i = 0; i + 1 < shape.size(); ++i) inputs *= shape[i];
+  shape.back() = weight.rows;
+  Tensor output = new_contiguous(input, shape);
+  const Linear call{weight, inputs, features, input.data_ptr(), output.data_ptr()};
+  if (inputs > 1) {
+    several_inputs(call);
+  } else if (inputs == 1) {
+    const float* x = static_cast<const float*>(call.input);
+    std::unique_ptr<float[]> wide;
+    if (weight.dtype != ScalarType::Float) {
+      wide = scratch<float>(features);
+      widen({input.data_ptr(), features, Storage::kBFloat16}, 0, static_cast<int>(features),
+            wide.get());
+      x = wide.get();
+    }
+    weight.share(1, 4, [&](int64_t row, int64_t end, int64_t) { one_input(call, x, row, end); });
+  }
+  return output;
+}
+
+}  // namespace dst
