@@ -59,7 +59,7 @@ SparseRows::SparseRows(const char* op, const Tensor& input, const Tensor& values
     const Array array = Reader(op, {input}, true).required(*bias_, {"bias", 0}, rows);
     bias = static_cast<const float*>(array.data);
     if (array.storage != Storage::kFloat32) {
-      wide_bias_ = scratch<float>(rows);
+      wide_bias_ = Scratch<float>(Use::kBias, rows);
       widen(array, 0, static_cast<int>(rows), wide_bias_.get());
       bias = wide_bias_.get();
     }
@@ -68,7 +68,7 @@ SparseRows::SparseRows(const char* op, const Tensor& input, const Tensor& values
 
 const float* SparseRows::values() {
   if (dtype == ScalarType::Float) return static_cast<const float*>(stored_);
-  wide_values_ = scratch<float>(kept);
+  wide_values_ = Scratch<float>(Use::kValues, kept);
   widen({const_cast<void*>(stored_), kept, Storage::kBFloat16}, 0, static_cast<int>(kept),
         wide_values_.get());
   return wide_values_.get();

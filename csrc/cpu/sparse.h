@@ -12,7 +12,9 @@
 #include <bit>
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "../arguments.h"
@@ -72,11 +74,50 @@ DST_FUNCTION void store(Vector from, int count, Real* to) {
 // A contiguous tensor with the dtype and device of another one.
 Tensor new_contiguous(const Tensor& like, const std::vector<int64_t>& shape);
 
-// Memory that is not written at first.
+// Memory that is not written at first, for one call; the thread keeps it for its next one, since
+// new pages can take the system longer than a product takes.
+enum class Use { kPacked, kOffsets, kValues, kBias };
+
 template <typename T>
-std::unique_ptr<T[]> scratch(int64_t count) {
-  return std::unique_ptr<T[]>(new T[count]);
-}
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(Use use, int64_t count) : use_(use), memory_(std::move(kept(use))) {
+    const size_t bytes = count * sizeof(T);
+    if (memory_.size < bytes) {
+      memory_.data.reset();  // before there is more
+      memory_.data.reset(static_cast<char*>(::operator new(bytes, kAlign)));
+      memory_.size = bytes;
+    }
+  }
+  Scratch(Scratch&&) = default;
+  Scratch& operator=(Scratch&&) = default;
+  ~Scratch() {
+    if (memory_.data && memory_.size <= kMostKept) kept(use_) = std::move(memory_);
+  }
+
+  T* get() const { return reinterpret_cast<T*>(memory_.data.get()); }
+
+ private:
+  static constexpr std::align_val_t kAlign{64};
+  static constexpr size_t kMostKept = 32 << 20;
+
+  struct Free {
+    void operator()(char* data) const { ::operator delete(data, kAlign); }
+  };
+  struct Memory {
+    std::unique_ptr<char, Free> data;
+    size_t size = 0;
+  };
+
+  static Memory& kept(Use use) {
+    static thread_local Memory memory[4];
+    return memory[static_cast<int>(use)];
+  }
+
+  Use use_ = Use::kPacked;
+  Memory memory_;
+};
 
 // Of how many numbers the blocks are that cover the next ones of `rest`.
 inline int block_width(int64_t rest, int widest) {
@@ -137,7 +178,7 @@ class SparseRows {
   }
 
   const void* stored_;
-  std::unique_ptr<float[]> wide_values_, wide_bias_;
+  Scratch<float> wide_values_, wide_bias_;
 };
 
 // Adds up what `count` weights give with a block, whose numbers for column c begin at

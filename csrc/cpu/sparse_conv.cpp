@@ -95,7 +95,7 @@ std::vector<Block> blocks_of(const Conv& call) {
 }
 
 // Where the operands of each weight begin in the planes.
-std::unique_ptr<int32_t[]> offsets_of(const Conv& call) {
+Scratch<int32_t> offsets_of(const Conv& call) {
   const SparseRows& w = call.weight;
   const int64_t channels = call.channels / call.groups;
   const Axis &height = call.height, &width = call.width;
@@ -111,7 +111,8 @@ std::unique_ptr<int32_t[]> offsets_of(const Conv& call) {
     }
   }
   const int64_t group = call.planes() / call.groups, rows = w.rows / call.groups;
-  auto offsets = scratch<int32_t>(w.kept);
+  Scratch<int32_t> made(Use::kOffsets, w.kept);
+  int32_t* offsets = made.get();
   const auto fill = [&](const auto* columns) {
     for (int64_t row = 0; row < w.rows; ++row) {
       const int32_t base = static_cast<int32_t>(row / rows * group);
@@ -122,7 +123,7 @@ std::unique_ptr<int32_t[]> offsets_of(const Conv& call) {
   };
   w.small ? fill(static_cast<const uint16_t*>(w.columns))
           : fill(static_cast<const int32_t*>(w.columns));
-  return offsets;
+  return made;
 }
 
 // All planes of one channel of an image.
@@ -241,19 +242,19 @@ Tensor sparse_conv(const Tensor& input, const Tensor& values, const Tensor& colu
   if (images == 0 || weight.rows == 0) return output;
 
   const std::vector<Block> blocks = blocks_of(call);
-  const auto offsets = offsets_of(call);
+  const Scratch<int32_t> offsets = offsets_of(call);
   const float* operands = weight.values();
   const int64_t planes = call.planes(), count = blocks.size();
   const int64_t most = call.direct() ? images : std::max<int64_t>(kPacked / (planes + 1), 1);
-  std::unique_ptr<float[]> laid_out;
+  Scratch<float> laid_out;
   if (!call.direct()) {
     const int64_t size = std::min(most, images) * planes;
-    laid_out = scratch<float>(size + kWidest);
+    laid_out = Scratch<float>(Use::kPacked, size + kWidest);
     std::fill_n(laid_out.get() + size, kWidest, 0.0f);  // read, but not stored
   }
   for (int64_t first = 0; first < images; first += most) {
     const int64_t together = std::min(most, images - first);
-    if (laid_out) {
+    if (!call.direct()) {
       const int64_t all = planes / std::max<int64_t>(channels, 1);
       torch::stable::parallel_for(
           0, together * channels, std::max<int64_t>(kTerms / kWidest / (all + 1), 1),
@@ -265,8 +266,8 @@ Tensor sparse_conv(const Tensor& input, const Tensor& values, const Tensor& colu
     }
     weight.share(together * count, kWidest, [&](int64_t row, int64_t end, int64_t number) {
       const int64_t image = number / count;
-      const float* from = laid_out ? laid_out.get() + image * planes
-                                   : static_cast<const float*>(call.input) + image * planes;
+      const float* from = laid_out.get() ? laid_out.get() + image * planes
+                                         : static_cast<const float*>(call.input) + image * planes;
       convolve_block(call, {operands, offsets.get(), from}, blocks[number % count], first + image,
                      row, end);
     });

@@ -207,7 +207,7 @@ void several_inputs(const Linear& call) {
   const int widest = call.features <= 2048 ? kWidest : kWidest / 2;
   const float* values = call.weight.values();
   const int64_t most = std::max<int64_t>(kPacked / (call.features * widest + 1), 1) * widest;
-  const auto packed = scratch<float>(std::min(most, call.inputs + kWidest) * call.features);
+  const Scratch<float> packed(Use::kPacked, std::min(most, call.inputs + kWidest) * call.features);
   for (int64_t begin = 0; begin < call.inputs;) {
     std::vector<Block> blocks;
     const int64_t end = std::min(begin + most, call.inputs);
@@ -247,9 +247,9 @@ Tensor sparse_linear(const Tensor& input, const Tensor& values, const Tensor& co
     several_inputs(call);
   } else if (inputs == 1) {
     const float* x = static_cast<const float*>(call.input);
-    std::unique_ptr<float[]> wide;
+    Scratch<float> wide;
     if (weight.dtype != ScalarType::Float) {
-      wide = scratch<float>(features);
+      wide = Scratch<float>(Use::kPacked, features);
       widen({input.data_ptr(), features, Storage::kBFloat16}, 0, static_cast<int>(features),
             wide.get());
       x = wide.get();

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from .. import ops
 from ..arguments import REAL, REAL_DTYPES, require
 from ..autograd import product_dtype, sparse_product
-from ..backends import unavailable
+from ..backends import implementation, unavailable
 from ..ops.checks import check_value
 from ..ops.conv_checks import check_shapes
 from ..ops.geometry import resolve_padding
@@ -209,6 +209,17 @@ class SparseLinear(SparseLayer):
         self._become(nn.Linear(in_features, out_features, bias, "meta", dtype), device)
 
     def forward(self, input: Tensor) -> Tensor:
+        buffers: dict[str, Any] = self._buffers
+        values = buffers["values"]
+        if (
+            input.dtype is values.dtype
+            and input.shape[-1:] == self._row_shape
+            and type(input) is Tensor
+            and not (input.requires_grad or torch._C._is_any_autocast_enabled())
+            and not ops.is_watched()
+        ):  # the usual case: the way through the ops takes longer than a small product
+            run = implementation("auto", input.device, "sparse_linear")
+            return run(input, values, buffers["columns"], buffers["row_starts"], buffers["bias"])
         features = self.in_features
         check_value(
             input.dim() >= 1 and input.shape[-1] == features,
