@@ -229,16 +229,9 @@ Tensor sparse_conv(const Tensor& input, const Tensor& values, const Tensor& colu
   const int64_t images = input.size(0), channels = input.size(1), groups = geometry[8];
   STD_TORCH_CHECK(groups >= 1 && channels % groups == 0 && weight.rows % groups == 0,
                   "sparse_conv: groups must divide channels and rows");
-  const Conv call{weight,
-                  Axis(input.size(2), geometry.data()),
-                  Axis(input.size(3), geometry.data() + 1),
-                  channels,
-                  groups,
-                  input.data_ptr(),
-                  nullptr};
-  Tensor output =
-      new_contiguous(input, {images, weight.rows, call.height.output, call.width.output});
-  const_cast<Conv&>(call).output = output.data_ptr();
+  const Axis height(input.size(2), geometry.data()), width(input.size(3), geometry.data() + 1);
+  Tensor output = new_contiguous(input, {images, weight.rows, height.output, width.output});
+  const Conv call{weight, height, width, channels, groups, input.data_ptr(), output.data_ptr()};
   if (images == 0 || weight.rows == 0) return output;
 
   const std::vector<Block> blocks = blocks_of(call);

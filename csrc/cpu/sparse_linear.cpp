@@ -9,6 +9,11 @@
 #include "sparse.h"
 #include "storage.h"
 
+// GCC 12 takes a tile apart for its transposition, and then misses that it has been written.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 namespace dst {
 namespace {
 
@@ -126,7 +131,7 @@ DST_FUNCTION void pack_columns(const Linear& call, const Block& block, int64_t c
     float* to = block.packed + part;
     int64_t k = column;
     for (; k + kLanes <= end; k += kLanes) {
-      Vector tile[kLanes];
+      Vector tile[kLanes] = {};
       for (int i = 0; i < kLanes; ++i) tile[i] = load(from[i] + k);
       transpose(tile);
       for (int i = 0; i < kLanes; ++i) store(tile[i], to + (k + i) * block.width);
@@ -163,7 +168,7 @@ DST_FUNCTION void multiply(const Linear& call, const float* values, const Block&
       }
     }
     for (int v = 0; v < vectors; ++v) {
-      Vector tile[kLanes];
+      Vector tile[kLanes] = {};
       for (int i = 0; i < kLanes; ++i) tile[i] = sums[i][v];
       transpose(tile);
       const int64_t input = block.first + v * kLanes;

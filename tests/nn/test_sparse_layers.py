@@ -6,12 +6,15 @@ import copy
 import io
 import pickle
 import re
+import statistics
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dst_kernels.backends import unavailable
 from dst_kernels.nn import SparseConv1d, SparseConv2d, SparseLinear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
@@ -212,3 +215,68 @@ def test_a_state_dict_that_is_no_weight_is_refused(name, spoil, said):
     with pytest.raises(RuntimeError, match=re.escape(said)):
         linear.load_state_dict(state)
     assert all(torch.equal(linear.get_buffer(key), value) for key, value in before.items())
+
+
+# Times faster than the dense layer with 5 % of the weights and one thread: input and goal.
+GOALS = {
+    "1024 x 1024, one input": (lambda: nn.Linear(1024, 1024), (1, 1024), 2.7),
+    "1024 x 1024, 64": (lambda: nn.Linear(1024, 1024), (64, 1024), 5),
+    "1024 x 1024, 512": (lambda: nn.Linear(1024, 1024), (512, 1024), 4.5),
+    "4096 x 4096, one input": (lambda: nn.Linear(4096, 4096), (1, 4096), 6),
+    "BERT, 768 to 3072, 128": (lambda: nn.Linear(768, 3072), (128, 768), 6),
+    "BERT, 3072 to 768, 128": (lambda: nn.Linear(3072, 768), (128, 3072), 6),
+}
+RESNET50 = [  # arguments, size of the image
+    ((64, 64, 1), 56), ((64, 64, 3, 1, 1), 56), ((256, 64, 1), 56), ((128, 512, 1), 28),
+    ((128, 128, 3, 1, 1), 28), ((512, 128, 1), 28), ((256, 256, 3, 2, 1), 28),
+    ((256, 1024, 1), 14), ((1024, 256, 1), 14), ((256, 256, 3, 1, 1), 14),
+    ((512, 2048, 1), 7), ((2048, 512, 1), 7), ((512, 512, 3, 1, 1), 7),
+]  # fmt: skip
+
+
+def times_faster(dense, shape, seconds=1.5):
+    """The median over turns of a few calls each, in the time of this thread alone."""
+    cls = SparseLinear if isinstance(dense, nn.Linear) else SparseConv2d
+    runs, input = (dense, cls.from_dense(dense)), torch.randn(shape)
+    ratios, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end or len(ratios) < 9:
+        took = []
+        for run in runs:
+            start = time.thread_time()
+            for _ in range(5):
+                run(input)
+            took.append(time.thread_time() - start)
+        ratios.append(took[0] / took[1])
+    return statistics.median(ratios[2:])
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(before)
+
+
+timing = pytest.mark.skipif(unavailable("cpu") is not None, reason="the CPU library was not built")
+timing = [pytest.mark.timing, pytest.mark.slow, timing, pytest.mark.usefixtures("one_thread")]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=timing) for name in GOALS])
+def test_linear_layers_are_faster(name):
+    make, shape, goal = GOALS[name]
+    found = max(times_faster(prune(make(), 0.05), shape) for _ in range(2))
+    print(f"{name}: {found:.2f} (goal {goal})")
+    assert found >= goal
+
+
+@pytest.mark.parametrize("kernel", [pytest.param(kernel, marks=timing) for kernel in (1, 3)])
+def test_convolutions_are_faster(kernel):
+    layers = [each for each in RESNET50 if each[0][2] == kernel]
+    found = [
+        times_faster(prune(nn.Conv2d(*arguments, bias=False), 0.05), (1, arguments[0], size, size))
+        for arguments, size in layers
+    ]
+    print(dict(zip(map(str, layers), found, strict=True)))
+    assert statistics.mean(found) >= 3.5
