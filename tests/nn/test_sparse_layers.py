@@ -259,11 +259,15 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-timing = pytest.mark.skipif(unavailable("cpu") is not None, reason="the CPU library was not built")
-timing = [pytest.mark.timing, pytest.mark.slow, timing, pytest.mark.usefixtures("one_thread")]
+def timing(test):
+    """Mark a test that compares times, with one thread."""
+    no_library = unavailable("cpu") is not None
+    test = pytest.mark.skipif(no_library, reason="the CPU library was not built")(test)
+    return pytest.mark.usefixtures("one_thread")(pytest.mark.timing(pytest.mark.slow(test)))
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=timing) for name in GOALS])
+@timing
+@pytest.mark.parametrize("name", GOALS)
 def test_linear_layers_are_faster(name):
     make, shape, goal = GOALS[name]
     found = max(times_faster(prune(make(), 0.05), shape) for _ in range(2))
@@ -271,7 +275,8 @@ def test_linear_layers_are_faster(name):
     assert found >= goal
 
 
-@pytest.mark.parametrize("kernel", [pytest.param(kernel, marks=timing) for kernel in (1, 3)])
+@timing
+@pytest.mark.parametrize("kernel", [1, 3])
 def test_convolutions_are_faster(kernel):
     layers = [each for each in RESNET50 if each[0][2] == kernel]
     found = [
