@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 OLDEST_TORCH = (2, 11)
+_NEWEST_OP = "sparse_linear"  # that a library built from these sources has
 _FOLDER = Path(__file__).parent
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 _NEEDED = {
@@ -51,6 +52,13 @@ def unavailable(name: str) -> str | None:
         torch.ops.load_library(file)
     except OSError as error:
         reason = f"{file} cannot be loaded: {error.__cause__ or error}"
+        warnings.warn(reason, RuntimeWarning, stacklevel=2)
+        return reason
+    if not hasattr(torch.ops.dst_kernels_compiled, _NEWEST_OP):
+        reason = (
+            f"{file} was built from older sources: build it again by "
+            "'pip install --no-build-isolation -e .'"
+        )
         warnings.warn(reason, RuntimeWarning, stacklevel=2)
         return reason
     return None
