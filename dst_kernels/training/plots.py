@@ -14,20 +14,24 @@ from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
 from matplotlib.ticker import (
+    FixedLocator,
     FuncFormatter,
     LogLocator,
     MaxNLocator,
     NullFormatter,
+    NullLocator,
 )
 
 from .files import Record, write_atomically
 from .masks import was_restarted
-from .tasks import Task
+from .tasks import CLASSIFICATION, Task
 
 _FEW = 8  # at most so many lines get a hue each
 _MOST_NAMED = 27  # at most so many lines are in the legend
 _DARK, _GRAY = "#222222", "#767676"
 _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#999933", "#882255")
+_SHARES = (1e-3, 1 - 1e-4)  # a logit scale shows neither 0 nor 1
+_TICKS = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.97, 0.98, 0.985, 0.99, 0.995, 0.999)
 _LEAST_SHOWN = 1e-4  # stands for 0, which a log scale cannot show
 
 
@@ -263,12 +267,19 @@ def plot_methods(path: Path, lines: Mapping[str, Sequence[Point]], title: str, t
         ratios = _shown([point.ratio for point in points])
         means = np.array([point.quality for point in points])
         spreads = np.array([point.quality_spread for point in points])
+        if task is CLASSIFICATION:
+            means = means.clip(*_SHARES)
+            spreads = np.minimum(spreads, np.minimum(means, 1 - means) / 2)
         axis.plot(ratios, means, label=name, **style)
         if len(points) > 1:
             low, high = means - spreads, means + spreads
             axis.fill_between(ratios, low, high, color=style["color"], alpha=0.13, linewidth=0)
         else:
             axis.errorbar(ratios, means, spreads, color=style["color"], capsize=3)
+    if task is CLASSIFICATION:  # good methods differ by parts of a percent, bad ones by many
+        axis.set_yscale("logit", nonpositive="clip")
+        axis.yaxis.set_major_locator(FixedLocator(_TICKS))
+        axis.yaxis.set_minor_locator(NullLocator())
     axis.set_xscale("log")
     _log_percent(axis.xaxis)
     axis.set_xlabel("remaining ratio\nbands: standard deviation over the seeds")
