@@ -27,6 +27,42 @@ _MOST_UINT16 = 1 << 16  # columns
 _MOST = (1 << 31) - 1  # weights
 
 
+class SparseWeight:
+    """Make the dense weight of a sparse layer when called.
+
+    What models ask of a weight without computing with it (`layer.proj.weight.dtype`) needs no call.
+    """
+
+    requires_grad = False
+    dtype = property(lambda self: self._layer.values.dtype)
+    device = property(lambda self: self._layer.values.device)
+    is_cuda = property(lambda self: self._layer.values.is_cuda)
+    shape = property(
+        lambda self: torch.Size((len(self._layer.row_starts) - 1, *self._layer._row_shape))
+    )
+    ndim = property(lambda self: len(self.shape))
+
+    def __init__(self, layer: SparseLayer) -> None:
+        self._layer = layer
+
+    def __call__(self) -> Tensor:
+        """Return the weight as a new dense tensor, of the shape in the dense layer."""
+        layer = self._layer
+        return dense_weight(layer.values, layer.columns, layer.row_starts, layer._row_shape)
+
+    def dim(self) -> int:
+        """Return the number of dimensions."""
+        return self.ndim
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """Return the shape, or one of its sizes."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        """Return the number of weights, zeros included."""
+        return self.shape.numel()
+
+
 class SparseLayer(nn.Module):
     """Hold a weight without its zeros in buffers, and what the sparse layers share.
 
@@ -108,9 +144,10 @@ class SparseLayer(nn.Module):
             dense.bias = nn.Parameter(self.bias.clone())
         return dense.train(self.training)
 
-    def weight(self) -> Tensor:
-        """Return the weight as a new dense tensor, of the shape in the dense layer."""
-        return dense_weight(self.values, self.columns, self.row_starts, self._row_shape)
+    @property
+    def weight(self) -> SparseWeight:
+        """`weight()` is a new dense tensor; its shape, dtype and device are there without it."""
+        return SparseWeight(self)
 
     def _parts(self, input: Tensor) -> tuple[Tensor, ...]:
         """Return (input, values, columns, row_starts, bias), in the dtype of the product."""
