@@ -70,10 +70,10 @@ def test_a_root_that_is_itself_masked():
     assert type(dense) is nn.Linear and torch.equal(dense.weight, layer.weight)
 
 
-@pytest.mark.parametrize("format", ["csr", "", "Dense", None])
+@pytest.mark.parametrize("format", ["CSR", "", "Dense", None])
 def test_unknown_format(format):
     model = build()
-    with pytest.raises(ValueError, match="format must be one of dense"):
+    with pytest.raises(ValueError, match="format must be one of dense, compact, csr, auto"):
         finalize_(model, format)
     assert len(masked_layers(model)) == 3, "and nothing happened"
     assert not masked_layers(finalize_(model, format="dense"))
