@@ -52,11 +52,11 @@ def sparse_(
         rows, columns = weight.flatten(1).shape
         kept = int(weight.count_nonzero())
         if everywhere or wins(rows, columns, kept, weight.device, weight.dtype, kind):
-            undo.append(_become_(layer, sparse.from_dense(layer)))
+            undo.append(become_(layer, sparse.from_dense(layer)))
             lines.append(f"{names[layer]}: {sparse.__name__}, {kept} of {weight.numel()} weights")
 
 
-def _become_(layer: nn.Module, other: nn.Module) -> Undo:
+def become_(layer: nn.Module, other: nn.Module) -> Undo:
     """Give a module the class and the contents of another one; its hooks stay."""
     undo = partial(_restore_, layer, type(layer), dict(layer.__dict__))
     hooks = {name: value for name, value in layer.__dict__.items() if "hook" in name}

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ._channels import Channels, bound, call_on, channels_after
 from ._example import Example
 from ._recording import Call, Recording, Value, record, tensors_in
+from .rebuild import mark_shrunk_
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -300,4 +301,5 @@ def _replace_(layer: nn.Module, name: str, tensor: Tensor) -> Undo:
 def _set_(layer: nn.Module, name: str, number: int) -> Undo:
     old = getattr(layer, name)
     setattr(layer, name, number)
+    mark_shrunk_(layer)
     return partial(setattr, layer, name, old)

@@ -13,12 +13,13 @@ from ..arguments import require_module
 from ..nn import MaskedModule
 from ..nn.find import beside, masked_by_key, names_of_masks
 from ..ops.dtensor import is_dtensor
-from .rebuild import become_, described, rebuilt, sparse_layers
+from ._sparse_layers import become_
+from ._transformer_encoder import avoid_fast_path
+from .rebuild import described, rebuilt, sparse_layers
 from .sparse_file import SparseFile, read_sparse
 
 logger = logging.getLogger(__name__)
 
-_TENSORS = ("weight", "bias")
 _MASKED = (
     "it was made smaller, but the model's layer is masked. Call dst_kernels.densify_ on the model "
     "first"
@@ -54,8 +55,7 @@ def load_into(model: nn.Module, found: SparseFile) -> nn.Module:
     of_masks = names_of_masks(masked)
     state = model.state_dict(keep_vars=True)
     own = {k: v for k, v in state.items() if k not in of_masks and not _is_of(k, layers)}
-    taken = {_name(layer, kind) for layer in layers for kind in _TENSORS}
-    given = {k: v for k, v in found.tensors.items() if k not in taken}
+    given = {k: v for k, v in found.tensors.items() if not _is_of(k, layers)}
     for key in own:
         if key not in given:
             raise found.error(key, "the model has it, the file has not")
@@ -78,6 +78,7 @@ def load_into(model: nn.Module, found: SparseFile) -> nn.Module:
     for name, layer in layers.items():
         logger.info("load_sparse: %s becomes %r", name or "the model", layer)
         become_(modules[name], layer)
+    avoid_fast_path(model)
     for key, part in masked.items():
         if key in found.masks:
             part.set_fixed_mask(found.masks[key].to(part.weight.device))
@@ -85,10 +86,6 @@ def load_into(model: nn.Module, found: SparseFile) -> nn.Module:
             part.drop_fixed_mask()
     model.load_state_dict({**model.state_dict(), **given})
     return model
-
-
-def _name(layer: str, kind: str) -> str:
-    return f"{layer}.{kind}" if layer else kind
 
 
 def _is_of(key: str, layers: Iterable[str]) -> bool:
@@ -119,14 +116,16 @@ def _new_layers(model: nn.Module, found: SparseFile) -> dict[str, nn.Module]:
         old = modules.get(name)
         if old is None:
             raise found.error(name, "the model has no such layer")
-        weight, bias = (found.tensors.get(_name(name, kind)) for kind in _TENSORS)
+        tensors = {k.rpartition(".")[2]: v for k, v in found.tensors.items() if _is_of(k, [name])}
         if isinstance(old, MaskedModule):
-            if weight is None or weight.shape != getattr(old, "weight", weight).shape:
+            if any(
+                tensor.shape != getattr(old, key, tensor).shape for key, tensor in tensors.items()
+            ):
                 raise found.error(name, _MASKED)
             continue
         try:
             if id(old) not in made:
-                made[id(old)] = rebuilt(old, description, weight, bias)
+                made[id(old)] = rebuilt(old, description, tensors)
         except ValueError as error:
             raise found.error(name, str(error)) from error
         layers[name] = made[id(old)]

@@ -204,6 +204,8 @@ def _named(
         for named in (found.tensors, found.thresholds, found.masks):
             if name in named:
                 named[key] = named[name]
+    # The library returns tensors in no fixed order; errors shall be the same each time.
+    found.tensors = dict(sorted(found.tensors.items()))
     return found
 
 

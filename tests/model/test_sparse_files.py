@@ -13,6 +13,7 @@ from torch import nn
 
 import dst_kernels
 from dst_kernels.model import encoding
+from dst_kernels.model.rebuild import mark_shrunk_
 from dst_kernels.model.sparse_file import _digest
 from dst_kernels.nn.find import named_masked_weights
 
@@ -136,6 +137,113 @@ def test_encodings(shape, share):
             continue
         decoded, positions = encoding.decode(*made, shape)
         assert torch.equal(positions, kept) and torch.equal(decoded, sparse)
+
+
+class Shrinkable(nn.Module):
+    """Layers of each kind, in a number of channels."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.depthwise = nn.Conv2d(width, width, 3, groups=width, padding_mode="reflect", padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.fc = nn.Linear(16 * width, 10)
+
+    def forward(self, images):
+        return self.fc(self.norm(self.depthwise(self.conv(images))).flatten(1))
+
+
+def sparse_or_shrunk(width: int) -> nn.Module:
+    """Return a model as `finalize_` makes it: layers that are smaller, some of them sparse."""
+    model = Shrinkable(width).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter[torch.rand_like(parameter) < 0.7] = 0
+    for layer in (model.conv, model.depthwise, model.norm, model.fc):
+        mark_shrunk_(layer)
+    model.fc = dst_kernels.nn.SparseLinear.from_dense(model.fc)
+    model.conv = dst_kernels.nn.SparseConv2d.from_dense(model.conv)
+    return model
+
+
+@pytest.mark.parametrize("width", [8, 3])
+def test_sparse_and_shrunk_layers_come_back(width, tmp_path):
+    model, file = sparse_or_shrunk(width), tmp_path / "model.safetensors"
+    images = torch.randn(2, 3, 4, 4)
+    expected = model(images)
+    dst_kernels.save_sparse(model, file)
+    whole = Shrinkable().eval()
+    fc, seen = whole.fc, []
+    fc.register_forward_hook(lambda *args: seen.append(args))
+    dst_kernels.load_sparse(file, whole)
+    assert whole.fc is fc and isinstance(fc, dst_kernels.nn.SparseLinear)
+    assert repr(whole) == repr(model) and not whole.training
+    assert torch.equal(whole(images), expected) and seen
+    dst_kernels.save_sparse(whole, file)  # what was loaded can be saved
+    again = sparse_or_shrunk(width)
+    dst_kernels.load_sparse(file, again)
+    assert torch.equal(again(images), expected)
+    state = dst_kernels.load_sparse(file)
+    assert state["fc.weight"].shape == (10, 16 * width)
+    masked = dst_kernels.sparsify_(Shrinkable().eval())
+    if width == 8:
+        dst_kernels.load_sparse(file, masked)
+        torch.testing.assert_close(masked(images), expected)
+    else:
+        with pytest.raises(ValueError, match=r"conv: it was made smaller, but .* is masked"):
+            dst_kernels.load_sparse(file, masked)
+    dst_kernels.save_sparse(Shrinkable(width), file)  # not from finalize_: nothing may shrink
+    if width != 8:
+        with pytest.raises(ValueError, match=r"conv\.weight: it is torch\.float32 \[3, 3"):
+            dst_kernels.load_sparse(file, Shrinkable().eval())
+
+
+def _described(name, **arguments):
+    def change(header, tensors):
+        header["layers"][name]["arguments"].update(arguments)
+
+    return change
+
+
+LAYERS = {
+    "a class of its own": (
+        lambda header, tensors: header["layers"]["fc"].update({"class": "Bilinear"}),
+        "fc: its class is 'Bilinear'. Accepted: Linear,",
+    ),
+    "another kind": (
+        lambda header, tensors: header["layers"]["fc"].update({"class": "Conv1d"}),
+        "fc: it is a Conv1d in the file and a Linear in the model",
+    ),
+    "a huge layer": (_described("fc", in_features=2**40), "fc: in_features is 1099511627776. Acc"),
+    "less than none": (_described("fc", in_features=-1), "fc: in_features is -1."),
+    "another size": (_described("fc", in_features=47), "fc: its tensors are {"),
+    "true": (_described("fc", out_features=True), "fc: out_features is True."),
+    "other groups": (_described("depthwise", groups=2), "depthwise: "),
+    "another stride": (_described("conv", stride=[2, 2]), "conv: stride is [2, 2] in the file"),
+    "an argument": (_described("conv", device="cuda"), "conv: its arguments are"),
+    "no arguments": (
+        lambda header, tensors: header["layers"].update(fc=[]), "fc: its description is []",
+    ),
+    "a bias of no layer": (_described("conv", bias=True), "conv: its tensors are"),
+    "a tensor more": (
+        lambda header, tensors: tensors.update({"fc.x": torch.ones(2)}), "fc: its tensors are",
+    ),
+    "a tensor less": (lambda header, tensors: tensors.pop("norm.weight"), "norm: its tensors are"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_forged_layer_is_refused(name, tmp_path):
+    change, words = LAYERS[name]
+    file, model = tmp_path / "model.safetensors", Shrinkable()
+    dst_kernels.save_sparse(sparse_or_shrunk(3), file)
+    file.write_bytes(forged(file.read_bytes(), change))
+    before, described = copy.deepcopy(model.state_dict()), repr(model)
+    with pytest.raises(dst_kernels.SparseFileError) as caught:
+        dst_kernels.load_sparse(file, model)
+    assert str(caught.value).startswith(f"{file}: {words}")
+    assert_same(model.state_dict(), before)
+    assert repr(model) == described
 
 
 # -- files that are not what they seem ---------------------------------------------------------
