@@ -11,7 +11,6 @@ from torch import nn
 from zoo import EXAMPLES, masked_weights, settle, short_resnet50
 
 from dst_kernels import finalize_, sparsify_
-from dst_kernels.model import _sparse_layers
 from dst_kernels.nn import SparseConv1d, SparseConv2d, SparseLinear
 from dst_kernels.nn.sparse import SparseLayer
 
@@ -86,7 +85,7 @@ def test_auto_compacts_and_then_takes_what_wins(monkeypatch):
         asked.append(question)
         return len(asked) == 2
 
-    monkeypatch.setattr(_sparse_layers, "wins", wins)
+    monkeypatch.setattr("dst_kernels.model._sparse_layers.wins", wins)
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
     with torch.no_grad():
         model[0].weight[:2] = 0
