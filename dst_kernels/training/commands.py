@@ -176,7 +176,12 @@ def _resume(given: dict[str, Any]) -> None:
 
 @app.command()
 def evaluate(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="Folder that train has written.")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR|FILE", help="Folder that train has written, or file that export has."
+        ),
+    ],
     data_dir: Annotated[
         str | None, opt("data_dir", WHAT, "Where the data set is now.", "that of the run")
     ] = None,
@@ -184,13 +189,53 @@ def evaluate(
         str | None, opt("device", RUN, "auto, cpu, cuda or cuda:N.", "that of the run")
     ] = None,
 ) -> None:
-    """Evaluate a run on its test set, as it was after its last epoch."""
+    """Evaluate a run, as it was after its last epoch, or an exported model on the test set."""
     given = {"data_dir": data_dir, "device": device}
     with messages():
         from .evaluate import evaluate as evaluate_run
 
         given = {name: _parsed(name, value) for name, value in given.items() if value is not None}
-        evaluate_run(usable_path("DIR", directory), new_console(), given)
+        evaluate_run(usable_path("DIR", path), new_console(), given)
+
+
+@app.command()
+def export(
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="Folder of a finished run of train.")
+    ],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="dense: weights with zeros. compact: smaller layers. csr: sparse layers. auto: "
+            "compact, then sparse where that is faster.",
+            metavar="NAME",
+        ),
+    ] = "auto",
+    out: Annotated[
+        str | None,
+        typer.Option(help="File to write. [default: DIR/sparse.safetensors]", metavar="PATH"),
+    ] = None,
+) -> None:
+    """Write a run's final model without its pruned weights, as one small file."""
+    with messages():
+        from .export import export as export_run
+
+        file = None if out is None else usable_path("--out", out)
+        export_run(usable_path("DIR", directory), format, file, new_console())
+
+
+@app.command("bench-model")
+def bench_model(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="File that export has written.")],
+    threads: Annotated[str, typer.Option(help="CPU threads.", metavar="INT")] = "1",
+) -> None:
+    """Time an exported model on this CPU beside the dense one and, if installed, onnxruntime."""
+    with messages():
+        from .latency import bench
+
+        count = int(threads) if threads.isdecimal() else threads
+        check("--threads", count, integer(1, 1024))
+        bench(usable_path("FILE", file), int(threads), new_console())
 
 
 @app.command()

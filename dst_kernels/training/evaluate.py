@@ -1,4 +1,4 @@
-"""Evaluate a run's model on the test set, as it was after the last epoch that was kept."""
+"""Evaluate a run's model as it was after its last epoch, or an exported one, on the test set."""
 
 from __future__ import annotations
 
@@ -17,22 +17,44 @@ from .checkpoint import load_checkpoint
 from .config import RunConfig
 from .device import select_device
 from .errors import UsageError
+from .export import read_export
 from .files import CHECKPOINT, SUMS, TWINS, is_finished, keep_vocabulary
 from .loop import evaluate as measure
 from .run import load
 from .state import new_state, restore
 
 
-def evaluate(directory: Path, console: Console, given: dict[str, Any]) -> None:
-    """Evaluate the run in `directory`, or both of a comparison, and print what is found.
+def evaluate(path: Path, console: Console, given: dict[str, Any]) -> None:
+    """Evaluate the run in the folder `path`, both of a comparison, or the exported model there.
 
-    `given` replaces fields of the configuration: `data_dir`, `device`. Raises UsageError where
-    there is no checkpoint, or one that is damaged or does not fit; warns of results that are not
-    those which the run wrote.
+    Prints what is found. `given` replaces fields of the configuration: `data_dir`, `device`. Raises
+    UsageError where there is no checkpoint, or one that is damaged or does not fit, or a file that
+    was not exported; warns of results that are not those which the run wrote.
     """
-    both = [directory / name for name in TWINS if (directory / name / CHECKPOINT).is_file()]
-    for each in both or [directory]:
+    if path.is_file():
+        return _evaluate_exported(path, console, given)
+    both = [path / name for name in TWINS if (path / name / CHECKPOINT).is_file()]
+    for each in both or [path]:
         _evaluate(each, console, given)
+
+
+def _evaluate_exported(path: Path, console: Console, given: dict[str, Any]) -> None:
+    exported = read_export(path)
+    config = dataclasses.replace(exported.config, **given)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    data = load(config)
+    found = data.shape, data.classes, data.vocabulary
+    if found != (exported.shape, exported.classes, exported.vocabulary):
+        raise UsageError(
+            f"FILE {path} is of another data set: inputs {list(exported.shape)} of "
+            f"{exported.classes} classes, but --data-dir has {list(data.shape)} of {data.classes}. "
+            "Accepted: the data with which the run was trained."
+        )
+    model = exported.model.to(select_device(config.device))
+    measured = measure(model, config, data.test)
+    record = {**exported.record, "epoch": exported.record["epochs"]}
+    display.show_evaluation(console, config, path, record, measured, None)
 
 
 def _evaluate(directory: Path, console: Console, given: dict[str, Any]) -> None:

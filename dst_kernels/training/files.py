@@ -213,14 +213,15 @@ def read_summary(directory: Path) -> dict[str, Any]:
     summary = {**older, **_read_json(directory / SUMMARY)}
     try:
         task = task_of(summary.get("dataset"))
-        form = {**_SUMMARY, task.key: task.values, "input_shape": _sizes(task)}
+        form = {**_SUMMARY, task.key: task.values, "input_shape": sizes_of(task)}
         check(f"{directory / SUMMARY}:", summary, form)
     except UsageError as error:
         raise UsageError(f"{error} {_made_again(directory)}") from error
     return summary
 
 
-def _sizes(task: Task) -> Rule:
+def sizes_of(task: Task) -> Rule:
+    """Accept the shape of an input, without the batch."""
     return Rule(
         f"a list of sizes: {', '.join(task.sizes)}",
         lambda value: (
@@ -246,6 +247,17 @@ def keep_vocabulary(directory: Path, vocabulary: str) -> None:
             f"{path} does not have the {len(vocabulary)} characters of the text that --data-dir "
             "names. Accepted: the text with which the run began, or a new run."
         )
+
+
+def read_vocabulary(directory: Path) -> str:
+    """Return the characters in vocabulary.json, "" without it; raise UsageError if damaged."""
+    path = directory / VOCABULARY
+    if not path.exists():
+        return ""
+    form = {"characters": TEXT}
+    values = _read_json(path)
+    check(f"{path}:", values, form)
+    return values["characters"]
 
 
 def checksums(directory: Path) -> str:
