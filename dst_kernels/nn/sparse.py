@@ -344,15 +344,28 @@ def wins(
     dtype: torch.dtype,
     kind: str = "linear",
 ) -> bool:
-    """Return whether a sparse layer is at least as fast as the dense one, for every input.
+    """Return whether a sparse layer is known to be at least as fast as the dense one.
 
-    The weight, as `values` sees it, is [rows, columns] with `kept` elements. `kind` is "linear",
-    "conv1d" or "conv2d". Measured on CPUs with one thread; on other devices nothing is known.
+    The weight, as `values` sees it, is [rows, columns] with `kept` elements; `kind` is "linear",
+    "conv1d" or "conv2d". Holds for any number of inputs, on images of at least four pixels: on
+    fewer, a convolution's own overhead decides. Measured on a CPU with AVX-512, one thread; nothing
+    is known of other devices. Raises ValueError for another kind.
     """
-    if torch.device(device).type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
-        return False
-    most = _MOST_KEPT if unavailable("cpu") is None else _MOST_KEPT_WITHOUT_LIBRARY
-    return kept <= most * rows * columns
+    if kind not in ("linear", "conv1d", "conv2d"):
+        raise ValueError(f"kind must be 'linear', 'conv1d' or 'conv2d', but is {kind!r}")
+    library = unavailable("cpu") is None
+    most, least_size = _CROSSOVERS.get((library, kind == "linear", dtype), (0.0, 0))
+    size = rows * columns
+    return torch.device(device).type == "cpu" and size >= least_size and kept < most * size
 
 
-_MOST_KEPT, _MOST_KEPT_WITHOUT_LIBRARY = 0.25, 0.05
+# Of what share of the weights on dense is faster somewhere, and the least size of the weight: below
+# it one input takes longer to reach the kernel than to be multiplied. Keys: the library is there, a
+# linear layer, dtype. In bfloat16 the dense product has instructions of its own.
+_CROSSOVERS = {
+    (True, True, torch.float32): (0.15, 1 << 17),
+    (True, True, torch.bfloat16): (0.08, 1 << 17),
+    (True, False, torch.float32): (0.08, 1 << 12),
+    (True, False, torch.bfloat16): (0.04, 1 << 12),
+    (False, True, torch.float32): (0.05, 1 << 20),
+}

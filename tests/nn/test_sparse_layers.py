@@ -16,6 +16,7 @@ from torch import nn
 
 from dst_kernels.backends import unavailable
 from dst_kernels.nn import SparseConv1d, SparseConv2d, SparseLinear
+from dst_kernels.nn.sparse import wins
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 LINEAR = [(70, 33), (1, 5), (65536, 3), (65537, 3), (4, 0)]
@@ -215,6 +216,20 @@ def test_a_state_dict_that_is_no_weight_is_refused(name, spoil, said):
     with pytest.raises(RuntimeError, match=re.escape(said)):
         linear.load_state_dict(state)
     assert all(torch.equal(linear.get_buffer(key), value) for key, value in before.items())
+
+
+@pytest.mark.skipif(unavailable("cpu") is not None, reason="the CPU library was not built")
+def test_where_sparse_wins():
+    def said(kept, rows=1024, columns=1024, device="cpu", dtype=torch.float32, kind="linear"):
+        return wins(rows, columns, int(kept * rows * columns), device, dtype, kind)
+
+    assert said(0.14) and not said(0.16)
+    assert said(0.07, dtype=torch.bfloat16) and not said(0.09, dtype=torch.bfloat16)
+    assert said(0.07, kind="conv2d") and not said(0.09, kind="conv1d")
+    assert not said(0.01, rows=27, columns=784), "one input is slower there"
+    assert not said(0.01, device="cuda") and not said(0.01, dtype=torch.float64)
+    with pytest.raises(ValueError, match="kind must be 'linear', 'conv1d' or 'conv2d', but is 'x'"):
+        said(0.1, kind="x")
 
 
 # Times faster than the dense layer with 5 % of the weights and one thread: input and goal.
