@@ -347,9 +347,9 @@ def wins(
     """Return whether a sparse layer is known to be at least as fast as the dense one.
 
     The weight, as `values` sees it, is [rows, columns] with `kept` elements; `kind` is "linear",
-    "conv1d" or "conv2d". Holds for any number of inputs, on images of at least four pixels: on
-    fewer, a convolution's own overhead decides. Measured on a CPU with AVX-512, one thread; nothing
-    is known of other devices. Raises ValueError for another kind.
+    "conv1d" or "conv2d". Holds for any number of inputs, and for images of at least 64 pixels:
+    on smaller ones a small convolution can be slower. Measured on a CPU with AVX-512, one thread;
+    nothing is known of other devices. Raises ValueError for another kind.
     """
     if kind not in ("linear", "conv1d", "conv2d"):
         raise ValueError(f"kind must be 'linear', 'conv1d' or 'conv2d', but is {kind!r}")
@@ -365,7 +365,7 @@ def wins(
 _CROSSOVERS = {
     (True, True, torch.float32): (0.15, 1 << 17),
     (True, True, torch.bfloat16): (0.08, 1 << 17),
-    (True, False, torch.float32): (0.08, 1 << 12),
-    (True, False, torch.bfloat16): (0.04, 1 << 12),
+    (True, False, torch.float32): (0.08, 1 << 14),
+    (True, False, torch.bfloat16): (0.04, 1 << 14),
     (False, True, torch.float32): (0.05, 1 << 20),
 }
