@@ -7,7 +7,7 @@
 // and all tensors of its shape have its strides. Thresholds, one for each row, for the layer or for
 // each element, are float64 beside float64, else float32. What the ops compute is stated in
 // dst_kernels/reference. Sums are made in an order that depends on a segment's shape alone, so that
-// results repeat bit for bit.
+// results repeat bit for bit. The sparse products take one weight each, and make their output.
 #include <torch/csrc/stable/library.h>
 
 #include "../ops.h"
