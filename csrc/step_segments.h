@@ -42,19 +42,22 @@ struct StepSegment {
 
 constexpr size_t kStepSettings = 7;
 
-// hypers: float64 [h, 8] on the CPU; rates may be left out (grad_norm has none).
+// hypers: float64 [h, 8] on the CPU; rates and alphas: one per row, or none.
 inline std::vector<Hyper> read_hypers(const Reader& reader, const Tensor& hypers,
-                                      const Tensors* rates, const Tensors& alphas) {
+                                      const Tensors& rates, const Tensors& alphas) {
   int32_t code = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(hypers.get(), &code));
   STD_TORCH_CHECK(hypers.is_cpu() && code == aoti_torch_dtype_float64() && hypers.dim() == 2 &&
                       hypers.size(1) == 8 && hypers.is_contiguous(),
                   reader.op(), ": hypers must be a contiguous float64 tensor [h, 8] on the CPU");
   std::vector<Hyper> rows(hypers.size(0));
-  STD_TORCH_CHECK(alphas.size() == rows.size(), reader.op(), ": alphas has ", alphas.size(),
-                  " entries, expected ", rows.size(), ", one per row of hypers");
-  STD_TORCH_CHECK(!rates || rates->size() == rows.size(), reader.op(), ": rates has ",
-                  rates->size(), " entries, expected ", rows.size(), ", one per row of hypers");
+  const auto check_rows = [&](const char* list, const Tensors& tensors) {
+    STD_TORCH_CHECK(tensors.empty() || tensors.size() == rows.size(), reader.op(), ": ", list,
+                    " has ", tensors.size(), " entries, expected ", rows.size(),
+                    ", one per row of hypers, or none");
+  };
+  check_rows("rates", rates);
+  check_rows("alphas", alphas);
   const double* numbers = static_cast<const double*>(hypers.data_ptr());
   for (size_t i = 0; i < rows.size(); ++i, numbers += 8) {
     Hyper& row = rows[i];
@@ -64,15 +67,16 @@ inline std::vector<Hyper> read_hypers(const Reader& reader, const Tensor& hypers
     row.has_alpha = numbers[3] != 0;
     row.alpha = numbers[4];
     for (int k = 0; k < 3; ++k) row.rest[k] = numbers[5 + k];
-    if (rates) row.rate = reader.scalar((*rates)[i], {"rates", i});
-    row.alpha_tensor = reader.scalar(alphas[i], {"alphas", i});
+    if (!rates.empty()) row.rate = reader.scalar(rates[i], {"rates", i});
+    if (!alphas.empty()) row.alpha_tensor = reader.scalar(alphas[i], {"alphas", i});
   }
   return rows;
 }
 
 inline Scales read_scales(const Reader& reader, const Tensors& scales) {
+  if (scales.empty()) return {nullptr, nullptr, nullptr};
   STD_TORCH_CHECK(scales.size() == 3, reader.op(), ": scales has ", scales.size(),
-                  " entries, expected 3: grad_scale, found_inf, clip");
+                  " entries, expected none or 3: grad_scale, found_inf, clip");
   return {reader.scalar(scales[0], {"scales", 0}), reader.scalar(scales[1], {"scales", 1}),
           reader.scalar(scales[2], {"scales", 2})};
 }
@@ -84,7 +88,7 @@ inline std::vector<StepSegment> step_segments(const Reader& reader, const Tensor
                                               const Integers& settings, size_t hypers) {
   reader.check_length("grads", grads.size());
   reader.check_length("thresholds", thresholds.size());
-  reader.check_length("threshold_grads", threshold_grads.size());
+  if (!threshold_grads.empty()) reader.check_length("threshold_grads", threshold_grads.size());
   reader.check_length("settings", settings.size(), kStepSettings);
   std::vector<StepSegment> segments(reader.count());
   for (size_t i = 0; i < segments.size(); ++i) {
@@ -102,8 +106,10 @@ inline std::vector<StepSegment> step_segments(const Reader& reader, const Tensor
       if (s.grad) reader.check_dense(grads[i], {"grads", i});
       s.shape = {1, s.weight.numel};
     }
-    s.threshold_grad =
-        reader.optional(threshold_grads[i], {"threshold_grads", i}, s.threshold.numel);
+    if (!threshold_grads.empty()) {
+      s.threshold_grad =
+          reader.optional(threshold_grads[i], {"threshold_grads", i}, s.threshold.numel);
+    }
     reader.check_storage(s.threshold, arithmetic(s.weight), {"thresholds", i});
     const int64_t* setting = settings.data() + kStepSettings * i;
     for (int k = 0; k < 2; ++k) {

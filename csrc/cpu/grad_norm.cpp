@@ -95,7 +95,7 @@ void grad_norm(const Tensors& weights, const Tensors& grads, const Tensors& thre
                const Tensors& threshold_grads, const Integers& settings, const Tensor& hypers,
                const Tensors& alphas, const Tensors& scales, const Tensor& norm) {
   const Reader reader("grad_norm", weights, true);
-  std::vector<Hyper> rows = read_hypers(reader, hypers, nullptr, alphas);
+  std::vector<Hyper> rows = read_hypers(reader, hypers, {}, alphas);
   std::vector<StepSegment> segments =
       step_segments(reader, weights, grads, thresholds, threshold_grads, settings, rows.size());
   const Array result = reader.required(norm, {"norm", 0}, 1);

@@ -27,8 +27,8 @@ STABLE_TORCH_LIBRARY(dst_kernels_compiled, library) {
       "Tensor(a!)[]? grad_weights=None, Tensor(b!)[]? grad_thresholds=None) "
       "-> (Tensor(a!)[] grad_weights, Tensor(b!)[] grad_thresholds)");
   library.def("regularization(Tensor[] thresholds, Tensor(a!) value, Tensor(b!)[] slopes) -> ()");
-  // This and the following: see dst_kernels/reference/step.py. `kept` is written for segments with
-  // `masked`.
+  // This and the following: see dst_kernels/reference/step.py, also for the lists that may be empty.
+  // `kept` is written for segments with `masked`.
   library.def(
       "sgd_step(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] buffers, "
       "Tensor(c!)[] thresholds, Tensor[] threshold_grads, Tensor(d!)[] threshold_buffers, "

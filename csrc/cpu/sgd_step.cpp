@@ -55,7 +55,7 @@ void sgd_step(const Tensors& weights, const Tensors& grads, const Tensors& buffe
               const Integers& settings, const Tensor& hypers, const Tensors& rates,
               const Tensors& alphas, const Tensors& scales) {
   const Reader reader("sgd_step", weights, true);
-  std::vector<Hyper> rows = read_hypers(reader, hypers, &rates, alphas);
+  std::vector<Hyper> rows = read_hypers(reader, hypers, rates, alphas);
   std::vector<StepSegment> segments =
       step_segments(reader, weights, grads, thresholds, threshold_grads, settings, rows.size());
   read_masked(reader, masked, segments);

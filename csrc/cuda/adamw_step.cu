@@ -13,7 +13,7 @@ void adamw_step(const Tensors& weights, const Tensors& grads, const Tensors& ave
                 const Tensor& hypers, const Tensors& rates, const Tensors& alphas,
                 const Tensors& scales) {
   const Reader reader("adamw_step", weights, false);
-  const auto groups = read_hypers(reader, hypers, &rates, alphas);
+  const auto groups = read_hypers(reader, hypers, rates, alphas);
   auto segments =
       step_segments(reader, weights, grads, thresholds, threshold_grads, settings, groups.size());
   read_masked(reader, masked, segments);

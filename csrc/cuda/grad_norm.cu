@@ -179,7 +179,7 @@ void grad_norm(const Tensors& weights, const Tensors& grads, const Tensors& thre
   const Reader reader("grad_norm", weights.empty() ? Tensors{norm} : weights, false);
   const Array result = reader.required(norm, {"norm", 0}, 1);
   reader.check_storage(result, Storage::kFloat32, {"norm", 0});
-  const auto hyper_rows = read_hypers(reader, hypers, nullptr, alphas);
+  const auto hyper_rows = read_hypers(reader, hypers, {}, alphas);
   std::vector<StepSegment> segments;
   if (!weights.empty()) {
     segments = step_segments(reader, weights, grads, thresholds, threshold_grads, settings,

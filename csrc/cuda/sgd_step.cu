@@ -11,7 +11,7 @@ void sgd_step(const Tensors& weights, const Tensors& grads, const Tensors& buffe
               const Integers& settings, const Tensor& hypers, const Tensors& rates,
               const Tensors& alphas, const Tensors& scales) {
   const Reader reader("sgd_step", weights, false);
-  const auto groups = read_hypers(reader, hypers, &rates, alphas);
+  const auto groups = read_hypers(reader, hypers, rates, alphas);
   auto segments =
       step_segments(reader, weights, grads, thresholds, threshold_grads, settings, groups.size());
   read_masked(reader, masked, segments);

@@ -4,8 +4,9 @@ All that happens to gradients between backward and step (sums over micro-batches
 unscaling) is linear in G = dL/d(W * M), and dW and dt are linear in G, with coefficients that
 depend on W and t alone. So they can be computed once, inside the step that uses them.
 
-All functions take lists with one entry per *segment*; a tensor without elements means "absent". A
-segment with a threshold (one per row) is a masked weight, one without is any other parameter.
+All functions take lists with one entry per *segment*; a tensor without elements means "absent", and
+so does an empty list for all of `threshold_grads`, `rates`, `alphas` or `scales`. A segment with a
+threshold (one per row) is a masked weight, one without is any other parameter.
 `settings` has SETTINGS integers per segment, `hypers` (float64 [h, HYPERS] on the CPU) one row of
 numbers for the weights and one for the thresholds of each param group:
 
@@ -46,7 +47,7 @@ def sgd_step_(
 
     `how`: settings, hypers, rates, alphas and scales, as above.
     """
-    run = _Run(*how)
+    run, threshold_grads = _Run(*how), _filled(threshold_grads, len(weights))
     for i, weight in enumerate(weights):
         *_, first_weight, first_threshold = run.settings(i)
         run.segment(
@@ -68,7 +69,7 @@ def adamw_step_(
 
     `how`: settings, hypers, rates, alphas and scales, as above.
     """
-    run = _Run(*how)
+    run, threshold_grads = _Run(*how), _filled(threshold_grads, len(weights))
     for i, weight in enumerate(weights):
         of_weight = averages[i], squares[i], steps[i]
         of_threshold = threshold_averages[i], threshold_squares[i], threshold_steps[i]
@@ -84,7 +85,8 @@ def grad_norm_(
     settings: Sequence[int], hypers: Tensor, alphas: Tensors, scales: Tensors, norm: Tensor,
 ) -> None:  # fmt: skip
     """Write the norm of all final gradients before clipping, dW and dt among them, into `norm`."""
-    run = _Run(settings, hypers, alphas, alphas, scales[:2])
+    run = _Run(settings, hypers, [], alphas, scales[:2])
+    threshold_grads = _filled(threshold_grads, len(weights))
     squares = []
     for i, weight in enumerate(weights):
         pair = run.gradients(i, weight, grads[i], thresholds[i], threshold_grads[i])
@@ -112,12 +114,14 @@ class _Run:
     ) -> None:  # fmt: skip
         self._settings = settings
         self._hypers = []
-        rows = zip(hypers.tolist(), rates, alphas, strict=True)
+        numbers = hypers.tolist()
+        tensors = _filled(rates, len(numbers)), _filled(alphas, len(numbers))
+        rows = zip(numbers, *tensors, strict=True)
         for (lr, weight_decay, maximize, has_alpha, alpha, *rest), rate, tensor in rows:
             alpha = (tensor if tensor.numel() else alpha) if has_alpha else None
             lr = rate if rate.numel() else lr
             self._hypers.append(_Hyper(lr, weight_decay, bool(maximize), alpha, tuple(rest)))
-        given = [scale if scale.numel() else None for scale in scales]
+        given = [scale if scale.numel() else None for scale in _filled(scales, 3)]
         self._grad_scale, self._found_inf, self._clip = (*given, None)[:3]
 
     def settings(self, i: int) -> Sequence[int]:
@@ -226,6 +230,11 @@ class _Run:
             (step, count), (average, first), (square, second), (parameter, new),
         ):  # fmt: skip
             self._write(target, value)
+
+
+def _filled(tensors: Tensors, count: int) -> Tensors:
+    """Return `count` absent tensors for an empty list, and other lists unchanged."""
+    return tensors or [torch.empty(0)] * count
 
 
 def _arithmetic(weight: Tensor) -> torch.dtype:

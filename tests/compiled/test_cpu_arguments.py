@@ -116,7 +116,7 @@ SCALAR = torch.tensor(1.0)
     ("sgd", "alphas", [ABSENT] * 5, "alphas has 5 entries"),
     ("sgd", "rates", [torch.ones(2)] * 4, r"rates\[0\] has 2 elements, expected 1"),
     ("sgd", "alphas", [SCALAR.double()] * 4, r"alphas\[0\] is float64, expected float32"),
-    ("sgd", "scales", [ABSENT], "scales has 1 entries, expected 3"),
+    ("sgd", "scales", [ABSENT], "scales has 1 entries, expected none or 3"),
     ("sgd", "scales", [ABSENT, SCALAR.half(), ABSENT], r"scales\[1\] is float16"),
     ("sgd", "grads", [torch.randn(3, 5)], r"grads\[0\] has 15 elements, expected 12 \(or none\)"),
     ("sgd", "grads", [STRIDED], r"grads\[0\] has 12 elements within 23"),

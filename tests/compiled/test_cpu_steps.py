@@ -113,6 +113,21 @@ def test_absent_gradients_and_frozen_parameters(rule):
             same(ours["thresholds"][i], call["thresholds"][i])
 
 
+@of_both_rules
+def test_an_empty_list_is_one_of_absent_tensors(rule):
+    full = call_of(rule, [Segment(hypers=(1, 3)), Segment((4, 9), plain=True, hypers=(2, 2))])
+    short = full.clone()
+    for name in ("threshold_grads", "rates", "alphas", "scales"):
+        assert not any(tensor.numel() for tensor in full[name])
+        short.values[name] = []
+    for one, other in ((full.run(), short.run()), (full.refer(), short.refer())):
+        for name in [*written(rule), "masked"]:
+            for pair in zip(one[name], other[name], strict=True):
+                same(*pair)
+    for function in (ops().grad_norm, reference.step.grad_norm_):
+        assert full.norm(function) == short.norm(function)
+
+
 def test_sgd_without_momentum_needs_no_buffers():
     call = call_of("sgd", [Segment(hypers=(0, 0)), Segment(plain=True, hypers=(0, -1))])
     for name in ("buffers", "threshold_buffers"):
