@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import MaskedLayer
-from ..nn.sources import Deferral
 from ..nn.weight import MaskedWeight
 from ..ops.dtensor import is_dtensor
 from ..reference.surrogate import SURROGATES
@@ -29,12 +28,10 @@ class Segment:
     masked: Sequence[MaskedWeight] = ()  # whose threshold the parameter is
     threshold: nn.Parameter | None = field(init=False)
     layer: MaskedLayer | None = field(init=False)  # the first of the pair's layers
-    sharded: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.threshold = None if self.pair is None else self.pair.threshold
         self.layer = None if self.pair is None else self.pair.layers[0]
-        self.sharded = is_dtensor(self.parameter)
 
     def is_regularised(self) -> bool:
         """Return whether the regulariser moves the segment's threshold: not of a frozen weight."""
@@ -56,11 +53,13 @@ class Batch:
     double: bool
     kept: Tensor = field(init=False)
     segments: list[Segment] = field(default_factory=list)
+    layers: list[MaskedLayer] = field(default_factory=list)  # of the segments that are pairs
     weights: list[Tensor] = field(default_factory=list)
     thresholds: list[Tensor] = field(default_factory=list)
     state: list[list[Tensor]] = field(default_factory=list)
     threshold_state: list[list[Tensor]] = field(default_factory=list)
     settings: list[int] = field(default_factory=list)
+    threshold_grads: bool = False  # whether any threshold has a gradient
     first: bool = False  # whether this is the first step of any parameter here
     written: list[Tensor] = field(default_factory=list)  # all that a step may write, but W * M
 
@@ -68,11 +67,16 @@ class Batch:
         self.absent = torch.empty(0, dtype=torch.float32, device=self.device)
 
     def grads(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the gradients of weights and of thresholds, with the strides of these."""
+        """Return the gradients of weights and of thresholds, with the strides of these.
+
+        The second list is empty if thresholds have none.
+        """
         of_weights = [
             self._grad(segment.parameter, own)
             for segment, own in zip(self.segments, self.weights, strict=True)
         ]
+        if not self.threshold_grads:
+            return of_weights, []
         of_thresholds = [
             self.absent if segment.threshold is None else self._grad(segment.threshold, own)
             for segment, own in zip(self.segments, self.thresholds, strict=True)
@@ -83,7 +87,7 @@ class Batch:
         grad = parameter.grad
         if grad is None:
             return self.absent
-        if grad.layout != torch.strided:
+        if grad.layout is not torch.strided:
             raise RuntimeError(
                 "sparse gradients are not supported (of a parameter of shape "
                 f"{list(parameter.shape)}): use an embedding with sparse=False"
@@ -94,15 +98,20 @@ class Batch:
             grad = torch.empty_like(own, dtype=grad.dtype).copy_(grad)
         return grad
 
-    def masked(self, deferral: Deferral) -> list[Tensor | None]:
-        """Return each W * M that the step has to renew, None where the layer keeps none."""
+    def placed(self, masked: Mapping[MaskedLayer, Tensor]) -> list[Tensor]:
+        """Return W * M of each segment, absent where `masked` has none of its layer."""
         return [
-            None if segment.layer is None else deferral.fresh(segment.layer)
+            self.absent if segment.layer is None else masked.get(segment.layer, self.absent)
             for segment in self.segments
         ]
 
     def present(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
-        """Return one float32 element on the device for each tensor, no element for None."""
+        """Return one float32 element on the device for each tensor, no element for None.
+
+        Return an empty list if all are None.
+        """
+        if not [each for each in tensors if each is not None]:
+            return []
         return [
             self.absent if each is None else each.to(self.device, torch.float32).reshape(1)
             for each in tensors
@@ -145,8 +154,11 @@ def collect(
             batch.state = [[] for _ in range(kinds)]
             batch.threshold_state = [[] for _ in range(kinds)]
         batch.segments.append(segment)
+        if segment.layer is not None:
+            batch.layers.append(segment.layer)
         batch.weights.append(_dense(own))
         batch.thresholds.append(batch.absent if threshold is None else local(threshold))
+        batch.threshold_grads |= threshold is not None and threshold.grad is not None
         first = _add_state(batch, batch.state, state_of, weight, segment.hyper, of_weight)
         first_threshold = _add_state(
             batch, batch.threshold_state, state_of, threshold, segment.threshold_hyper, of_threshold

@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 from ..arguments import require, require_flag, require_module, require_number
 from ..backends import implementation, resolve
 from ..model import parameter_groups
+from ..nn import MaskedLayer
 from ..nn.find import named_masked_weights
 from ..nn.sources import Deferral
 from ..nn.switches import group_, is_grouped
 from ..nn.weight import MaskedWeight
-from ..ops.dtensor import norm_over_shards
+from ..ops.dtensor import is_dtensor, norm_over_shards
 from ._batch import Batch, Segment, collect, local, on_device
 from ._pairs import Pair, deferrable_pairs
 from .target import TargetRatio
@@ -37,7 +38,10 @@ class DeferredOptimizer(Optimizer):
 
     _deferral: Deferral
     _pairs: list[Pair]
+    _layers: list[MaskedLayer]  # of the pairs
     _segments: list[Segment]
+    _tensors: list[Tensor]  # the segments' parameters and thresholds
+    _masked: list[MaskedWeight]  # whose thresholds are segments by themselves
     _groups: list[list[int]] | None  # ids by param group, when the segments were collected
     _signature: list[Any] | None  # of the step for which the batches were collected
 
@@ -85,19 +89,16 @@ class DeferredOptimizer(Optimizer):
         batches = self._current_batches()
         for batch in batches:
             grads, threshold_grads = batch.grads()
-            masked = batch.masked(self._deferral)
+            masked = self._deferral.fresh(batch.layers)
             self._implementation(self._op, batch)(
                 batch.weights, grads, *batch.state,
                 batch.thresholds, threshold_grads, *batch.threshold_state,
-                [batch.absent if each is None else each for each in masked],
+                batch.placed(masked),
                 batch.kept, batch.settings,
                 hypers, *map(batch.present, (rates, alphas, scales)),
             )  # fmt: skip
-            renewed = [each for each in masked if each is not None]
-            torch.autograd.graph.increment_version(batch.written + renewed)
-            for segment, each in zip(batch.segments, masked, strict=True):
-                if each is not None and segment.layer is not None:
-                    self._deferral.renewed(segment.layer)
+            torch.autograd.graph.increment_version([*batch.written, *masked.values()])
+            self._deferral.renewed(masked)
         if any(batch.first for batch in batches):
             self._first_step_done(scales[1])
             self._signature = None
@@ -132,7 +133,7 @@ class DeferredOptimizer(Optimizer):
                 norm = torch.zeros(1, dtype=torch.float32, device=batch.device)
                 self._implementation("grad_norm_", batch)(
                     batch.weights, grads, batch.thresholds, threshold_grads, batch.settings,
-                    hypers, batch.present(alphas), [batch.absent] * 3, norm,
+                    hypers, batch.present(alphas), [], norm,
                 )  # fmt: skip
                 norms.append(norm_over_shards(norm, batch.segments[0].parameter))
         if not norms:
@@ -179,17 +180,17 @@ class DeferredOptimizer(Optimizer):
     def _regularizes(self) -> bool:
         """Return whether some group has an alpha; a tensor counts whatever its value."""
         alphas = [group["alpha"] for group in self.param_groups]
-        return any(isinstance(alpha, Tensor) or bool(alpha) for alpha in alphas)
+        return any([isinstance(alpha, Tensor) or bool(alpha) for alpha in alphas])
 
     def _let_go(self) -> None:
         """Release layers whose gradients can no longer be deferred, such as parametrized ones."""
+        if all(map(self._deferral.serves, self._layers)):
+            return
         served = [p for p in self._pairs if all(map(self._deferral.serves, p.layers))]
-        if len(served) < len(self._pairs):
-            kept = {layer for pair in served for layer in pair.layers}
-            layers = {layer for pair in self._pairs for layer in pair.layers}
-            self._deferral.release(layers - kept)
-            self._pairs = served
-            self._forget()
+        kept = {layer for pair in served for layer in pair.layers}
+        self._deferral.release(set(self._layers) - kept)
+        self._pairs = served
+        self._forget()
 
     def release(self) -> None:
         """Let the layers compute dW and dt in their backward again, for any optimizer to use.
@@ -232,6 +233,7 @@ class DeferredOptimizer(Optimizer):
     def _forget(self) -> None:
         """Drop what was collected for the last step."""
         self._groups = self._signature = None
+        self._layers = [layer for pair in self._pairs for layer in pair.layers]
         self._batches: list[Batch] = []
         self._rows: tuple[list[list[float]], Tensor] | None = None  # what `_hypers` made last
 
@@ -282,25 +284,28 @@ class DeferredOptimizer(Optimizer):
         """Return this step's batches; collect them again only if more than values has changed."""
         self._let_go()
         self._commit_resets()
-        groups = [[id(p) for p in group["params"]] for group in self.param_groups]
+        groups = [[*map(id, group["params"])] for group in self.param_groups]
         if groups != self._groups:
-            self._segments, self._groups, self._signature = self._all_segments(), groups, None
+            self._groups, self._signature = groups, None
+            self._segments = self._all_segments()
+            pairs = [segment.pair for segment in self._segments if segment.pair is not None]
+            self._tensors = [segment.parameter for segment in self._segments]
+            self._tensors += [pair.threshold for pair in pairs]
+            self._masked = [part for segment in self._segments for part in segment.masked]
+            self._sharded = any(map(is_dtensor, self._tensors))
         has_alpha = [
             flag for group in self.param_groups for flag in (False, group["alpha"] is not None)
         ]
-        signature: list[Any] = [has_alpha, *map(self._needs_state, self.param_groups)]
-        for segment in self._segments:
-            parameter, threshold = segment.parameter, segment.threshold
-            own = local(parameter) if segment.sharded else parameter
-            signature += parameter.grad is None, own.data_ptr()
-            if threshold is None or segment.layer is None:
-                signature.append(segment.is_regularised())
-            else:
-                own = local(threshold) if segment.sharded else threshold
-                signature += (
-                    threshold.grad is None, own.data_ptr(), segment.is_regularised(),
-                    segment.layer.masking,
-                )  # fmt: skip
+        own = [*map(local, self._tensors)] if self._sharded else self._tensors
+        signature: list[Any] = [
+            has_alpha,
+            [*map(self._needs_state, self.param_groups)],
+            [tensor.grad is None for tensor in self._tensors],
+            [tensor.requires_grad for tensor in self._tensors],
+            [tensor.data_ptr() for tensor in own],
+            [part.frozen for part in self._masked],
+            [layer.masking for layer in self._layers],
+        ]
         if [len(self.state), *signature] != self._signature:
             self._batches = collect(self._segments, has_alpha, self._state_of, self._kinds)
             self._signature = [len(self.state), *signature]

@@ -133,9 +133,9 @@ def test_weights_are_packed_by_the_step(rule, backend, count):
     twins, data = make(linear, rule, backend)
     packed = count(source, "pack_weights")
     twins.step(*data[0])
-    deferral = twins.ours.optimizer._deferral
-    first = [deferral.fresh(layer) for layer in masked_layers(twins.ours.model)]
+    deferral, layers = twins.ours.optimizer._deferral, masked_layers(twins.ours.model)
+    first = deferral.fresh(layers)
     twins.train(data, 5)
     assert packed == ["pack_weights"]
-    now = [deferral.fresh(layer) for layer in masked_layers(twins.ours.model)]
-    assert all(a is b for a, b in zip(first, now, strict=True)) and None not in first
+    now = deferral.fresh(layers)
+    assert all(now[layer] is first[layer] for layer in layers)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ... import functional as F
 from ...autograd import pack_weights, with_dense_gradients
-from .stamp import memory_of, stamp
+from .stamp import memory_of, stamp, stamp_after_writes
 
 if TYPE_CHECKING:
     from ..layer import MaskedLayer
@@ -104,10 +104,17 @@ class Deferral:
 
     # -- what a step made, and what it is to renew ----------------------------------------------
 
-    def fresh(self, layer: MaskedLayer) -> Tensor | None:
-        """Return W * M if weight and threshold have not changed since it was made, else None."""
-        masked, made_from, _ = self._made.get(id(layer._parameters["weight"]), _NOTHING)
-        return masked if made_from is not None and made_from == stamp(layer) else None
+    def fresh(self, layers: Iterable[MaskedLayer]) -> dict[MaskedLayer, Tensor]:
+        """Return each W * M whose weight and threshold have not changed since it was made.
+
+        It is in the memory of the device where they are.
+        """
+        found = {}
+        for layer in layers:
+            made = self._made.get(id(layer._parameters["weight"]))
+            if made is not None and made[1] is not None and made[1] == stamp(layer):
+                found[layer] = made[0]
+        return found
 
     def store(self, layer: MaskedLayer, masked: Tensor) -> Tensor:
         """Keep W * M; return the tensor that holds it: the previous one if that has its layout.
@@ -125,11 +132,13 @@ class Deferral:
         self._made[key] = masked, stamp(layer), memory
         return masked
 
-    def renewed(self, layer: MaskedLayer) -> None:
-        """Take note that a step has written a fresh W * M anew, in the memory where it was."""
-        key = id(layer._parameters["weight"])
-        masked, _, memory = self._made[key]
-        self._made[key] = masked, stamp(layer), memory
+    def renewed(self, layers: Iterable[MaskedLayer]) -> None:
+        """Take note that a step has written each fresh W * M anew, in the memory where it was."""
+        for layer in layers:
+            key = id(layer._parameters["weight"])
+            masked, made_from, memory = self._made[key]
+            if made_from is not None:
+                self._made[key] = masked, stamp_after_writes(made_from, layer), memory
 
     def refresh(self) -> None:
         """Mark every W * M as stale, and keep its memory."""
@@ -148,7 +157,7 @@ class Deferral:
         if ratio is None or (layer.training and layer not in self._uncommitted):
             return
         self._uncommitted.discard(layer)
-        masked = self.fresh(layer)
+        masked = self.fresh([layer]).get(layer)
         weight, threshold = layer._parameters["weight"], layer._parameters["threshold"]
         with torch.no_grad():
             threshold.copy_(F.effective_threshold(weight, threshold, reset_ratio=ratio))
@@ -171,11 +180,9 @@ class Deferral:
         the model is not in DistributedDataParallel (`parallel`), which needs the weight's dtype,
         are they in bfloat16; not in float16, which GradScaler does not unscale.
         """
-        masked = [self.fresh(layer) if layer.training else None for layer in layers]
-        stale = [
-            i for i, each in enumerate(masked)
-            if each is None or each.dtype is not dtype or each.device != weights[i].device
-        ]  # fmt: skip
+        fresh = self.fresh([layer for layer in layers if layer.training])
+        masked = [*map(fresh.get, layers)]
+        stale = [i for i, each in enumerate(masked) if each is None or each.dtype is not dtype]
         if stale:
             training = [layer.training for layer in layers]
             options = [layers[i].masking for i in stale]

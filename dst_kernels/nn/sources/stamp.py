@@ -36,11 +36,18 @@ def stamp(layer: MaskedLayer) -> tuple | None:
         return None
     try:
         return (
-            id(weight), weight._version, weight.data_ptr(), weight.stride(),
-            id(threshold), threshold._version, threshold.data_ptr(), layer.masking.reset_ratio,
+            weight._version, threshold._version,
+            id(weight), weight.data_ptr(), weight.stride(),
+            id(threshold), threshold.data_ptr(), layer.masking.reset_ratio,
         )  # fmt: skip
     except RuntimeError:  # an inference tensor, as in `tensor_stamp`
         return (object(),)
+
+
+def stamp_after_writes(before: tuple, layer: MaskedLayer) -> tuple:
+    """Return the stamp of now, if values are all that has changed since the stamp `before`."""
+    weight, threshold = layer._parameters["weight"], layer._parameters["threshold"]
+    return weight._version, threshold._version, *before[2:]
 
 
 def memory_of(layer: MaskedLayer) -> tuple[Tensor, Tensor]:
