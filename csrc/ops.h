@@ -1,4 +1,5 @@
-// The ops, the same in both libraries but for sparse products (CPU). cpu/library.cpp registers them and says what they do.
+// The ops, the same in both libraries but for sparse products (CPU). cpu/library.cpp registers them
+// and says what they do.
 #pragma once
 
 #include <tuple>
