@@ -2,12 +2,13 @@
 // schemas.
 //
 // All lists of a call have one entry per segment, in any mix of sizes and dtypes; a tensor without
-// elements is absent. Outputs are allocated by the caller; pack and post make those that are None,
-// and return all of them. The rows of a weight, size(0) of them, lie densely one after the other,
-// and all tensors of its shape have its strides. Thresholds, one for each row, for the layer or for
-// each element, are float64 beside float64, else float32. What the ops compute is stated in
-// dst_kernels/reference. Sums are made in an order that depends on a segment's shape alone, so that
-// results repeat bit for bit. The sparse products take one weight each, and make their output.
+// elements is absent, and so are all of an empty list of an optimizer step. Outputs are allocated
+// by the caller; pack and post make those that are None, and return all of them. The rows of a
+// weight, size(0) of them, lie densely one after the other, and all tensors of its shape have its
+// strides. Thresholds, one for each row, for the layer or for each element, are float64 beside
+// float64, else float32. What the ops compute is stated in dst_kernels/reference. Sums are made in
+// an order that depends on a segment's shape alone, so that results repeat bit for bit. The sparse
+// products take one weight each, and make their output.
 #include <torch/csrc/stable/library.h>
 
 #include "../ops.h"
@@ -27,8 +28,8 @@ STABLE_TORCH_LIBRARY(dst_kernels_compiled, library) {
       "Tensor(a!)[]? grad_weights=None, Tensor(b!)[]? grad_thresholds=None) "
       "-> (Tensor(a!)[] grad_weights, Tensor(b!)[] grad_thresholds)");
   library.def("regularization(Tensor[] thresholds, Tensor(a!) value, Tensor(b!)[] slopes) -> ()");
-  // This and the following: see dst_kernels/reference/step.py, also for the lists that may be empty.
-  // `kept` is written for segments with `masked`.
+  // This and the following: see dst_kernels/reference/step.py, also for the lists that may be
+  // empty. `kept` is written for segments with `masked`.
   library.def(
       "sgd_step(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] buffers, "
       "Tensor(c!)[] thresholds, Tensor[] threshold_grads, Tensor(d!)[] threshold_buffers, "
