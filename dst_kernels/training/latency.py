@@ -118,7 +118,7 @@ def _in_onnxruntime(model: nn.Module, input: Tensor, threads: int) -> Call | str
     """Return a call of the model in onnxruntime, or why there is none."""
     missing = [name for name in ("onnxruntime", "onnx", "onnxscript") if find_spec(name) is None]
     if missing:
-        return f"not timed, since {', '.join(missing)} is not installed"
+        return f"not timed, as these are not installed: {', '.join(missing)}"
     import onnxruntime
 
     try:
