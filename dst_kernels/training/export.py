@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import dst_kernels
 
+from ..model.finalize import FORMATS
 from ..model.load import load_into
 from ..model.sparse_file import SparseFile, SparseFileError, read_sparse
 from ..nn.find import masked_by_key
@@ -36,7 +37,6 @@ from .files import (
 from .models import build_model, load_model
 from .rules import Rule, check, integer
 
-_FORMATS = ("dense", "compact", "csr", "auto")
 _ACCEPTED = "Accepted: a file that dst-kernels export wrote."
 
 
@@ -62,7 +62,7 @@ def export(directory: Path, format: str, file: Path | None, console: Console) ->
     `format` is that of `finalize_`. Raises UsageError for a run that is not finished, a file that
     is something else, or cannot be written.
     """
-    require_one_of("--format", format, _FORMATS)
+    require_one_of("--format", format, FORMATS)
     _check_run(directory)
     file = directory / "sparse.safetensors" if file is None else file
     _check_free(file)
