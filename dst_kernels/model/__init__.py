@@ -6,6 +6,7 @@ from .convert import plan_sparsify, sparsify_
 from .finalize import densify_, finalize_
 from .freeze import freeze_masks_, unfreeze_masks_
 from .load import load_sparse
+from .onnx_file import save_onnx
 from .parameters import parameter_groups, sparse_regularization
 from .planning import ConversionPlan
 from .prune import prune_
@@ -27,6 +28,7 @@ __all__ = [
     "plan_sparsify",
     "prune_",
     "remaining_ratio",
+    "save_onnx",
     "save_sparse",
     "sparse_regularization",
     "sparsify_",

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
 
 import pytest
 import torch
 from torch import nn
-from zoo import EXAMPLES, masked_weights, settle, short_resnet50
+from zoo import EXAMPLES, outputs, prune_below, settle, short_resnet50
 
 from dst_kernels import finalize_, sparsify_
 from dst_kernels.nn import SparseConv1d, SparseConv2d, SparseLinear
 from dst_kernels.nn.sparse import SparseLayer
-
-
-@torch.no_grad()
-def prune_below(model, quantile):
-    """Prune this share of each layer, after its rows got other sizes, so that some go whole."""
-    for part in masked_weights(model).values():
-        size = torch.randn(part.weight.shape[:1], generator=torch.Generator().manual_seed(2)).exp()
-        part.weight.mul_(size.view(-1, *[1] * (part.weight.dim() - 1)))
-        part.threshold.fill_(part.weight.abs().double().quantile(quantile))
-    return model
 
 
 def sparse_names(model):
@@ -51,12 +42,6 @@ def every_kind():
     ).double()
     model[7].weight = model[6].weight
     return prune_below(sparsify_(model.eval()), 0.7), torch.randn(2, 3, 7, 7).double()
-
-
-def outputs(model, *input):
-    with torch.no_grad():
-        output = model(*input)
-    return [each for each in torch.utils._pytree.tree_leaves(output) if torch.is_tensor(each)]
 
 
 @pytest.mark.parametrize("example", [False, True])
@@ -130,6 +115,28 @@ def test_models_may_ask_for_dtype_and_shape_of_a_sparse_weight():
         assert getattr(weight, name) == getattr(dense, name)
     assert weight.size(0) == 3 and weight.size() == weight.shape == (3, 6)
     assert (weight.dim(), weight.numel(), weight.requires_grad) == (2, 18, False)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")  # torch.ao.quantization, in favour of torchao
+def test_int8_for_what_stayed_dense():
+    pruned = prune_below(sparsify_(nn.Linear(64, 128)), 0.9)
+    dense = nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 64)
+    model = nn.Sequential(pruned, nn.ReLU(), *dense).eval()
+    input = torch.randn(32, 64)
+    (expected,) = outputs(model, input)
+    size = len(pickled(finalize_(copy.deepcopy(model)).state_dict()))
+    quantize_dynamic = pytest.importorskip("torch.ao.quantization").quantize_dynamic
+    small = quantize_dynamic(finalize_(model, "csr", input), {nn.Linear})
+    (got,) = outputs(small, input)
+    assert [small[i]._get_name() for i in (0, 2)] == ["SparseLinear", "DynamicQuantizedLinear"]
+    assert 0 < (got - expected).norm() / expected.norm() < 0.06
+    assert len(pickled(small.state_dict())) < 0.4 * size
+
+
+def pickled(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
 
 
 def tiny(kind, config, **options):

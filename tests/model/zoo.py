@@ -169,3 +169,20 @@ def settle(model: nn.Module, input: Tensor, batches: int = 3) -> nn.Module:
     for _ in range(batches):
         model(input)
     return model.eval()
+
+
+@torch.no_grad()
+def prune_below(model: nn.Module, quantile: float) -> nn.Module:
+    """Prune this share of each layer, after its rows got other sizes, so that some go whole."""
+    for part in masked_weights(model).values():
+        size = torch.randn(part.weight.shape[:1], generator=torch.Generator().manual_seed(2)).exp()
+        part.weight.mul_(size.view(-1, *[1] * (part.weight.dim() - 1)))
+        part.threshold.fill_(part.weight.abs().double().quantile(quantile))
+    return model
+
+
+def outputs(model: nn.Module, *input: Tensor) -> list[Tensor]:
+    """All tensors in what the model returns."""
+    with torch.no_grad():
+        output = model(*input)
+    return [each for each in torch.utils._pytree.tree_leaves(output) if torch.is_tensor(each)]
