@@ -207,13 +207,16 @@ def export(
         str,
         typer.Option(
             help="dense: weights with zeros. compact: smaller layers. csr: sparse layers. auto: "
-            "compact, then sparse where that is faster.",
+            "compact, then sparse where that is faster. onnx: compact, as an ONNX file.",
             metavar="NAME",
         ),
     ] = "auto",
     out: Annotated[
         str | None,
-        typer.Option(help="File to write. [default: DIR/sparse.safetensors]", metavar="PATH"),
+        typer.Option(
+            help="File to write. [default: DIR/sparse.safetensors, or DIR/model.onnx]",
+            metavar="PATH",
+        ),
     ] = None,
 ) -> None:
     """Write a run's final model without its pruned weights, as one small file."""

@@ -38,6 +38,7 @@ from .models import build_model, load_model
 from .rules import Rule, check, integer
 
 _ACCEPTED = "Accepted: a file that dst-kernels export wrote."
+_ONNX = "onnx"  # the format that makes another kind of file
 
 
 class Exported(NamedTuple):
@@ -59,18 +60,26 @@ class Exported(NamedTuple):
 def export(directory: Path, format: str, file: Path | None, console: Console) -> None:
     """Write the final model of the run in `directory` to `file`, and print what became of it.
 
-    `format` is that of `finalize_`. Raises UsageError for a run that is not finished, a file that
-    is something else, or cannot be written.
+    `format` is that of `finalize_`, or "onnx": compact, as an ONNX file for any batch size. Raises
+    UsageError for a run that is not finished, a file that is something else, or cannot be written,
+    and where a package is missing.
     """
-    require_one_of("--format", format, FORMATS)
+    require_one_of("--format", format, (*FORMATS, _ONNX))
     _check_run(directory)
-    file = directory / "sparse.safetensors" if file is None else file
-    _check_free(file)
+    onnx = format == _ONNX
+    file = directory / ("model.onnx" if onnx else "sparse.safetensors") if file is None else file
+    if not onnx:
+        _check_free(file)
+    elif file.suffix != ".onnx":
+        raise UsageError(
+            f"--out {str(file)!r} is no name for --format onnx. Accepted: one that ends in .onnx."
+        )
     config, summary = read_config(directory), read_summary(directory)
     shape, classes = tuple(summary["input_shape"]), summary["classes"]
     model = load_model(directory)
     masked = {key: part.mask() for key, part in masked_by_key(model).items()}
-    dst_kernels.finalize_(model, format, example_input=example(shape, classes, 2))
+    input = example(shape, classes, 2)
+    dst_kernels.finalize_(model, "compact" if onnx else format, input)
     notes = {
         "config": config.to_dict(),
         "input_shape": list(shape),
@@ -79,10 +88,21 @@ def export(directory: Path, format: str, file: Path | None, console: Console) ->
         **{key: summary[key] for key in _figures(config)},
     }
     try:
-        dst_kernels.save_sparse(model, file, notes)
+        if onnx:
+            any_batch = ({0: torch.export.Dim.AUTO},)
+            dst_kernels.save_onnx(model, file, input, dynamic_shapes=any_batch)
+        else:
+            dst_kernels.save_sparse(model, file, notes)
+    except ImportError as error:
+        raise UsageError(f"--format {format} cannot be written: {error}") from error
     except OSError as error:
         raise cannot_write(file, error) from error
     _show(console, model, masked, file, dense_bytes(dense_model(config, shape, classes)))
+    if onnx:
+        console.print(
+            "onnxruntime multiplies by the zeros that are left: smaller, not faster",
+            highlight=False,
+        )
 
 
 def _check_run(directory: Path) -> None:

@@ -70,6 +70,22 @@ def test_a_language_model(cli, tmp_path):
     assert "FILE run/sparse.safetensors is of another data set" in result.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the exporter
+def test_an_onnx_file_takes_any_batch(cli, run_of, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    run_of(*SHORT, to=tmp_path / "run")
+    output = export(cli, "run", "--format", "onnx")
+    assert "run/model.onnx" in output and "smaller, not faster" in output
+    session = onnxruntime.InferenceSession("run/model.onnx", providers=["CPUExecutionProvider"])
+    trained = load_model(tmp_path / "run").eval()
+    for batch in (1, 5):
+        images = torch.randn(batch, 1, 28, 28)
+        (got,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(got), trained(images), rtol=1e-4, atol=1e-5)
+
+
 def test_what_bench_model_prints(cli, run_of, tmp_path, monkeypatch):
     monkeypatch.setattr(latency, "_ROUNDS", 5)
     run_of(*SHORT, to=tmp_path / "run")
@@ -92,7 +108,7 @@ def test_contenders_take_turns():
     assert changes >= 2 * len(seconds["a"]) - 1
 
 
-def test_bad_input(cli, run_of, tmp_path):
+def test_bad_input(cli, run_of, tmp_path, monkeypatch):
     run = run_of(*SHORT, to=tmp_path / "run")
 
     def error_of(*arguments):
@@ -107,6 +123,12 @@ def test_bad_input(cli, run_of, tmp_path):
     assert words in error_of("export", "run", "--out", "run/model.safetensors")
     assert "run/no/m cannot be written: No such file" in error_of(
         "export", "run", "--out", "run/no/m"
+    )
+    monkeypatch.setattr("dst_kernels.model.onnx_file.find_spec", lambda name: None)
+    words = "--format onnx cannot be written: save_onnx needs onnx and onnxscript: pip install"
+    assert words in error_of("export", "run", "--format", "onnx")
+    assert "--out 'x.bin' is no name for --format onnx. Accepted: one that ends in" in error_of(
+        "export", "run", "--format", "onnx", "--out", "x.bin"
     )
     assert "--threads is '0.5'" in error_of("bench-model", "run", "--threads", "0.5")
     assert "FILE run cannot be read: Is a directory" in error_of("bench-model", "run")
