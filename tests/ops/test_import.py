@@ -100,6 +100,7 @@ def test_public_names():
         "plan_sparsify",
         "prune_",
         "remaining_ratio",
+        "save_onnx",
         "save_sparse",
         "sparse_regularization",
         "sparsify_",
