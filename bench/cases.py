@@ -55,8 +55,6 @@ _MODES = (
 MODES = {mode.name: mode for mode in _MODES}
 FP64 = Mode("fp64", torch.float64, torch.float64)  # for what is right; nothing is timed in it
 
-_GUARD = 0.01  # at or below this share the collapse guard would change the thresholds
-
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -68,6 +66,7 @@ class Case:
 
     op: ClassVar[str]
     form: ClassVar[str]
+    guard: ClassVar[float] = 0.01  # at or below this share thresholds would change
     dtype: str = "bf16-autocast"
     remaining_ratio: float = 0.1
 
@@ -77,8 +76,9 @@ class Case:
             value = getattr(self, field.name)
             if field.type == "int" and value < 1:
                 raise UsageError(f"{field.name} is {value}. Accepted: a positive number.")
-        if not _GUARD < (ratio := self.remaining_ratio) <= 1:
-            raise UsageError(f"remaining_ratio is {ratio}. Accepted: above {_GUARD}, at most 1.")
+        if not self.guard < (ratio := self.remaining_ratio) <= 1:
+            accepted = f"above {self.guard}, at most 1"
+            raise UsageError(f"remaining_ratio is {ratio}. Accepted: {accepted}.")
 
     @property
     def mode(self) -> Mode:
@@ -230,7 +230,17 @@ class ModelCase(Case):
         return self.batch
 
 
-CASES = {kind.op: kind for kind in (LinearCase, ConvCase, WeightsCase, ModelCase)}
+@dataclass(frozen=True)
+class TrainingCase(ModelCase):
+    """A training step on some threads of a CPU, which all contenders make in turns."""
+
+    op = "training"
+    form = "{model}-b{batch}-t{threads}"
+    guard = 0.001
+    threads: int = 1
+
+
+CASES = {kind.op: kind for kind in (LinearCase, ConvCase, WeightsCase, ModelCase, TrainingCase)}
 _READ = {"int": ("[0-9]+", int), "float": (r"[0-9]+(?:\.[0-9]+)?", float), "str": (".+", str)}
 
 

@@ -7,6 +7,7 @@ is built, and has no stochastic depth here: each way of training must meet the s
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -89,6 +90,19 @@ def _vit(**sizes: int) -> nn.Module:
     return network
 
 
+def _for_cifar(network: nn.Module) -> nn.Module:
+    """Give a ResNet the start for small images: a 3x3 convolution and no pooling."""
+    network.conv1, network.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    return network
+
+
+def _perceptron(*sizes: int) -> nn.Module:
+    layers = [nn.Flatten()]
+    for inputs, outputs in itertools.pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
 # What draws a batch; `on` says where: generator and device.
 
 
@@ -154,6 +168,15 @@ MODELS = {
     "lstm-a": _papers(RowLSTM, _MNIST, ADAMW, "lstm-small", units=128),
     "vgg-16": _papers(VGG, _CIFAR, SGD, "vgg-small"),
     "wrn-28-8": _papers(WideResNet, _CIFAR, SGD, "wrn-small"),
+    "mlp-4096": Model(
+        partial(_perceptron, 1024, 4096, 4096, 1024),
+        partial(_images, (1, 32, 32), 1024),
+        SGD,
+        "mlp",
+    ),
+    "resnet-18": Model(
+        lambda: _for_cifar(_zoo().resnet18(num_classes=10)), _CIFAR_10, SGD, "resnet-18-small"
+    ),
     "resnet-50": Model(lambda: _zoo().resnet50(weights=None), _IMAGENET, SGD, "resnet-small"),
     "convnext-t": Model(
         lambda: _zoo().convnext_tiny(weights=None, stochastic_depth_prob=0.0),
@@ -165,6 +188,8 @@ MODELS = {
     "lstm-small": _papers(RowLSTM, (1, 5, 6), ADAMW, units=8),
     "vgg-small": _papers(VGG, _CIFAR, layers=(8, 0, 8, 0, 16, 0, 16, 0, 16)),
     "wrn-small": _papers(WideResNet, _TINY, depth=10, width=1),
+    "mlp": Model(partial(_perceptron, 256, 96, 80, 48), partial(_images, (1, 16, 16), 48)),
+    "resnet-18-small": Model(lambda: _for_cifar(_resnet_small()), _CIFAR_10),
     "resnet-small": Model(_resnet_small, _CIFAR_10),
     "convnext-small": Model(_convnext_small, _CIFAR_10, ADAMW),
     "vit-small": Model(partial(_vit, **_VIT_SMALL), partial(_images, _TINY, 10), ADAMW),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from .cases import Case, ConvCase, LinearCase, ModelCase, WeightsCase
+from .cases import Case, ConvCase, LinearCase, ModelCase, TrainingCase, WeightsCase
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,15 @@ _MATRICES = tuple(WeightsCase(f"{side}x{side}") for side in (4096, 8192, 16384, 
 _WEIGHTS = (WeightsCase("4x4096x4096"), WeightsCase("resnet-50"), *_MATRICES)
 _WEIGHTS += (WeightsCase("4096x4096", dtype="bf16"),)
 
+
+def _trainings(threads: Iterable[int], **percents: Iterable[int]) -> Iterator[Case]:
+    """Yield steps of models, by the percent of weights that remain."""
+    for count, (model, some) in itertools.product(threads, percents.items()):
+        for percent in some:
+            sizes = model.replace("_", "-"), 64, count
+            yield TrainingCase(*sizes, dtype="fp32", remaining_ratio=percent / 100)
+
+
 _LINEAR, _ODD = LinearCase(32, 96, 64), LinearCase(33, 70, 50, dtype="bf16")
 _CONV, _LIST = ConvCase(4, 9, 8, 16, 3, 2), WeightsCase("small")
 _SMALL_CONVS = (ConvCase(4, 8, 16, 24, 3), _CONV, ConvCase(4, 8, 24, 16, 1, dtype="fp32"))
@@ -82,6 +92,9 @@ _CPU += (LinearCase(256, 1024, 1024), ConvCase(16, 32, 64, 64, 3, dtype="fp32"))
 _CPU += (ConvCase(16, 16, 64, 128, 1, dtype="fp32"), WeightsCase("1024x1024", dtype="fp32"))
 _CPU += (WeightsCase("resnet-50", dtype="fp32"),)
 
+_PEERS = {"lenet_300_100": (10, 8, 5, 3, 2), "mlp_4096": (10, 5, 2), "resnet_18": (5,)}
+_SWEEP = dict.fromkeys(("lenet_300_100", "mlp_4096"), (100, 50, 30, 20, 10, 5, 2, 1))
+
 _SUITES = (
     Suite("linear", tuple(_linear()), (_LINEAR, LinearCase(32, 96, 64, dtype="fp32"), _ODD)),
     Suite("model", _models(_MODELS), _models(_SMALL_MODELS, dtype="fp32")),
@@ -90,5 +103,7 @@ _SUITES = (
     Suite("streaming", _WEIGHTS, (_LIST, WeightsCase("128x96"))),
     Suite("smoke", _SMOKE, _SMALL_SMOKE),
     Suite("cpu", _CPU),
+    Suite("sparse-training", tuple(_trainings((1, 2), **_PEERS))),
+    Suite("sparse-sweep", tuple(_trainings((1,), **_SWEEP))),
 )
 SUITES = {suite.name: suite for suite in _SUITES}

@@ -14,11 +14,12 @@ from .work import Contender
 
 # In the order of measurement.
 CONTENDERS: dict[str, tuple[Contender, ...]] = {"linear": layers.LINEAR, "conv": layers.CONV}
-CONTENDERS |= {"weights": weights.WEIGHTS, "model": models.MODELS}
+CONTENDERS |= {"weights": weights.WEIGHTS, "model": models.MODELS, "training": models.TRAININGS}
 
 # What is right: the reference backend, layer by layer. Not timed.
 REFERENCES = {"linear": layers.REFERENCE_LINEAR, "conv": layers.REFERENCE_CONV}
 REFERENCES |= {"weights": weights.REFERENCE, "model": models.REFERENCE}
+REFERENCES["training"] = models.REFERENCE
 
 # What the compiled contenders are compared with, so measured again in the same run as they.
 ANCHORS = ("dense", "auto", "deferred")
@@ -31,5 +32,5 @@ def contenders_for(case: Case, compiled: bool | None = None) -> list[Contender]:
 
 def problem_of(case: Case, device: torch.device) -> layers.Problem | weights.Problem | models.Setup:
     """Return a case with its data on a device; raises what keeps the data from fitting there."""
-    kinds = {"weights": weights.Problem, "model": models.Setup}
+    kinds = {"weights": weights.Problem, "model": models.Setup, "training": models.Setup}
     return kinds.get(case.op, layers.Problem)(case, device)

@@ -12,10 +12,11 @@ import dst_kernels
 from dst_kernels.optim import DSTSGD, DSTAdamW
 
 from .. import networks
-from ..cases import Mode, ModelCase
+from ..cases import Mode, ModelCase, TrainingCase
 from ..networks import ADAMW, SGD
 from ..results import require_one_of
 from . import authors
+from .peers import fix_, sparselab, sparseprop
 from .work import STEPS, Contender, Data, Prepared, Work, thresholds_for
 
 # For checks: all that a step does shows in a few steps, and no layer collapses. Timed is a step at
@@ -62,33 +63,42 @@ class Setup(Data):
 class Training(Work):
     """A model, an optimizer and one batch, over and over.
 
-    `convert` makes the layers of the dense model. Of that, torch's optimizer gets `groups`; where
-    they are None, ours takes its place. `penalty` is the regulariser, where the loss has it. With
-    `compile`, model, loss and penalty go through torch.compile, the optimizer never.
+    `convert` makes the layers of the dense model, `fix` then fixes masks. Of that, torch's
+    optimizer (`fused` always, or on CUDA) gets `groups`; where they are None, ours takes its place.
+    `penalty` is the regulariser, where the loss has it. With `compile`, model, loss and penalty go
+    through torch.compile, the optimizer never.
     """
 
     def __init__(
-        self, setup: Setup, convert: Callable, groups=None, penalty=None, compile: bool = False
+        self,
+        setup: Setup,
+        convert: Callable,
+        groups=None,
+        penalty=None,
+        compile: bool = False,
+        fix: Callable | None = None,
+        fused: bool = False,
     ) -> None:
         # Parameters, packed copies and the optimizer's state count: one may be traded for another.
         on_gpu = setup.device.type == "cuda"
         self._before = torch.cuda.memory_allocated(setup.device) if on_gpu else None
         self._setup, self._loss = setup, setup.about.loss
-        self.model = setup.network(convert)
-        self._optimizer = self._make_optimizer(groups)
         on = {"generator": torch.Generator(setup.device).manual_seed(0), "device": setup.device}
         self._input, self._target = setup.about.data(setup.case.batch, setup.mode, **on)
+        model = setup.network(convert)
+        self.model = fix(model, self._input) if fix else model
+        self._optimizer = self._make_optimizer(groups, fused or on_gpu)
         objective = _Objective(self.model, self._loss, penalty, setup.recipe["alpha"])
         tune = self._loss is None  # of a single layer only: else it takes minutes
         self._objective = authors.compiled(objective, tune) if compile else objective
 
-    def _make_optimizer(self, groups: Callable | None) -> torch.optim.Optimizer:
+    def _make_optimizer(self, groups: Callable | None, fused: bool) -> torch.optim.Optimizer:
         adamw, on_gpu = self._setup.about.optimizer == ADAMW, self._before is not None
         options = self._setup.recipe | ({} if adamw else {"momentum": 0.9})
         if groups is None:  # ours adds the regulariser's gradient itself
             return (DSTAdamW if adamw else DSTSGD)(self.model, **options)
         del options["alpha"]
-        options |= {"fused": on_gpu, "capturable": on_gpu} if adamw else {"fused": on_gpu}
+        options |= {"fused": fused} | ({"capturable": on_gpu} if adamw else {})
         return (torch.optim.AdamW if adamw else torch.optim.SGD)(groups(self.model), **options)
 
     def prepare(self, name: str) -> Prepared:
@@ -134,12 +144,19 @@ class Training(Work):
             steps = ((output.double() * self._target.double()).sum() for output in steps)
         losses = torch.tensor([step.item() for step in steps], dtype=torch.float64)
         moved = {name: p - before[name] for name, p in sorted(self._parameters().items())}
-        thresholds = torch.cat([moved.pop(name) for name in list(moved) if "threshold" in name])
-        weights = torch.cat(list(moved.values()))
-        return {"losses": losses, "weights": weights, "thresholds": thresholds}
+        thresholds = [moved.pop(name) for name in list(moved) if "threshold" in name]
+        results = {"losses": losses, "weights": torch.cat(list(moved.values()))}
+        return results | ({"thresholds": torch.cat(thresholds)} if thresholds else {})
 
     def _parameters(self) -> dict[str, Tensor]:
-        return {n: p.detach().double().flatten().clone() for n, p in self.model.named_parameters()}
+        """Return copies by name; of layers with a fixed mask dense weights, without thresholds."""
+        named = dict(self.model.named_parameters())
+        for name, layer in self.model.named_modules():
+            if hasattr(layer, "dense_weight"):
+                for own in {n for n, _ in layer.named_parameters()} - {"bias"}:
+                    del named[f"{name}.{own}"]
+                named[f"{name}.weight"] = layer.dense_weight()
+        return {n: p.detach().double().flatten().clone() for n, p in named.items()}
 
 
 class _Objective(nn.Module):
@@ -162,13 +179,24 @@ def masked(model: nn.Module, **options: str) -> nn.Module:
     return dst_kernels.sparsify_(model, config, filter_fn=lambda m, _: type(m) is not attention)
 
 
-def _model(name: str, convert: Callable, groups=None, penalty=None, **options: bool) -> Contender:
-    rule = {"convert": convert, "groups": groups, "penalty": penalty}
-    make = partial(Training, **rule, compile=options.get("compiled", False))
-    return Contender(name, make, STEPS, **options)
+def _model(
+    name: str,
+    convert: Callable,
+    groups: Callable | None = None,
+    penalty: Callable | None = None,
+    *,
+    fix: Callable | None = None,
+    passes: tuple[str, ...] = STEPS,
+    fused: bool = False,
+    **options,
+) -> Contender:
+    rule = {"groups": groups, "penalty": penalty, "fix": fix, "fused": fused}
+    make = partial(Training, convert=convert, **rule, compile=options.get("compiled", False))
+    return Contender(name, make, passes, **options)
 
 
-_DENSE = (lambda model: model), (lambda model: list(model.parameters()))
+_ALL = lambda model: list(model.parameters())  # noqa: E731
+_DENSE = (lambda model: model), _ALL
 # Torch's optimizer and the regulariser in the loss: ours as the README shows, and the authors'.
 _OURS = dst_kernels.parameter_groups, dst_kernels.sparse_regularization
 _THEIRS = authors.parameter_groups, authors.authors_regularization
@@ -186,4 +214,29 @@ MODELS = (
     _model("deferred_compiled", masked, compiled=True),
     _model("dense_compiled", *_DENSE, masked=False, compiled=True),
     _model("masked_compiled", masked, *_OURS, compiled=True),
+)
+
+# On a CPU, where steps may get faster as they get sparser: torch's fused SGD, or ours; and no guard
+# that would reset 1 %. Peers have fixed masks and a dense last layer.
+_step = partial(_model, passes=("step",), fused=True)
+_learned = partial(masked, reset_ratio=TrainingCase.guard)
+_but_last = partial(_learned, skip_last=True)
+_reference = partial(_but_last, backend="reference")
+_LEARNED = {"reference": _model("reference", _reference, *_OURS)}
+_FIXED = {"reference": _model("reference", _reference, _ALL, fix=fix_)}
+_PEERS = {
+    peer.__name__: _step(
+        peer.__name__, _but_last, _ALL, fix=partial(fix_, peer=peer), exact=False, **_FIXED
+    )
+    for peer in (sparselab, sparseprop)
+}
+
+TRAININGS = (
+    _step("dense", *_DENSE, masked=False),
+    _step("deferred", _learned),
+    _step("deferred_packed", partial(_learned, path="packed")),
+    _step("deferred_last_dense", _but_last, **_LEARNED),
+    _step("fixed_sgd", _but_last, _ALL, fix=fix_, **_FIXED),
+    _step("fixed_deferred", _but_last, fix=fix_, **_FIXED),
+    *_PEERS.values(),
 )

@@ -55,6 +55,8 @@ class Contender:
     masked: bool = True  # whether it computes the masked op, and so is verified
     compiled: bool = False  # by torch.compile, which takes long: measured last
     graphable: bool = True  # whether a CUDA graph can capture it
+    exact: bool = True  # whether it computes in float64, too
+    reference: Contender | None = None  # what is right; None: the reference of the op
 
 
 def rates(case: Case, name: str, prepared: Prepared) -> Iterator[tuple[str, float, str]]:

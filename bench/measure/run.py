@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import itertools
+import operator
 import re
 import time
 import traceback
@@ -16,8 +18,9 @@ from typing import Any
 import torch
 
 from .. import results
-from ..cases import Case, LayerCase, ModelCase
+from ..cases import Case, LayerCase, ModelCase, TrainingCase
 from ..contenders import ANCHORS, contenders_for
+from ..contenders.peers import set_threads
 from ..contenders.work import Contender, Work, rates
 from ..measurements import CEILING, COPY, GEMM
 from ..results import ERROR, SKIPPED, UsageError, WrongResultError, first_line
@@ -61,7 +64,12 @@ def measure(contender: Contender, expectation: Expectation, add: Add) -> None:
                     add("forward", "saved", saved, "B")
             for name in contender.passes:
                 with recorded(name):
-                    _measure_pass(name, contender, work, expectation, add)
+                    if isinstance(case, TrainingCase):
+                        call = work.prepare(name).call
+                        call()  # what fails, fails alone
+                        expectation.turns[contender.name] = call, add
+                    else:
+                        _measure_pass(name, contender, work, expectation, add)
     except WrongResultError as error:
         add("", ERROR, str(error))
         raise
@@ -216,27 +224,33 @@ def run_suite(
     missing = {(case, one) for case, one in pairs if (case.name, one.name) not in done}
     # Figures of one run are compared: what an earlier one measured is measured again.
     again = {
-        (case, name) for case, one in missing for name in ANCHORS[: None if one.compiled else 1]
+        (case, name)
+        for case, one in missing
+        for name in (
+            [c.name for _, c in pairs]
+            if isinstance(case, TrainingCase)
+            else ANCHORS[: None if one.compiled else 1]
+        )
     }
     planned = [pair for pair in pairs if pair in missing or (pair[0], pair[1].name) in again]
     compilations: list[float] = []
-    if device.type == "cpu":
-        torch.set_num_threads(1)  # more on tiny tensors would measure the scheduler
     with Display() as display:
         run = _Run(suite.name, file, device, display)
         display.begin(len(planned))
         if planned and time.monotonic() < deadline:
             run.measure_ceilings()
         try:
-            for case, one in planned:
-                begin = time.monotonic()
-                expected = max(compilations, default=_COMPILATION[device.type])
-                if deadline - begin > expected * one.compiled:
-                    run.measure(case, one)
-                    compilations += [time.monotonic() - begin] * one.compiled
-                else:
-                    run.outcome.left_out.setdefault(case.name, []).append(one.name)
-                    display.advance()
+            for case, group in itertools.groupby(planned, operator.itemgetter(0)):
+                for _, one in group:
+                    begin = time.monotonic()
+                    expected = max(compilations, default=_COMPILATION[device.type])
+                    if deadline - begin > expected * one.compiled:
+                        run.measure(case, one)
+                        compilations += [time.monotonic() - begin] * one.compiled
+                    else:
+                        run.outcome.left_out.setdefault(case.name, []).append(one.name)
+                        display.advance()
+                run.take_turns(case)
         except DeviceLostError as error:
             run.outcome.lost = str(error)
     return run.outcome
@@ -269,6 +283,8 @@ class _Run:
 
     def measure(self, case: Case, contender: Contender) -> None:
         """Measure a contender, with the data of the case before where it is the same."""
+        if self.device.type == "cpu":  # more threads on tiny tensors would measure the scheduler
+            set_threads(getattr(case, "threads", 1))
         name = f"{case.name}: {contender.name}"
         times = self.times[case, contender.name] = {}
         self.display.now(name)
@@ -295,7 +311,23 @@ class _Run:
             if isinstance(error, DeviceLostError):
                 raise
         self.display.advance()
+        self._show(case, contender.name)
+
+    def take_turns(self, case: Case) -> None:
+        """Time those who wait for their turns in a case."""
+        turns = {} if self.expectation is None else self.expectation.turns
+        set_threads(getattr(case, "threads", 1))
+        with case.mode.precision():
+            found = timing.in_turns({name: call for name, (call, _) in turns.items()}, "dense")
+        for name, taken in found.items():
+            turns[name][1]("step", "time", taken.median, "s")
+            turns[name][1]("step", "spread", taken.spread, "s")
+            self._show(case, name)
+        turns.clear()
+
+    def _show(self, case: Case, contender: str) -> None:
+        times = self.times[case, contender]
         if shown := next((one for one in (*_SHOWN, *times) if one in times), None):
             dense = self.times.get((case, "dense"), {}).get(shown)
             over = f"{times[shown] / dense:.2f}" if dense else ""
-            self.display.figure(case.name, contender.name, shown, times[shown], over)
+            self.display.figure(case.name, contender, shown, times[shown], over)

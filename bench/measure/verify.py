@@ -36,7 +36,8 @@ class Expectation:
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.device = case, device
         self.problem = problem_of(case, device)
-        self._known: dict[Mode, list[Results]] = {}
+        self.turns: dict[str, tuple[Callable, Callable]] = {}  # by name: steps to time, and `add`
+        self._known: dict[tuple[Mode, Contender], list[Results]] = {}
 
     def verified(self, contender: Contender) -> Work:
         """Return a contender's work, ready to be timed; raises WrongResultError if it is off."""
@@ -46,7 +47,8 @@ class Expectation:
             work = contender.make(self.problem)  # what is verified itself: compiling takes long
             self._check_layer(work.results())
             return work
-        modes = [FP64] * (self.device.type == "cpu")  # where kernels must serve it
+        # Where kernels of ours must serve it.
+        modes = [FP64] * (self.device.type == "cpu" and contender.exact)
         modes += [_FP32, self.case.mode]
         for mode in [_FP32] if contender.compiled else dict.fromkeys(modes):  # each compiles anew
             self._check_training(contender, mode)
@@ -57,18 +59,19 @@ class Expectation:
         if contender.masked and not contender.compiled:
             self._check_training(contender, _FP32, replayed)
 
-    def _right(self, mode: Mode) -> list[Results]:
-        """Return the reference's results in float64, and in a mode."""
-        if mode not in self._known:
+    def _right(self, mode: Mode, reference: Contender | None = None) -> list[Results]:
+        """Return the results of a reference, by default the op's, in float64 and in a mode."""
+        known = mode, reference or REFERENCES[self.case.op]
+        if known not in self._known:
             whole = isinstance(self.case, ModelCase)
             problem = self.problem.small(mode) if whole else self.problem
-            self._known[mode] = []
+            self._known[known] = []
             for each in (problem.exact(), problem):
                 tf32 = _TF32Products() if each.mode.tf32 else contextlib.nullcontext()
                 with each.mode.precision(), tf32:
-                    results = REFERENCES[self.case.op].make(each).results()
-                self._known[mode].append(results if whole else _sampled(results))
-        return self._known[mode]
+                    results = known[1].make(each).results()
+                self._known[known].append(results if whole else _sampled(results))
+        return self._known[known]
 
     def _check_layer(self, actual: Results) -> None:
         for name, tensor in actual.items():
@@ -82,7 +85,7 @@ class Expectation:
             check_close(name, actual[name], plain[name], exact[name])
 
     def _check_training(self, contender: Contender, mode: Mode, replay: Callable | None = None):
-        exact, plain = self._right(mode)
+        exact, plain = self._right(mode, contender.reference)
         with mode.precision():
             actual = contender.make(self.problem.small(mode)).results(replay)
         for name, right in exact.items():

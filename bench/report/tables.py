@@ -24,6 +24,7 @@ _NOTE = (
     "mean, and says of how many cases where not of all."
 )
 _OPS = {"linear": "Linear layer", "conv": "Convolution", "weights": "Weights", "model": "Model"}
+_OPS |= {"training": "Sparse training, on threads of a CPU"}
 _PASSES = {
     "forward_backward": "forward and backward",
     "grad_input": "gradient of the input",
