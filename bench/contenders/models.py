@@ -70,14 +70,7 @@ class Training(Work):
     """
 
     def __init__(
-        self,
-        setup: Setup,
-        convert: Callable,
-        groups=None,
-        penalty=None,
-        compile: bool = False,
-        fix: Callable | None = None,
-        fused: bool = False,
+        self, setup: Setup, convert, groups=None, penalty=None, compile=False, fix=None, fused=False
     ) -> None:
         # Parameters, packed copies and the optimizer's state count: one may be traded for another.
         on_gpu = setup.device.type == "cuda"
@@ -179,20 +172,9 @@ def masked(model: nn.Module, **options: str) -> nn.Module:
     return dst_kernels.sparsify_(model, config, filter_fn=lambda m, _: type(m) is not attention)
 
 
-def _model(
-    name: str,
-    convert: Callable,
-    groups: Callable | None = None,
-    penalty: Callable | None = None,
-    *,
-    fix: Callable | None = None,
-    passes: tuple[str, ...] = STEPS,
-    fused: bool = False,
-    **options,
-) -> Contender:
-    rule = {"groups": groups, "penalty": penalty, "fix": fix, "fused": fused}
-    make = partial(Training, convert=convert, **rule, compile=options.get("compiled", False))
-    return Contender(name, make, passes, **options)
+def _model(name: str, *rule, fix=None, fused: bool = False, passes=STEPS, **options) -> Contender:
+    how = {"compile": options.get("compiled", False), "fix": fix, "fused": fused}
+    return Contender(name, lambda setup: Training(setup, *rule, **how), passes, **options)
 
 
 _ALL = lambda model: list(model.parameters())  # noqa: E731
@@ -216,27 +198,27 @@ MODELS = (
     _model("masked_compiled", masked, *_OURS, compiled=True),
 )
 
-# On a CPU, where steps may get faster as they get sparser: torch's fused SGD, or ours; and no guard
-# that would reset 1 %. Peers have fixed masks and a dense last layer.
+# On a CPU, where steps may get faster as they get sparser: torch's fused SGD, or ours, and no guard
+# that resets 1 %. Peers have fixed masks and leave the last layer dense.
 _step = partial(_model, passes=("step",), fused=True)
-_learned = partial(masked, reset_ratio=TrainingCase.guard)
-_but_last = partial(_learned, skip_last=True)
-_reference = partial(_but_last, backend="reference")
-_LEARNED = {"reference": _model("reference", _reference, *_OURS)}
-_FIXED = {"reference": _model("reference", _reference, _ALL, fix=fix_)}
-_PEERS = {
-    peer.__name__: _step(
-        peer.__name__, _but_last, _ALL, fix=partial(fix_, peer=peer), exact=False, **_FIXED
-    )
-    for peer in (sparselab, sparseprop)
-}
+_every = partial(masked, reset_ratio=TrainingCase.guard)
+_but_last = partial(_every, skip_last=True)
+_reference = partial(_model, "reference", partial(_but_last, backend="reference"))
+_FIXED = _reference(_ALL, fix=fix_)
+
+
+def _peer(make: Callable) -> Contender:
+    fix, right = partial(fix_, peer=make), {"exact": False, "reference": _FIXED}
+    return _step(make.__name__, _but_last, _ALL, fix=fix, **right)
+
 
 TRAININGS = (
     _step("dense", *_DENSE, masked=False),
-    _step("deferred", _learned),
-    _step("deferred_packed", partial(_learned, path="packed")),
-    _step("deferred_last_dense", _but_last, **_LEARNED),
-    _step("fixed_sgd", _but_last, _ALL, fix=fix_, **_FIXED),
-    _step("fixed_deferred", _but_last, fix=fix_, **_FIXED),
-    *_PEERS.values(),
+    _step("deferred", _every),
+    _step("deferred_packed", partial(_every, path="packed")),
+    _step("deferred_last_dense", _but_last, reference=_reference(*_OURS)),
+    _step("fixed_sgd", _but_last, _ALL, fix=fix_, reference=_FIXED),
+    _step("fixed_deferred", _but_last, fix=fix_, reference=_FIXED),
+    _peer(sparselab),
+    _peer(sparseprop),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,11 @@ from torch import Tensor, nn
 
 import dst_kernels
 from dst_kernels.nn import MaskedConv2d, MaskedLinear
+
+# Of sparselab, when it makes a layer and when it shows the weight.
+warnings.filterwarnings(
+    "ignore", "Sparse CSR tensor support is in beta|The given NumPy array is not"
+)
 
 
 def set_threads(count: int) -> None:

@@ -64,12 +64,7 @@ def measure(contender: Contender, expectation: Expectation, add: Add) -> None:
                     add("forward", "saved", saved, "B")
             for name in contender.passes:
                 with recorded(name):
-                    if isinstance(case, TrainingCase):
-                        call = work.prepare(name).call
-                        call()  # what fails, fails alone
-                        expectation.turns[contender.name] = call, add
-                    else:
-                        _measure_pass(name, contender, work, expectation, add)
+                    _measure_pass(name, contender, work, expectation, add)
     except WrongResultError as error:
         add("", ERROR, str(error))
         raise
@@ -86,6 +81,10 @@ def _measure_pass(
     single, on_gpu = isinstance(case, LayerCase), device.type == "cuda"
     prepared, whole = work.prepare(name), isinstance(case, ModelCase)
     call = prepared.call
+    if isinstance(case, TrainingCase):
+        call()  # what fails, fails alone
+        expectation.turns[contender.name] = call, add
+        return
     with prepared.surroundings():
         if name == "step":
             taken = timing.wall_time(call, device, _STEP_SECONDS)
@@ -224,14 +223,10 @@ def run_suite(
     missing = {(case, one) for case, one in pairs if (case.name, one.name) not in done}
     # Figures of one run are compared: what an earlier one measured is measured again.
     again = {
-        (case, name)
-        for case, one in missing
-        for name in (
-            [c.name for _, c in pairs]
-            if isinstance(case, TrainingCase)
-            else ANCHORS[: None if one.compiled else 1]
-        )
+        (case, name) for case, one in missing for name in ANCHORS[: None if one.compiled else 1]
     }
+    turns = {case for case, _ in missing if isinstance(case, TrainingCase)}
+    again |= {(case, one.name) for case, one in pairs if case in turns}
     planned = [pair for pair in pairs if pair in missing or (pair[0], pair[1].name) in again]
     compilations: list[float] = []
     with Display() as display:

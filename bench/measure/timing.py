@@ -6,19 +6,20 @@ import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from dst_kernels.training.latency import take_turns
 
 Call = Callable[[], Any]
 
 _WARM_UP_MS, _REPEAT_MS = 15, 60
 _WARM_UP, _FEWEST, _MOST = 3, 5, 200  # calls, samples, samples
 _SHORT, _TOGETHER = 5e-3, 10  # calls of fewer seconds are timed ten at a time
-_TURN_SECONDS, _TURNS_SECONDS = 0.03, 10.0  # of one contender, and of all their turns
-_FEWEST_TURNS, _MOST_TURNS = 9, 25
+_TURN_SECONDS = 0.03  # of one contender: long enough to find its data in the caches again
 _GRAPH_SECONDS, _MOST_REPEATS, _GRAPH_SAMPLES = 0.01, 100, 10  # of a call in it, and of replays
 _LAUNCHES = ("kernel", "gpu_memcpy", "gpu_memset")  # no ranges and no calls of the host
 
@@ -56,21 +57,12 @@ def wall_time(call: Call, device: torch.device, seconds: float = 0.05) -> Timing
     return Timing.of(samples)
 
 
-def in_turns(calls: Mapping[str, Call], base: str) -> dict[str, Timing]:
+def in_turns(calls: dict[str, Call], base: str) -> dict[str, Timing]:
     """Time calls on a CPU in turns: what else runs on the machine then meets all of them alike.
 
     The median is that of `base`, if that is there, times the median of the rounds' ratios to it.
     """
-    cpu, samples = torch.device("cpu"), {name: [] for name in calls}
-    for call in calls.values():
-        _on_the_clock(call, cpu, _WARM_UP)
-    times = {n: int(_TURN_SECONDS / _on_the_clock(call, cpu)) + 1 for n, call in calls.items()}
-    end = time.perf_counter() + _TURNS_SECONDS
-    for rounds in range(_MOST_TURNS):
-        if rounds >= _FEWEST_TURNS and time.perf_counter() > end:
-            break
-        for name, call in calls.items():
-            samples[name].append(_on_the_clock(call, cpu, times[name]))
+    samples = take_turns(calls, _TURN_SECONDS)
     found = {name: Timing.of(some) for name, some in samples.items()}
     for name in found.keys() - {base} if base in found else ():
         ratios = [mine / one for mine, one in zip(samples[name], samples[base], strict=True)]

@@ -93,18 +93,26 @@ _CASES = {
     "linear at 8k tokens": ("linear", lambda case: case.dtype == _AUTOCAST and case.M == 8192),
     "linear in tf32": ("linear", lambda case: case.dtype == "tf32"),
     "linear with bf16 parameters": ("linear", lambda case: case.dtype == "bf16"),
+    "sparse training": ("sparse-training", lambda case: True),
     "1x1 and small-image convolutions": ("conv", lambda c: c.kernel == 1 or c.output_side <= 8),
 }
 _METRICS = {"eager": "time", "graph": "graph_time", "fastest": ("time", "graph_time")}
 
 
 def _about(label: str, on_cpu: bool = False) -> tuple[str, tuple[Case, ...]]:
-    suite, fits = _CASES.get(label, ("model", lambda case: case.model == label.lower()))
+    suite, fits = _CASES.get(label) or _of_model(*label.lower().split(" at "))
     return label, tuple(filter(fits, SUITES[suite].cases_on("cpu" if on_cpu else "cuda")))
 
 
+def _of_model(model: str, percent: str = "") -> tuple[str, Callable[[Case], bool]]:
+    if not percent:
+        return "model", lambda case: case.model == model
+    share = float(percent.removesuffix(" %")) / 100
+    return "sparse-training", lambda c: (c.model, c.remaining_ratio) == (model, share)
+
+
 def _ratios(
-    pass_name: str, label: str, ours: str | tuple, other: str, flag: str = "", **limits: float
+    pass_name: str, label: str, ours: str | tuple, other: str | tuple, flag="", **limits: float
 ) -> Iterator[Goal]:
     """Yield a goal for each metric: a limit on ours over another's; `flag` is a field of `Goal`."""
 
@@ -113,11 +121,11 @@ def _ratios(
             return found.time_ratio(case.name, pass_name, ours, other)
         return found.ratio(case.name, pass_name, _METRICS.get(metric, metric), ours, other)
 
-    mine = ours if isinstance(ours, str) else f"best of {', '.join(ours)}"
+    sides = [s if isinstance(s, str) else f"best of {', '.join(s)}" for s in (ours, other)]
     where = "" if pass_name == "step" else f" of {pass_name}"
     flags = {flag: True} if flag else {}
     for metric, limit in limits.items():
-        figure = f"{mine} ÷ {other}, {metric}{where}".replace("_", " ")
+        figure = f"{' ÷ '.join(sides)}, {metric}{where}".replace("_", " ")
         about = _about(label, flag == "on_cpu")
         yield Goal(*about, figure, partial(of_case, metric), limit, **flags)
 
@@ -139,6 +147,8 @@ def _saved(found: Measurements, case: Case) -> float | None:
 
 
 _steps, _layers = partial(_ratios, "step"), partial(_ratios, "forward_backward")
+_sparse = partial(_steps, flag="on_cpu")
+_FIXED = ("fixed_sgd", "fixed_deferred")
 _OURS = ("masked_compiled", "deferred", "deferred_compiled")
 # A fused forward masks in registers what it reads from shared memory: with 128 x 128 tiles those
 # reads alone cap it at 0.57 of the tensor cores' speed, with 256 x 128 at 0.8. Beyond 0.6 to 0.7
@@ -181,4 +191,14 @@ GOALS = (
     *_ratios("forward", "linear up to 1k tokens", "auto", "dense", host_time=1.50),
     *_layers("linear up to 1k tokens", "auto", "dense", host_time=1.50),
     *_steps("LeNet-300-100", "deferred", "dense", "on_cpu", eager=1.25),
+    *_sparse("LeNet-300-100 at 8 %", "deferred", "dense", eager=0.90),
+    *_sparse("LeNet-300-100 at 3 %", "deferred", "dense", eager=0.80),
+    *_sparse("MLP-4096 at 5 %", "deferred", "dense", eager=0.63),
+    *_sparse("MLP-4096 at 5 %", "deferred_last_dense", "dense", eager=0.68),
+    *_sparse("sparse training", "deferred", "deferred_packed", eager=1.02),
+    *_sparse("LeNet-300-100 at 5 %", _FIXED, "dense", eager=0.82),
+    *_sparse("LeNet-300-100 at 2 %", _FIXED, "dense", eager=0.70),
+    *_sparse("MLP-4096 at 10 %", _FIXED, "dense", eager=0.48),
+    *_sparse("MLP-4096 at 5 %", _FIXED, "dense", eager=0.30),
+    *_sparse("sparse training", _FIXED, ("sparselab", "sparseprop"), eager=1.00),
 )

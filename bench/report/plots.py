@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -54,4 +55,39 @@ def write_plots(found: Measurements, names: dict[str, list[str]], folder: Path) 
         figure.legend(loc="outside right upper", frameon=False, fontsize=8)
         paths.append(folder / f"{slug(found.gpu)}-{op}.png")
         write_with(paths[-1], lambda path, figure=figure: figure.savefig(path, dpi=120))
-    return paths
+    return paths + _draw_curves(found, names["training"], folder)
+
+
+def _draw_curves(found: Measurements, names: list[str], folder: Path) -> list[Path]:
+    """Draw steps over dense by the share of weights that remain, where three shares or more are."""
+    panels: dict[str, list] = defaultdict(list)
+    for case in found.cases.values():
+        if case.op == "training":
+            panels[f"{case.model}, threads: {case.threads}"].append(case)
+    panels = {title: cases for title, cases in panels.items() if len(cases) > 2}
+    if not panels:
+        return []
+    figure = Figure((4 * len(panels) + 2, 4), layout="constrained")
+    figure.suptitle(f"Training step ÷ dense: below 1 is faster\n{found.gpu}")
+    drawn = {}
+    for axes, (title, cases) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for name, color in zip(names, itertools.cycle(_COLORS)):
+            ratios = {
+                c.remaining_ratio: found.time_ratio(c.name, "step", name, "dense") for c in cases
+            }
+            line = sorted((100 * share, ratio) for share, ratio in ratios.items() if ratio)
+            if line:
+                (drawn[name],) = axes.plot(
+                    *zip(*line, strict=True), "o-", color=color, markersize=4
+                )
+        axes.axhline(1.0, color="#222222", linewidth=1)
+        axes.set(title=title, xlabel="remaining weights, %", xscale="log", ylim=(0, 2))
+        axes.set_xticks(ticks := (1, 2, 5, 10, 20, 50, 100), ticks)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.grid(alpha=0.2)
+    figure.legend(drawn.values(), drawn, loc="outside right upper", frameon=False, fontsize=8)
+    path = folder / f"{slug(found.gpu)}-training.png"
+    write_with(path, lambda path: figure.savefig(path, dpi=120))
+    return [path]

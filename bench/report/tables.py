@@ -43,6 +43,7 @@ _MAIN_TABLES = (
     ("Linear layers, forward and backward", "linear", ("auto", "dst_eager", "dst_compiled")),
     ("Convolutions, forward and backward", "conv", ("auto", "dst_eager", "dst_compiled")),
     ("Whole training steps, eager or as a CUDA graph: the faster", "model", None),
+    ("Training steps that may get faster as they get sparser", "training", None),
 )
 
 

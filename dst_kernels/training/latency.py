@@ -79,16 +79,16 @@ def bench(file: Path, threads: int, console: Console) -> None:
     )
 
 
-def take_turns(calls: dict[str, Call]) -> dict[str, list[float]]:
+def take_turns(calls: dict[str, Call], turn: float = _TURN) -> dict[str, list[float]]:
     """Return the seconds of one call in each round, by name.
 
-    In a round every contender is called for about 0.5 ms, one after the other, so that what else
-    the machine does meets all of them.
+    In a round every contender is called for about `turn` seconds, one after the other, so that what
+    else the machine does meets all of them.
     """
     counts = {}
     for name, call in calls.items():
         call()
-        counts[name] = max(1, round(_TURN / _seconds(call, 1)))
+        counts[name] = max(1, round(turn / _seconds(call, 1)))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     started = time.perf_counter()
     for done in range(_ROUNDS):
