@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from .results import UsageError, require_one_of
+from dst_kernels.training.errors import UsageError, require_one_of
 
 Shape = tuple[int, ...]
 
@@ -162,23 +163,18 @@ class ConvCase(Case):
 LayerCase = LinearCase | ConvCase
 
 
-def _resnet_50() -> Iterator[Shape]:
-    """Yield the weights of ResNet-50's 53 convolutions and of its last layer."""
-    inputs = 64
-    yield (inputs, 3, 7, 7)
-    for blocks, width in ((3, 64), (4, 128), (6, 256), (3, 512)):
-        for block in range(blocks):
-            yield from ((width, inputs, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1))
-            if block == 0:
-                yield (4 * width, inputs, 1, 1)
-            inputs = 4 * width
-    yield (1000, inputs)
-
-
 WEIGHT_LISTS: dict[str, tuple[Shape, ...]] = {
-    "resnet-50": tuple(_resnet_50()),
+    "resnet-50": (),  # torchvision knows
     "small": ((96, 64), (8, 3, 3, 3), (16, 8, 1, 1), (33, 70)),
 }
+
+
+@functools.cache
+def _resnet_50() -> tuple[Shape, ...]:
+    from torchvision.models import resnet50
+
+    with torch.device("meta"):
+        return tuple(tuple(p.shape) for p in resnet50().parameters() if p.dim() > 1)
 
 
 @dataclass(frozen=True)
@@ -203,7 +199,7 @@ class WeightsCase(Case):
     @property
     def list(self) -> tuple[Shape, ...]:
         if self.weights in WEIGHT_LISTS:
-            return WEIGHT_LISTS[self.weights]
+            return WEIGHT_LISTS[self.weights] or _resnet_50()
         *count, rows, columns = map(int, self.weights.split("x"))
         return ((rows, columns),) * (count[0] if count else 1)
 

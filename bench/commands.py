@@ -12,6 +12,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from dst_kernels.training.device import select_device
+
 from . import tune as tuning
 from .gpu import LOST, run_everything
 from .measure.run import Outcome, already_measured, run_suite
@@ -20,7 +22,7 @@ from .plan import write_plan
 from .profile import profile_all, targets
 from .report import tables
 from .report.goals import MISSED, NOT_MEASURED, check_goals
-from .results import Environment, ResultsFile, UsageError, choose_device, read_results
+from .results import Environment, ResultsFile, UsageError, read_results
 from .suites import SUITES
 
 WRONG, USAGE = 1, 2  # exit codes: something is wrong, missed or failed; unusable input
@@ -46,7 +48,7 @@ Gpu = Annotated[str | None, typer.Option(help="Part of the GPU's name, if there 
 Out = Annotated[Path, typer.Option(help="Folder of the CSV, which is appended to.")]
 Folder = Annotated[Path | None, typer.Option(help="By default the folder of the CSV.")]
 Minutes = Annotated[float, typer.Option(min=0.0, help="Begin nothing after these.")]
-Device = Annotated[str | None, typer.Option(help="cuda or cpu; by default CUDA if there.")]
+Device = Annotated[str, typer.Option(help="cuda or cpu; by default CUDA if there.")]
 Commit = Annotated[str | None, typer.Option(help="The commit, for a copy without git.")]
 Again = Annotated[bool, typer.Option("--again", help="Repeat what the CSV has of this code.")]
 Filter = Annotated[list[str], typer.Option(help=_PATTERN)]
@@ -71,14 +73,14 @@ def run(
     out: Out = Path("runs/bench"),
     minutes: Minutes = float("inf"),
     filter: Filter = (),
-    device: Device = None,
+    device: Device = "auto",
     commit: Commit = None,
     compiled: Annotated[bool, typer.Option(help="What goes through torch.compile.")] = True,
     again: Again = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
     """Measure a suite into OUT/results.csv; fails where a contender computes something wrong."""
-    deadline, where = time.monotonic() + 60 * minutes, choose_device(device)
+    deadline, where = time.monotonic() + 60 * minutes, select_device(device)
     if suite not in SUITES:
         raise UsageError(f"--suite {suite!r} is unknown. Accepted: {', '.join(SUITES)}.")
     here = Environment.now(where, commit)
@@ -107,9 +109,8 @@ def _show(path: Path, rows: list, outcome: Outcome) -> None:
         if by_case:
             lines = [f"{case}: {', '.join(names)}" for case, names in by_case.items()]
             print(f"{title}:", *lines, sep="\n  ")
-    for found in by_device(rows).values():
-        written = tables.write_report(read_results(path), path.parent)
-        print(tables.short_table(found), *written, sep="\n")
+    if rows:
+        print(*tables.write_report(read_results(path), path.parent), sep="\n")
     print(f"{outcome.measured} measured (contender and case), in {path}")
 
 
@@ -159,12 +160,12 @@ def tune(
     out: Out = Path("runs/bench"),
     minutes: Minutes = float("inf"),
     filter: Filter = (),
-    device: Device = None,
+    device: Device = "auto",
     commit: Commit = None,
     again: Again = False,
 ) -> None:
     """Time every tile of our fused products; writes OUT/tiles.csv and OUT/tiles/report.md."""
-    deadline, where = time.monotonic() + 60 * minutes, choose_device(device)
+    deadline, where = time.monotonic() + 60 * minutes, select_device(device)
     here = Environment.now(where, commit)
     with ResultsFile(out / "tiles.csv", here) as file:
         known = [] if again else [row for row in _rows(file.path) if here.made(row)]
@@ -181,7 +182,7 @@ def gpu(
     keep_going: Annotated[bool, typer.Option("--keep-going", help="Even if tests fail.")] = False,
 ) -> None:
     """Nine minutes of a GPU: tests, figures, the planner's table; call it again to go on."""
-    _fail_if(not run_everything(out, choose_device(device), minutes, commit, keep_going), WRONG)
+    _fail_if(not run_everything(out, select_device(device), minutes, commit, keep_going), WRONG)
 
 
 for _command in (run, report, check, plan, profile, tune, gpu):

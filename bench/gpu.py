@@ -19,7 +19,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 
@@ -181,7 +181,7 @@ class _Call:
             self.outcomes.unlink(missing_ok=True)
         self.ended: dict[str, str] = state["ended"]
         self.number = state["calls"] = state["calls"] + 1
-        self.keep = lambda: results.write_text(path, json.dumps(state, indent=1) + "\n")
+        self.keep = lambda: results.write_whole(path, json.dumps(state, indent=1) + "\n")
         self.keep()
 
     def run(self, part: Part, seconds: float) -> None:
@@ -270,13 +270,13 @@ class _Call:
             f"## Environment\n\n```\n{log.read_text() if log.exists() else ''}```",
         ]
         text = "\n\n".join(parts)
-        results.write_text(self.folder / "verdict.md", text + "\n")
-        results.write_with(self.archive, self.pack)
+        results.write_whole(self.folder / "verdict.md", text + "\n")
+        results.write_whole(self.archive, self.pack)
         print(f"\n{text}\n\n{self.archive}", flush=True)
         return not wrong
 
-    def pack(self, path: Path) -> None:
-        with tarfile.open(path, "w:gz") as packed:
+    def pack(self, file: BinaryIO) -> None:
+        with tarfile.open(fileobj=file, mode="w:gz") as packed:
             for child in sorted(self.folder.iterdir()):
                 if not child.name.startswith(".") and child != self.archive:
                     packed.add(child, child.name)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dst_kernels.training.gpt import GPT
 from dst_kernels.training.models import VGG, LeNet5, LeNet300, RowLSTM, WideResNet
 
 from .cases import Mode, Shape
@@ -23,45 +24,15 @@ from .cases import Mode, Shape
 SGD, ADAMW = "sgd", "adamw"
 
 
-class _Block(nn.Module):
-    """Adds causal attention and a perceptron four times as wide, each after a layer norm."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, input: Tensor) -> Tensor:
-        qkv = self.qkv(self.norm1(input)).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        qkv = (each.transpose(-3, -2) for each in qkv)
-        mixed = F.scaled_dot_product_attention(*qkv, is_causal=True)
-        hidden = input + self.out(mixed.transpose(-3, -2).flatten(-2))
-        return hidden + self.down(F.gelu(self.up(self.norm2(hidden)), approximate="tanh"))
-
-
-class GPT(nn.Module):
-    """GPT-2 without dropout; its head shares the embedding's weight, and so always stays dense."""
-
-    def __init__(
-        self, vocabulary: int, context: int, width: int = 768, layers: int = 12, heads: int = 12
-    ) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(vocabulary, width)
-        self.positions = nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(_Block(width, heads) for _ in range(layers)))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, vocabulary, bias=False)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
-        self.head.weight = self.tokens.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        positions = torch.arange(tokens.shape[-1], device=tokens.device)
-        hidden = self.tokens(tokens) + self.positions(positions)
-        return self.head(self.norm(self.blocks(hidden)))
+def _gpt_2(vocabulary: int, context: int, width: int = 768, layers: int = 12, heads: int = 12):
+    """Build GPT-2 without dropout; its head shares the embedding's weight and so stays dense."""
+    network = GPT((context,), vocabulary, layers, width, heads)
+    network.head = nn.Linear(width, vocabulary, bias=False)
+    network.head.weight = network.tokens.weight
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+    return network
 
 
 _zoo = partial(importlib.import_module, "torchvision.models")
@@ -148,7 +119,10 @@ def _papers(kind: type[nn.Module], shape: Shape, *rest, **sizes) -> Model:
 
 
 def _gpt(vocabulary: int, context: int, small: str | None = None, **size: int) -> Model:
-    network, data = partial(GPT, vocabulary, context, **size), partial(_text, vocabulary, context)
+    network, data = (
+        partial(_gpt_2, vocabulary, context, **size),
+        partial(_text, vocabulary, context),
+    )
     return Model(network, data, ADAMW, small, unit="tokens", units=context)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from .cases import Case
 from .measurements import Measurements
 from .report.tables import markdown_table
-from .results import UsageError, write_text
+from .results import UsageError, write_whole
 
 _LISTS = {"linear": "cases", "conv": "convs"}
 _PATHS = ("fused", "packed")
@@ -39,7 +39,7 @@ def write_plan(measurements: Measurements, path: Path) -> dict:
     for name, cases in found.items():
         lines = ",".join(f"\n    {json.dumps(case)}" for case in cases)
         parts.append(f'  "{name}": [{lines}\n  ]')
-    write_text(path, ",\n".join(parts) + "\n}\n")
+    write_whole(path, ",\n".join(parts) + "\n}\n")
     return {**head, **found}
 
 

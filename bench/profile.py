@@ -23,7 +23,7 @@ from .gpu import run_process
 from .measure.run import choose
 from .measurements import CEILING, COPY, GEMM, Measurements, duration
 from .report.tables import markdown_table
-from .results import UsageError, write_text
+from .results import UsageError, write_whole
 
 # Named alike on GPUs of compute capability 8.0 to 10.0; shares are in percent of a peak. What
 # differs among them, reasons for stalls and the launch, comes as sections.
@@ -116,7 +116,7 @@ def profile_all(chosen: Sequence[Target], folder: Path, deadline: float) -> list
         failed += [] if launches else [f"{target.name}: {how}"]
         text = _section(target, launches) if launches else f"Not profiled: {how}."
         parts.append(f"## `{target.name}`\n\n{text}")
-        write_text(folder / "profile.md", "\n\n".join(parts) + "\n")
+        write_whole(folder / "profile.md", "\n\n".join(parts) + "\n")
     return failed
 
 

@@ -15,8 +15,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
+
+from dst_kernels.model.sparse_file import write_atomically
+from dst_kernels.training.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = "cpu"  # how the column gpu begins in rows without one
@@ -29,18 +33,8 @@ _UNKNOWN, _LONGEST_REASON = "unknown", 300
 _CODE = ("dst_kernels", "csrc", "bench", ":!bench/results")  # what a figure depends on
 
 
-class UsageError(ValueError):
-    """Unusable input; the message names the argument, what was given and what is accepted."""
-
-
 class WrongResultError(RuntimeError):
     """A contender computes something else than the reference."""
-
-
-def require_one_of(argument: str, given: object, accepted: Iterable[str]) -> None:
-    """Raise UsageError unless `given` is among the accepted names."""
-    if given not in (names := list(accepted)):
-        raise UsageError(f"{argument} {given!r} is unknown. Accepted: {', '.join(names)}.")
 
 
 def first_line(error: BaseException) -> str:
@@ -52,20 +46,10 @@ def first_line(error: BaseException) -> str:
     return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 1] + "…"
 
 
-def write_with(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file of the same suffix beside `path`, then rename it to `path`."""
+def write_whole(path: Path, write: Callable[[BinaryIO], object] | str) -> None:
+    """Write a text, or what `write` puts into a file, under another name, then rename that."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole text file under a name of its own, then rename it to `path`."""
-    write_with(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomically(path, (lambda f: f.write(write.encode())) if isinstance(write, str) else write)
 
 
 @dataclass(frozen=True)
@@ -94,16 +78,6 @@ class Environment:
     def made(self, row: Row) -> bool:
         """Return whether a row was measured on this device, with these versions, by this code."""
         return self.known and (row.gpu, row.torch, row.triton, row.commit) == astuple(self)[:4]
-
-
-def choose_device(name: str | None) -> torch.device:
-    """Return the device "cuda" or "cpu", for None what is there; raises UsageError for others."""
-    if name not in (None, "cuda", "cpu"):
-        raise UsageError(f"--device is {name!r}. Accepted: cuda, cpu.")
-    if name == "cuda" and not torch.cuda.is_available():
-        seen = "but torch sees no CUDA device here"
-        raise UsageError(f"--device is 'cuda', {seen}. Accepted here: --device cpu.")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def slug(text: str) -> str:

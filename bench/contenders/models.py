@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 import dst_kernels
 from dst_kernels.optim import DSTSGD, DSTAdamW
+from dst_kernels.training.errors import require_one_of
 
 from .. import networks
 from ..cases import Mode, ModelCase, TrainingCase
 from ..networks import ADAMW, SGD
-from ..results import require_one_of
 from . import authors
 from .peers import fix_, sparselab, sparseprop
 from .work import STEPS, Contender, Data, Prepared, Work, thresholds_for

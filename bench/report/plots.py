@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from ..measurements import Measurements
-from ..results import slug, write_with
+from ..results import slug, write_whole
 
 _COLORS = ("#e69f00", "#0072b2", "#009e73", "#cc79a7", "#d55e00")
 _COLORS += ("#882255", "#999933", "#56b4e9", "#6a51a3", "#8c6d46")
@@ -54,7 +54,7 @@ def write_plots(found: Measurements, names: dict[str, list[str]], folder: Path) 
         axes.grid(axis="both", alpha=0.2)
         figure.legend(loc="outside right upper", frameon=False, fontsize=8)
         paths.append(folder / f"{slug(found.gpu)}-{op}.png")
-        write_with(paths[-1], lambda path, figure=figure: figure.savefig(path, dpi=120))
+        write_whole(paths[-1], lambda file, figure=figure: figure.savefig(file, dpi=120))
     return paths + _draw_curves(found, names["training"], folder)
 
 
@@ -89,5 +89,5 @@ def _draw_curves(found: Measurements, names: list[str], folder: Path) -> list[Pa
         axes.grid(alpha=0.2)
     figure.legend(drawn.values(), drawn, loc="outside right upper", frameon=False, fontsize=8)
     path = folder / f"{slug(found.gpu)}-training.png"
-    write_with(path, lambda path: figure.savefig(path, dpi=120))
+    write_whole(path, lambda file: figure.savefig(file, dpi=120))
     return [path]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ..cases import CASES
 from ..contenders import CONTENDERS
 from ..measurements import CEILING, CHOSEN, COPY, GEMM, Measurements, by_device, duration
-from ..results import ROOT, Row, UsageError, write_text
+from ..results import ROOT, Row, UsageError, write_whole
 from .plots import write_plots
 
 README = ROOT / "README.md"
@@ -77,7 +77,7 @@ def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
             reasons.setdefault((contender, reason), []).append(f"`{case}` {pass_name}".strip())
         lines = [f"- **{who}**: {why} ({few(where)})" for (who, why), where in reasons.items()]
         parts += ["### Without figures", "\n".join(lines)] if lines else []
-    write_text(folder / "report.md", "\n\n".join(parts) + "\n")
+    write_whole(folder / "report.md", "\n\n".join(parts) + "\n")
     return paths
 
 
@@ -192,19 +192,6 @@ def main_table(found: Measurements) -> str:
     return "\n\n".join(parts)
 
 
-def short_table(found: Measurements) -> str:
-    """Return the time of each contender on each case, and over that of dense."""
-    lines = []
-    for case, contender in dict.fromkeys((row.case, row.provider) for row in found.rows):
-        for name in ("step", "forward_backward", "post", "forward"):
-            if seconds := found.newest(case, contender, name, "time"):
-                ratio = found.time_ratio(case, name, contender, "dense")
-                over = "-" if ratio is None else f"{ratio:.2f}"
-                lines.append([case, contender, name, duration(seconds), over])
-                break
-    return markdown_table(["case", "contender", "pass", "time", "÷ dense"], lines)
-
-
 def has_markers(path: Path) -> bool:
     """Return whether a file has a place for the table: `BEGIN` and `END`, once and in order."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -218,4 +205,4 @@ def refresh_readme(path: Path, table: str) -> None:
             f"--readme is {path}. Accepted: a file with one {BEGIN} and one {END} after it."
         )
     before, rest = path.read_text(encoding="utf-8").split(BEGIN)
-    write_text(path, f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+    write_whole(path, f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
