@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from dst_kernels.training.device import select_device
+from dst_kernels.training.errors import UsageError, require_one_of
 
 from . import tune as tuning
 from .gpu import LOST, run_everything
@@ -22,7 +23,7 @@ from .plan import write_plan
 from .profile import profile_all, targets
 from .report import tables
 from .report.goals import MISSED, NOT_MEASURED, check_goals
-from .results import Environment, ResultsFile, UsageError, read_results
+from .results import Environment, ResultsFile, read_results
 from .suites import SUITES
 
 WRONG, USAGE = 1, 2  # exit codes: something is wrong, missed or failed; unusable input
@@ -81,8 +82,7 @@ def run(
 ) -> None:
     """Measure a suite into OUT/results.csv; fails where a contender computes something wrong."""
     deadline, where = time.monotonic() + 60 * minutes, select_device(device)
-    if suite not in SUITES:
-        raise UsageError(f"--suite {suite!r} is unknown. Accepted: {', '.join(SUITES)}.")
+    require_one_of("--suite", suite, SUITES)
     here = Environment.now(where, commit)
     with ResultsFile(out / "results.csv", here) as file:
         rows = [] if again else _rows(file.path)

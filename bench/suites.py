@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .cases import Case, ConvCase, LinearCase, ModelCase, TrainingCase, WeightsCase
@@ -67,12 +67,15 @@ _WEIGHTS = (WeightsCase("4x4096x4096"), WeightsCase("resnet-50"), *_MATRICES)
 _WEIGHTS += (WeightsCase("4096x4096", dtype="bf16"),)
 
 
-def _trainings(threads: Iterable[int], **percents: Iterable[int]) -> Iterator[Case]:
-    """Yield steps of models, by the percent of weights that remain."""
-    for count, (model, some) in itertools.product(threads, percents.items()):
-        for percent in some:
-            sizes = model.replace("_", "-"), 64, count
-            yield TrainingCase(*sizes, dtype="fp32", remaining_ratio=percent / 100)
+def _trainings(threads: tuple[int, ...], **percents: tuple[int, ...]) -> tuple[Case, ...]:
+    """Return steps of models, with the percents of weights that remain."""
+    every = [
+        (model.replace("_", "-"), percent) for model in percents for percent in percents[model]
+    ]
+    ways = itertools.product(threads, every)
+    return tuple(
+        TrainingCase(m, 64, n, dtype="fp32", remaining_ratio=p / 100) for n, (m, p) in ways
+    )
 
 
 _LINEAR, _ODD = LinearCase(32, 96, 64), LinearCase(33, 70, 50, dtype="bf16")
@@ -103,7 +106,7 @@ _SUITES = (
     Suite("streaming", _WEIGHTS, (_LIST, WeightsCase("128x96"))),
     Suite("smoke", _SMOKE, _SMALL_SMOKE),
     Suite("cpu", _CPU),
-    Suite("sparse-training", tuple(_trainings((1, 2), **_PEERS))),
-    Suite("sparse-sweep", tuple(_trainings((1,), **_SWEEP))),
+    Suite("sparse-training", _trainings((1, 2), **_PEERS)),
+    Suite("sparse-sweep", _trainings((1,), **_SWEEP)),
 )
 SUITES = {suite.name: suite for suite in _SUITES}

@@ -278,7 +278,7 @@ class _Run:
 
     def measure(self, case: Case, contender: Contender) -> None:
         """Measure a contender, with the data of the case before where it is the same."""
-        if self.device.type == "cpu":  # more threads on tiny tensors would measure the scheduler
+        if self.device.type == "cpu":  # more on tiny tensors would measure the scheduler
             set_threads(getattr(case, "threads", 1))
         name = f"{case.name}: {contender.name}"
         times = self.times[case, contender.name] = {}
@@ -310,8 +310,11 @@ class _Run:
 
     def take_turns(self, case: Case) -> None:
         """Time those who wait for their turns in a case."""
-        turns = {} if self.expectation is None else self.expectation.turns
-        set_threads(getattr(case, "threads", 1))
+        turns = self.expectation.turns if self.expectation else {}
+        if not turns:
+            return
+        self.display.now(f"{case.name}: in turns")
+        set_threads(case.threads)
         with case.mode.precision():
             found = timing.in_turns({name: call for name, (call, _) in turns.items()}, "dense")
         for name, taken in found.items():

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from ..cases import Case
 from ..measurements import Measurements
 from ..results import slug, write_whole
 
@@ -20,6 +20,7 @@ _TITLES = {
     "conv": ("forward_backward", "Convolutions, forward and backward"),
     "weights": ("post", "Gradients of weights and thresholds"),
     "model": ("step", "Whole training steps"),
+    "training": ("step", "Training steps that may get faster as they get sparser"),
 }
 
 
@@ -31,63 +32,51 @@ def write_plots(found: Measurements, names: dict[str, list[str]], folder: Path) 
     paths = []
     for op, (pass_name, title) in _TITLES.items():
         cases = [case for case in found.cases.values() if case.op == op][::-1]
-        points: dict[str, list[tuple[float, int]]] = {name: [] for name in names[op]}
-        for name, (place, case) in itertools.product(points, enumerate(cases)):
+        points: dict[str, dict[Case, float]] = {name: {} for name in names[op]}
+        for name, case in itertools.product(points, cases):
             if ratio := found.ratio(case.name, pass_name, ("time", "graph_time"), name, "dense"):
-                points[name].append((ratio, place))
-        if not any(points.values()):
-            continue
-        figure = Figure((8, 1.8 + 0.28 * len(cases)), layout="constrained")
-        axes = figure.add_subplot()
-        for (name, line), color in zip(points.items(), itertools.cycle(_COLORS)):
-            if line:
-                marker = "D" if name.startswith("dst_") else "o"
-                axes.scatter(*zip(*line, strict=True), s=28, color=color, marker=marker, label=name)
-        axes.axvline(1.0, color="#222222", linewidth=1)
-        axes.set(title=f"{title}\n{found.gpu}", xlabel="time ÷ dense: left is faster", xscale="log")
-        low, high = axes.get_xlim()
-        ticks = [tick for tick in _TICKS if low <= tick <= high]
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_yticks(range(len(cases)), [case.name.removeprefix(f"{op}-") for case in cases])
-        axes.tick_params(axis="y", labelsize=8)
-        axes.grid(axis="both", alpha=0.2)
-        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-        paths.append(folder / f"{slug(found.gpu)}-{op}.png")
-        write_whole(paths[-1], lambda file, figure=figure: figure.savefig(file, dpi=120))
-    return paths + _draw_curves(found, names["training"], folder)
+                points[name][case] = ratio
+        if any(points.values()):
+            figure = (_curves if op == "training" else _dots)(cases, points)
+            figure.suptitle(f"{title}\n{found.gpu}")
+            figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+            paths.append(folder / f"{slug(found.gpu)}-{op}.png")
+            write_whole(paths[-1], lambda file, figure=figure: figure.savefig(file, dpi=120))
+    return paths
 
 
-def _draw_curves(found: Measurements, names: list[str], folder: Path) -> list[Path]:
-    """Draw steps over dense by the share of weights that remain, where three shares or more are."""
-    panels: dict[str, list] = defaultdict(list)
-    for case in found.cases.values():
-        if case.op == "training":
-            panels[f"{case.model}, threads: {case.threads}"].append(case)
-    panels = {title: cases for title, cases in panels.items() if len(cases) > 2}
-    if not panels:
-        return []
+def _dots(cases: list[Case], points: dict[str, dict[Case, float]]) -> Figure:
+    figure = Figure((8, 1.8 + 0.28 * len(cases)), layout="constrained")
+    axes = figure.add_subplot(xscale="log", xlabel="time ÷ dense: left is faster")
+    for (name, some), color in zip(points.items(), itertools.cycle(_COLORS)):
+        style = {"marker": "D" if name.startswith("dst_") else "o", "s": 28, "color": color}
+        axes.scatter(some.values(), [*map(cases.index, some)], label=name * bool(some), **style)
+    axes.axvline(1.0, color="#222222", linewidth=1)
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in _TICKS if low <= tick <= high]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_yticks(range(len(cases)), [case.name.partition("-")[2] for case in cases])
+    axes.tick_params(axis="y", labelsize=8)
+    axes.grid(axis="both", alpha=0.2)
+    return figure
+
+
+def _curves(cases: list[Case], points: dict[str, dict[Case, float]]) -> Figure:
+    """Draw them by the share of weights that remain, for each model and number of threads."""
+    panels = sorted({(case.threads, case.model) for case in cases})
     figure = Figure((4 * len(panels) + 2, 4), layout="constrained")
-    figure.suptitle(f"Training step ÷ dense: below 1 is faster\n{found.gpu}")
-    drawn = {}
-    for axes, (title, cases) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
-        for name, color in zip(names, itertools.cycle(_COLORS)):
-            ratios = {
-                c.remaining_ratio: found.time_ratio(c.name, "step", name, "dense") for c in cases
-            }
-            line = sorted((100 * share, ratio) for share, ratio in ratios.items() if ratio)
-            if line:
-                (drawn[name],) = axes.plot(
-                    *zip(*line, strict=True), "o-", color=color, markersize=4
-                )
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for (name, some), color in zip(points.items(), itertools.cycle(_COLORS)):
+            line = [
+                (c.remaining_ratio * 100, some[c]) for c in some if (c.threads, c.model) == panel
+            ]
+            named = {"label": name} if panel == panels[0] else {}
+            axes.plot(*zip(*sorted(line), strict=True), "o-", color=color, markersize=4, **named)
         axes.axhline(1.0, color="#222222", linewidth=1)
-        axes.set(title=title, xlabel="remaining weights, %", xscale="log", ylim=(0, 2))
+        axes.set(title=f"{panel[1]}, threads: {panel[0]}", xscale="log", ylim=(0, 2))
+        axes.set(xlabel="remaining weights, %", ylabel="time ÷ dense: below 1 is faster")
         axes.set_xticks(ticks := (1, 2, 5, 10, 20, 50, 100), ticks)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.2)
-    figure.legend(drawn.values(), drawn, loc="outside right upper", frameon=False, fontsize=8)
-    path = folder / f"{slug(found.gpu)}-training.png"
-    write_whole(path, lambda file: figure.savefig(file, dpi=120))
-    return [path]
+    return figure

@@ -38,7 +38,7 @@ def test_what_is_no_case_is_refused():
         (ConvCase, (1, 8, 6, 4, 3, 1, 4), {}, "groups is 4. Accepted: a divisor of C and N"),
         (WeightsCase, ("0x8",), {}, "weights is '0x8'. Accepted: resnet-50, small, NxK"),
         (case_named, ("linear-m1-n2-bf16-r0.1",), {}, "no case is named 'linear-m1-n2-bf16-r0.1'"),
-        (problem_of, (ModelCase("vgg-11", 8), CPU), {}, "model 'vgg-11' is unknown. Accepted: len"),
+        (problem_of, (ModelCase("vgg-11", 8), CPU), {}, "model 'vgg-11' is unknown. Did you mean"),
     ):
         with pytest.raises(UsageError, match=message):
             kind(*sizes, **options)
