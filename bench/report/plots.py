@@ -71,8 +71,9 @@ def _curves(cases: list[Case], points: dict[str, dict[Case, float]]) -> Figure:
             line = [
                 (c.remaining_ratio * 100, some[c]) for c in some if (c.threads, c.model) == panel
             ]
-            named = {"label": name} if panel == panels[0] else {}
-            axes.plot(*zip(*sorted(line), strict=True), "o-", color=color, markersize=4, **named)
+            style = {"color": color, "markersize": 4, "label": name * (panel == panels[0])}
+            if line:
+                axes.plot(*zip(*sorted(line), strict=True), "o-", **style)
         axes.axhline(1.0, color="#222222", linewidth=1)
         axes.set(title=f"{panel[1]}, threads: {panel[0]}", xscale="log", ylim=(0, 2))
         axes.set(xlabel="remaining weights, %", ylabel="time ÷ dense: below 1 is faster")
