@@ -107,8 +107,8 @@ class LinearCase(Case):
         return (self.M, self.K), (self.N, self.K), (self.M, self.N)
 
     @property
-    def layer_options(self) -> dict[str, int]:
-        return {"in_features": self.K, "out_features": self.N}
+    def arguments(self) -> tuple:  # of the layer's class
+        return self.K, self.N
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ class ConvCase(Case):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.C % self.groups or self.N % self.groups:
-            accepted = f"a divisor of C and N ({self.C}, {self.N})"
-            raise UsageError(f"groups is {self.groups}. Accepted: {accepted}.")
+            of = f"C and N ({self.C}, {self.N})"
+            raise UsageError(f"groups is {self.groups}. Accepted: a divisor of {of}.")
 
     @property
     def output_side(self) -> int:
@@ -154,19 +154,12 @@ class ConvCase(Case):
         return images, filters, (self.batch, self.N, self.output_side, self.output_side)
 
     @property
-    def layer_options(self) -> dict[str, int]:
-        channels = {"in_channels": self.C, "out_channels": self.N, "kernel_size": self.kernel}
-        geometry = {"stride": self.stride, "padding": self.kernel // 2, "groups": self.groups}
-        return {**channels, **geometry, "bias": False}
+    def arguments(self) -> tuple:
+        padding, dilation, bias = self.kernel // 2, 1, False
+        return self.C, self.N, self.kernel, self.stride, padding, dilation, self.groups, bias
 
 
 LayerCase = LinearCase | ConvCase
-
-
-WEIGHT_LISTS: dict[str, tuple[Shape, ...]] = {
-    "resnet-50": (),  # torchvision knows
-    "small": ((96, 64), (8, 3, 3, 3), (16, 8, 1, 1), (33, 70)),
-}
 
 
 @functools.cache
@@ -175,6 +168,10 @@ def _resnet_50() -> tuple[Shape, ...]:
 
     with torch.device("meta"):
         return tuple(tuple(p.shape) for p in resnet50().parameters() if p.dim() > 1)
+
+
+_SMALL = (96, 64), (8, 3, 3, 3), (16, 8, 1, 1), (33, 70)
+WEIGHT_LISTS = {"resnet-50": _resnet_50, "small": lambda: _SMALL}
 
 
 @dataclass(frozen=True)
@@ -199,7 +196,7 @@ class WeightsCase(Case):
     @property
     def list(self) -> tuple[Shape, ...]:
         if self.weights in WEIGHT_LISTS:
-            return WEIGHT_LISTS[self.weights] or _resnet_50()
+            return WEIGHT_LISTS[self.weights]()
         *count, rows, columns = map(int, self.weights.split("x"))
         return ((rows, columns),) * (count[0] if count else 1)
 

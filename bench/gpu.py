@@ -104,10 +104,6 @@ _AS_IT_SHOULD = (DONE, CUT_OFF, NOT_REACHED, "exit code 1")  # how pytest may en
 _OUTCOMES = ("passed", "failed", "skipped", NOT_REACHED)
 
 
-def _is_tests(name: str) -> bool:
-    return name.startswith("tests")
-
-
 def run_everything(
     folder: Path | None, device: torch.device, minutes: float, commit: str | None, keep_going: bool
 ) -> bool:
@@ -130,7 +126,7 @@ def run_everything(
                 # What the parts before left over is shared by those to come.
                 left = parts_end - time.monotonic()
                 share = left * part.seconds / sum(one.seconds for one in pending[index:])
-                stopped = not (keep_going or _is_tests(part.name)) and call.broken()
+                stopped = not (keep_going or part.name.startswith("tests")) and call.broken()
                 call.run(part, 0.0 if stopped else share)
     return call.conclude(end - time.monotonic())
 
@@ -196,7 +192,7 @@ class _Call:
             code = self.run_once(part.command, log, left) if left > _LEAST else None
             if code != LOST:
                 break
-        if _is_tests(part.name) and code == _NOTHING_LEFT and self.tests("passed"):
+        if part.name.startswith("tests") and code == _NOTHING_LEFT and self.tests("passed"):
             code = 0
         # A suite says in its last line, which is JSON, whether its time was too short.
         last = log.read_text(errors="replace").rstrip().rpartition("\n")[2]
@@ -225,7 +221,7 @@ class _Call:
 
     def broken(self) -> list[str]:
         """Return how pytest died, if it did; and the tests that failed, or were running then."""
-        died = [f"{name}: {how}" for name, how in self.ended.items() if _is_tests(name)]
+        died = [f"{name}: {how}" for name, how in self.ended.items() if name.startswith("tests")]
         died = [text for text in died if not text.endswith(_AS_IT_SHOULD)]
         return [*died, *self.tests("failed", *["running"] * bool(died))]
 
@@ -250,7 +246,9 @@ class _Call:
             f"{row.case}/{row.provider}: {row.value}" for row in rows if row.metric == results.ERROR
         ]
         wrong = self.broken() + wrong
-        unfinished = [name for name, how in self.ended.items() if _is_tests(name) and how != DONE]
+        unfinished = [
+            name for name, how in self.ended.items() if name.startswith("tests") and how != DONE
+        ]
         title = f"nothing wrong so far, not finished: {', '.join(unfinished)}"
         title = "WRONG" if wrong else title if unfinished else "all right"
         versions = f"torch {here.torch}, triton {here.triton}, commit {here.commit}"
@@ -277,6 +275,6 @@ class _Call:
 
     def pack(self, file: BinaryIO) -> None:
         with tarfile.open(fileobj=file, mode="w:gz") as packed:
-            for child in sorted(self.folder.iterdir()):
-                if not child.name.startswith(".") and child != self.archive:
+            for child in sorted(self.folder.glob("[!.]*")):
+                if child != self.archive:
                     packed.add(child, child.name)

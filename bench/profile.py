@@ -109,9 +109,7 @@ def profile_all(chosen: Sequence[Target], folder: Path, deadline: float) -> list
         command += [sys.executable, "-m", "bench.profile", *target.name.split("/")]
         seconds = min(deadline - time.monotonic(), _LONGEST)
         code = run_process(command, log, seconds) if seconds > 1 else None
-        launches = (
-            rows_of(table.read_text(errors="replace")) if code == 0 and table.exists() else []
-        )
+        launches = rows_of(table) if code == 0 and table.exists() else []
         how = "no time left" if code is None else f"exit code {code}, see {log.name}"
         failed += [] if launches else [f"{target.name}: {how}"]
         text = _section(target, launches) if launches else f"Not profiled: {how}."
@@ -120,8 +118,9 @@ def profile_all(chosen: Sequence[Target], folder: Path, deadline: float) -> list
     return failed
 
 
-def rows_of(text: str) -> list[dict[str, str]]:
+def rows_of(page: Path) -> list[dict[str, str]]:
     """Return the launches on ncu's raw page, below messages, a header and a row of units."""
+    text = page.read_text(errors="replace")
     lines = [line for line in text.splitlines() if line.startswith('"')]
     return list(csv.DictReader(lines))[1:]
 

@@ -95,7 +95,7 @@ def layer(kind: type[nn.Module], compile: bool = False, alone: bool = False, **o
 
     def make(problem: Problem) -> Work:
         factory = {"device": problem.device, "dtype": problem.weight.dtype}
-        module = kind(**problem.case.layer_options, **factory, **options)
+        module = kind(*problem.case.arguments, **factory, **options)
         module.to(memory_format=torch.channels_last)
         with torch.no_grad():
             for name, parameter in module.named_parameters():
