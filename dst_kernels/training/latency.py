@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 import warnings
 from collections.abc import Callable
@@ -82,20 +83,22 @@ def bench(file: Path, threads: int, console: Console) -> None:
 def take_turns(calls: dict[str, Call], turn: float = _TURN) -> dict[str, list[float]]:
     """Return the seconds of one call in each round, by name.
 
-    In a round every contender is called for about `turn` seconds, one after the other, so that what
-    else the machine does meets all of them.
+    In a round every contender is called for about `turn` seconds, in an order of its own, so that
+    what else the machine does, and what a call leaves in caches to the next, meets all of them.
     """
     counts = {}
     for name, call in calls.items():
         call()
         counts[name] = max(1, round(turn / _seconds(call, 1)))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
     started = time.perf_counter()
     for done in range(_ROUNDS):
         if done >= _FEWEST_ROUNDS and time.perf_counter() - started > _LONGEST:
             break
-        for name, call in calls.items():
-            seconds[name].append(_seconds(call, counts[name]))
+        random.Random(done).shuffle(order)
+        for name in order:
+            seconds[name].append(_seconds(calls[name], counts[name]))
     return seconds
 
 
