@@ -86,7 +86,7 @@ def slug(text: str) -> str:
 
 
 def _processor() -> str:
-    """Return the processor's name: figures of two are never compared. One thread is used."""
+    """Return the processor's name: figures of two are never compared."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.+)$", info.read_text(), re.M) if info.exists() else []
     return f"{CPU}: {names[0] if names else platform.processor() or platform.machine()}"
