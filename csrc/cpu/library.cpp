@@ -52,6 +52,17 @@ STABLE_TORCH_LIBRARY(dst_kernels_compiled, library) {
   library.def(
       "sparse_linear(Tensor input, Tensor values, Tensor columns, Tensor row_starts, "
       "Tensor? bias) -> Tensor");
+  // Of a weight that is trained, as rows with its kept weights in front: `masked` as such rows
+  // (false, and none, if a sample of rows says that it keeps more than `most`), products with them.
+  library.def(
+      "kept_rows(Tensor masked, int most, Tensor(a!) values, Tensor(b!) columns, "
+      "Tensor(c!) places) -> bool");
+  library.def(
+      "kept_linear(Tensor input, Tensor values, Tensor columns, Tensor places, Tensor? bias) -> "
+      "Tensor");
+  library.def(
+      "kept_linear_grad_input(Tensor grad, Tensor values, Tensor columns, Tensor places) -> "
+      "Tensor");
   library.def(
       "sparse_conv(Tensor input, Tensor values, Tensor columns, Tensor row_starts, Tensor? bias, "
       "int[] geometry) -> Tensor");
@@ -65,5 +76,8 @@ STABLE_TORCH_LIBRARY_IMPL(dst_kernels_compiled, CPU, library) {
   library.impl("adamw_step", TORCH_BOX(&dst::adamw_step));
   library.impl("grad_norm", TORCH_BOX(&dst::grad_norm));
   library.impl("sparse_linear", TORCH_BOX(&dst::sparse_linear));
+  library.impl("kept_rows", TORCH_BOX(&dst::kept_rows));
+  library.impl("kept_linear", TORCH_BOX(&dst::kept_linear));
+  library.impl("kept_linear_grad_input", TORCH_BOX(&dst::kept_linear_grad_input));
   library.impl("sparse_conv", TORCH_BOX(&dst::sparse_conv));
 }

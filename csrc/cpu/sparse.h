@@ -42,6 +42,8 @@ enum class BFloat16 : uint16_t {};
 
 DST_FUNCTION float number(float stored) { return stored; }
 
+DST_FUNCTION double number(double stored) { return stored; }
+
 DST_FUNCTION float number(BFloat16 stored) {
   return std::bit_cast<float>(static_cast<uint32_t>(stored) << 16);
 }
@@ -71,12 +73,16 @@ DST_FUNCTION void store(Vector from, int count, Real* to) {
   std::copy_n(buffer, count, to);
 }
 
-// A contiguous tensor with the dtype and device of another one.
+// A contiguous tensor with the dtype of another one.
 Tensor new_contiguous(const Tensor& like, const std::vector<int64_t>& shape);
+
+// Refuses a tensor that is not contiguous, on the CPU, of this dtype and size.
+void check_run(const char* op, const Tensor& tensor, const char* name, ScalarType dtype,
+               int64_t numel);
 
 // Memory that is not written at first, for one call; the thread keeps it for its next one, since
 // new pages can take the system longer than a product takes.
-enum class Use { kPacked, kOffsets, kValues, kBias };
+enum class Use { kPacked, kSums, kOffsets, kValues, kBias };
 
 template <typename T>
 class Scratch {
@@ -111,7 +117,7 @@ class Scratch {
   };
 
   static Memory& kept(Use use) {
-    static thread_local Memory memory[4];
+    static thread_local Memory memory[5];
     return memory[static_cast<int>(use)];
   }
 
@@ -129,19 +135,34 @@ inline int block_width(int64_t rest, int widest) {
 // The weight as it is stored, with its values and a bias in float32.
 class SparseRows {
  public:
+  // Rows one after the other, from `starts` [rows + 1] on.
   SparseRows(const char* op, const Tensor& input, const Tensor& values, const Tensor& columns,
              const Tensor& starts, const std::optional<Tensor>& bias);
+  // Rows anywhere in arrays of the dense weight's size, from `places` [rows, 2] on and up to them:
+  // what training stores, since threads can then write rows without knowing of each other's.
+  static SparseRows scattered(const char* op, const Tensor& input, const Tensor& values,
+                              const Tensor& columns, const Tensor& places,
+                              const std::optional<Tensor>& bias);
 
-  int64_t rows, kept;
+  int64_t rows;
   ScalarType dtype;  // of input, values and output
   bool small;        // columns are uint16, not int32
   const void* columns;
-  const int32_t* starts;
-  const float* bias;  // or null
+  const float* bias = nullptr;  // or null
 
   // Values in float32, which are made where they are stored in another type.
   const float* values();
   const void* stored_values() const { return stored_; }
+
+  // Where a row begins, and how many weights it has.
+  int64_t begin(int64_t row) const { return places_ ? places_[2 * row] : starts_[row]; }
+  int64_t count(int64_t row) const { return starts_[row + 1] - starts_[row]; }
+  // How many weights can be read from where a row begins: the others are not the row's.
+  int64_t readable(int64_t row) const {
+    return places_ ? count(row) : stored_size_ - starts_[row];
+  }
+  // The size of the arrays that hold the rows.
+  int64_t stored() const { return stored_size_; }
 
   // f(row, end of rows, block) for all rows of all blocks, shared among threads by their weights.
   // `width`: of the blocks, for an estimate of the work.
@@ -161,7 +182,7 @@ class SparseRows {
 
  private:
   // Where a row begins among the weights, if each row had one more.
-  int64_t place(int64_t row) const { return starts[row] + row; }
+  int64_t place(int64_t row) const { return starts_[row] + row; }
 
   // The first row whose place is at least this one.
   int64_t row_from(int64_t least) const {
@@ -177,46 +198,65 @@ class SparseRows {
     return low;
   }
 
+  SparseRows() = default;
+  void set_arrays(const char* op, const Tensor& input, const Tensor& values,
+                  const Tensor& columns);
+  void set_bias(const char* op, const Tensor& input, const std::optional<Tensor>& bias);
+
+  const int32_t* starts_;            // as if rows followed one another
+  const int32_t* places_ = nullptr;  // null: they do
+  int64_t stored_size_;
   const void* stored_;
+  std::vector<int32_t> counted_;  // starts, where none are given
   Scratch<float> wide_values_, wide_bias_;
 };
 
 // Adds up what `count` weights give with a block, whose numbers for column c begin at
 // x + c * scale. Short blocks have several sums for each number: an addition must not wait for the
-// last one.
+// last one. Long sums are made run by run, for small errors.
 template <int width, int scale, typename Column>
 DST_FUNCTION void row_times_block(const float* values, const Column* columns, int64_t count,
                                   const float* x, Vector* result) {
   constexpr int vectors = width / kLanes;
   constexpr int chains = vectors > 4 ? 1 : vectors > 2 ? 2 : 4;
-  Vector sums[chains][vectors] = {};
-  int64_t j = 0;
-  for (; j + chains <= count; j += chains) {
+  constexpr int64_t kLong = 128;
+  for (int64_t j = 0, end = std::min(count, kLong);; end = std::min(count, end + kLong)) {
+    const bool first = j == 0;
+    Vector sums[chains][vectors] = {};
+    for (; j + chains <= end; j += chains) {
 #pragma GCC unroll 4
-    for (int chain = 0; chain < chains; ++chain) {
-      const float value = values[j + chain];
-      const float* operand = x + static_cast<int64_t>(columns[j + chain]) * scale;
+      for (int chain = 0; chain < chains; ++chain) {
+        const float value = values[j + chain];
+        const float* operand = x + static_cast<int64_t>(columns[j + chain]) * scale;
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) sums[chain][v] += value * load(operand + v * kLanes);
+        for (int v = 0; v < vectors; ++v) sums[chain][v] += value * load(operand + v * kLanes);
+      }
     }
-  }
-  for (; j < count; ++j) {
-    const float value = values[j];
-    const float* operand = x + static_cast<int64_t>(columns[j]) * scale;
+    for (; j < end; ++j) {
+      const float value = values[j];
+      const float* operand = x + static_cast<int64_t>(columns[j]) * scale;
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) sums[0][v] += value * load(operand + v * kLanes);
-  }
+      for (int v = 0; v < vectors; ++v) sums[0][v] += value * load(operand + v * kLanes);
+    }
 #pragma GCC unroll 8
-  for (int v = 0; v < vectors; ++v) {
+    for (int v = 0; v < vectors; ++v) {
 #pragma GCC unroll 4
-    for (int chain = 1; chain < chains; ++chain) sums[0][v] += sums[chain][v];
-    result[v] = sums[0][v];
+      for (int chain = 1; chain < chains; ++chain) sums[0][v] += sums[chain][v];
+      result[v] = first ? sums[0][v] : result[v] + sums[0][v];
+    }
+    if (j == count) return;
   }
 }
 
 // The ops.
 Tensor sparse_linear(const Tensor& input, const Tensor& values, const Tensor& columns,
                      const Tensor& row_starts, const std::optional<Tensor>& bias);
+Tensor kept_linear(const Tensor& input, const Tensor& values, const Tensor& columns,
+                   const Tensor& places, const std::optional<Tensor>& bias);
+Tensor kept_linear_grad_input(const Tensor& grad, const Tensor& values, const Tensor& columns,
+                              const Tensor& places);
+bool kept_rows(const Tensor& masked, int64_t most, const Tensor& values, const Tensor& columns,
+               const Tensor& places);
 Tensor sparse_conv(const Tensor& input, const Tensor& values, const Tensor& columns,
                    const Tensor& row_starts, const std::optional<Tensor>& bias,
                    const Integers& geometry);

@@ -111,14 +111,13 @@ Scratch<int32_t> offsets_of(const Conv& call) {
     }
   }
   const int64_t group = call.planes() / call.groups, rows = w.rows / call.groups;
-  Scratch<int32_t> made(Use::kOffsets, w.kept);
+  Scratch<int32_t> made(Use::kOffsets, w.stored());
   int32_t* offsets = made.get();
   const auto fill = [&](const auto* columns) {
     for (int64_t row = 0; row < w.rows; ++row) {
       const int32_t base = static_cast<int32_t>(row / rows * group);
-      for (int64_t j = w.starts[row]; j < w.starts[row + 1]; ++j) {
-        offsets[j] = base + table[columns[j]];
-      }
+      const int64_t at = w.begin(row), count = w.count(row);
+      for (int64_t j = at; j < at + count; ++j) offsets[j] = base + table[columns[j]];
     }
   };
   w.small ? fill(static_cast<const uint16_t*>(w.columns))
@@ -178,7 +177,7 @@ DST_FUNCTION void convolve(const Conv& call, const Operands& operands, const Blo
   const int64_t outputs = call.height.output * call.width.output;
   const float* x = operands.planes + block.first;
   for (; row < end; ++row) {
-    const int64_t at = w.starts[row], count = w.starts[row + 1] - at;
+    const int64_t at = w.begin(row), count = w.count(row);
     Vector sums[width / kLanes];
     row_times_block<width, 1>(operands.values + at, operands.offsets + at, count, x, sums);
     Real results[width];

@@ -8,11 +8,7 @@
 
 #include "sparse.h"
 #include "storage.h"
-
-// GCC 12 takes a tile apart for its transposition, and then misses that it has been written.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
+#include "transposed.h"
 
 namespace dst {
 namespace {
@@ -68,8 +64,8 @@ DST_FUNCTION void one_input(const Linear& call, const float* x, int64_t row, int
   const Column* columns = static_cast<const Column*>(w.columns);
   Real* output = static_cast<Real*>(call.output);
   for (; row < end; ++row) {
-    const int64_t at = w.starts[row], count = w.starts[row + 1] - at;
-    const float sum = row_times_one(values + at, columns + at, count, w.kept - at, x);
+    const int64_t at = w.begin(row), count = w.count(row);
+    const float sum = row_times_one(values + at, columns + at, count, w.readable(row), x);
     const Vector result = {w.bias ? sum + w.bias[row] : sum};
     if constexpr (std::is_same_v<Real, float>) {
       output[row] = result[0];
@@ -90,63 +86,12 @@ DST_CLONES void one_input(const Linear& call, const float* x, int64_t row, int64
   }
 }
 
-// Exchanges rows and columns of 8 x 8 numbers.
-DST_FUNCTION void transpose(Vector* r) {
-  Vector s[8];
-  for (int half = 0; half < 8; half += 4) {
-    const Vector a = r[half], b = r[half + 1], c = r[half + 2], d = r[half + 3];
-    const Vector ab = {a[0], b[0], a[1], b[1], a[4], b[4], a[5], b[5]};
-    const Vector cd = {c[0], d[0], c[1], d[1], c[4], d[4], c[5], d[5]};
-    const Vector ba = {a[2], b[2], a[3], b[3], a[6], b[6], a[7], b[7]};
-    const Vector dc = {c[2], d[2], c[3], d[3], c[6], d[6], c[7], d[7]};
-    s[half] = Vector{ab[0], ab[1], cd[0], cd[1], ab[4], ab[5], cd[4], cd[5]};
-    s[half + 1] = Vector{ab[2], ab[3], cd[2], cd[3], ab[6], ab[7], cd[6], cd[7]};
-    s[half + 2] = Vector{ba[0], ba[1], dc[0], dc[1], ba[4], ba[5], dc[4], dc[5]};
-    s[half + 3] = Vector{ba[2], ba[3], dc[2], dc[3], ba[6], ba[7], dc[6], dc[7]};
-  }
-  for (int i = 0; i < 4; ++i) {
-    const Vector a = s[i], b = s[i + 4];
-    r[i] = Vector{a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]};
-    r[i + 4] = Vector{a[4], a[5], a[6], a[7], b[4], b[5], b[6], b[7]};
-  }
-}
-
-struct Block {
-  int64_t first;  // input
-  int width;
-  float* packed;  // [features, width]
-};
-
-// Columns from `column` to `end` of a block's inputs. The last input fills what is left of it.
-template <typename Real>
-DST_FUNCTION void pack_columns(const Linear& call, const Block& block, int64_t column,
-                               int64_t end) {
-  const int64_t features = call.features;
-  for (int part = 0; part < block.width; part += kLanes) {
-    const Real* from[kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      const int64_t input = std::min(block.first + part + i, call.inputs - 1);
-      from[i] = static_cast<const Real*>(call.input) + input * features;
-    }
-    float* to = block.packed + part;
-    int64_t k = column;
-    for (; k + kLanes <= end; k += kLanes) {
-      Vector tile[kLanes] = {};
-      for (int i = 0; i < kLanes; ++i) tile[i] = load(from[i] + k);
-      transpose(tile);
-      for (int i = 0; i < kLanes; ++i) store(tile[i], to + (k + i) * block.width);
-    }
-    for (; k < end; ++k) {
-      for (int i = 0; i < kLanes; ++i) to[k * block.width + i] = number(from[i][k]);
-    }
-  }
-}
-
 DST_CLONES void pack_block(const Linear& call, const Block& block, int64_t column, int64_t end) {
+  const Matrix input{call.input, call.inputs, call.features};
   if (call.weight.dtype == ScalarType::Float) {
-    pack_columns<float>(call, block, column, end);
+    pack_columns<float>(input, block, column, end);
   } else {
-    pack_columns<BFloat16>(call, block, column, end);
+    pack_columns<BFloat16>(input, block, column, end);
   }
 }
 
@@ -161,7 +106,7 @@ DST_FUNCTION void multiply(const Linear& call, const float* values, const Block&
     const int rows = static_cast<int>(std::min<int64_t>(kLanes, end - row));
     Vector sums[kLanes][vectors] = {};
     for (int i = 0; i < rows; ++i) {
-      const int64_t at = w.starts[row + i], count = w.starts[row + i + 1] - at;
+      const int64_t at = w.begin(row + i), count = w.count(row + i);
       row_times_block<width, width>(values + at, columns + at, count, block.packed, sums[i]);
       if (w.bias) {
         for (int v = 0; v < vectors; ++v) sums[i][v] += w.bias[row + i];
@@ -237,11 +182,11 @@ void several_inputs(const Linear& call) {
 
 }  // namespace
 
-Tensor sparse_linear(const Tensor& input, const Tensor& values, const Tensor& columns,
-                     const Tensor& row_starts, const std::optional<Tensor>& bias) {
-  SparseRows weight("sparse_linear", input, values, columns, row_starts, bias);
+namespace {
+
+Tensor linear(SparseRows& weight, const Tensor& input) {
   std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
-  STD_TORCH_CHECK(!shape.empty(), "sparse_linear: input must have at least 1 dimension");
+  STD_TORCH_CHECK(!shape.empty(), "input must have at least 1 dimension");
   const int64_t features = shape.back();
   int64_t inputs = 1;
   for (size_t i = 0; i + 1 < shape.size(); ++i) inputs *= shape[i];
@@ -262,6 +207,20 @@ Tensor sparse_linear(const Tensor& input, const Tensor& values, const Tensor& co
     weight.share(1, 4, [&](int64_t row, int64_t end, int64_t) { one_input(call, x, row, end); });
   }
   return output;
+}
+
+}  // namespace
+
+Tensor sparse_linear(const Tensor& input, const Tensor& values, const Tensor& columns,
+                     const Tensor& row_starts, const std::optional<Tensor>& bias) {
+  SparseRows weight("sparse_linear", input, values, columns, row_starts, bias);
+  return linear(weight, input);
+}
+
+Tensor kept_linear(const Tensor& input, const Tensor& values, const Tensor& columns,
+                   const Tensor& places, const std::optional<Tensor>& bias) {
+  SparseRows weight = SparseRows::scattered("kept_linear", input, values, columns, places, bias);
+  return linear(weight, input);
 }
 
 }  // namespace dst
