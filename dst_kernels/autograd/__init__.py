@@ -10,7 +10,7 @@ from ._function import product_dtype
 from .conv import masked_conv
 from .conv_transpose import masked_conv_transpose, masked_conv_transpose_weight
 from .fixed import fixed_weight
-from .linear import masked_linear
+from .linear import attached_linear, masked_linear
 from .options import GRANULARITIES, MaskOptions, check_options
 from .regularization import sparse_regularization
 from .sparse import sparse_product
@@ -24,6 +24,7 @@ __all__ = [
     "MaskOptions",
     "Packed",
     "WeightSource",
+    "attached_linear",
     "check_options",
     "fixed_weight",
     "mask_weights",

@@ -11,6 +11,7 @@ from ..backends.device import gpu_name, tf32_allowed
 from ..ops.checks import check_linear
 from ..plan import Plan, plan_linear
 from ..reference.linear import dense_weight_gradient, flatten_batch, linear
+from .kept import multiply
 from .options import MaskOptions
 from .product import Product, masked_product
 from .weight import FRESH, WeightSource
@@ -19,6 +20,7 @@ from .weight import FRESH, WeightSource
 class _Linear(Product):
     multiply = staticmethod(F.linear)
     forward = staticmethod(linear)
+    kept_forward, kept_grad_input = "kept_linear", "kept_linear_grad_input"
     fused_forward = ops.masked_linear
     fused_grad_input = ops.masked_linear_grad_input
     fused_grad_weight = ops.masked_linear_grad_weight
@@ -35,6 +37,11 @@ class _Linear(Product):
     def grad_bias(grad: Tensor, dtype: torch.dtype) -> Tensor:
         wide = torch.promote_types(grad.dtype, torch.float32)
         return flatten_batch(grad).sum(0, dtype=wide).to(dtype)
+
+    @staticmethod
+    def sizes(input: Tensor, weight: Tensor) -> tuple[int, int, int, str]:
+        rows, columns = weight.shape
+        return input.numel() // columns, rows, columns, "linear"
 
     @staticmethod
     def fastest(input: Tensor, weight: Tensor, packed_available: bool) -> Plan:
@@ -64,3 +71,10 @@ def masked_linear(
     if not torch.compiler.is_compiling():  # there the compiler's own checks of shapes serve
         check_linear(input, weight, threshold, bias)
     return masked_product(_Linear, input, weight, threshold, bias, (), options, source)
+
+
+def attached_linear(
+    input: Tensor, masked: Tensor, bias: Tensor | None, options: MaskOptions
+) -> Tensor:
+    """Return the product with a W * M that has its gradients: `masked`, in the input's dtype."""
+    return multiply(_Linear, input, masked, bias, (), options.path, options.backend)

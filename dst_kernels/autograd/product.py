@@ -14,6 +14,7 @@ from .. import ops
 from ..backends import serving
 from ..plan import FUSED, PACKED, PLANS, Plan
 from ._function import MaskedFunction, cast_for_autocast, is_transformed, wanted
+from .kept import multiply
 from .options import MaskOptions
 from .weight import FRESH, WeightSource, masked_weight, pack
 
@@ -36,10 +37,18 @@ class Product:
     grad_input: ClassVar[Callable]  # (grad, like, masked, *geometry) -> dX
     dense_gradient: ClassVar[Callable]  # (grad, input, weight, *geometry) -> G
     grad_bias: ClassVar[Callable]  # (grad, dtype) -> db
+    # By kept elements: names of the reference's functions; none where there are none.
+    kept_forward: ClassVar[str] = ""
+    kept_grad_input: ClassVar[str] = ""
     # Fused: ops.
     fused_forward: ClassVar[OpOverload]
     fused_grad_input: ClassVar[OpOverload]
     fused_grad_weight: ClassVar[OpOverload]
+
+    @staticmethod
+    def sizes(input: Tensor, weight: Tensor, *geometry) -> tuple[int, int, int, str]:
+        """Return what the planner judges a product with kept elements by: M, N, K and the kind."""
+        raise NotImplementedError
 
     @staticmethod
     def fastest(input: Tensor, weight: Tensor, packed_available: bool, *geometry) -> Plan:
@@ -133,12 +142,15 @@ def masked_product(
     """
     input = cast_for_autocast(input, weight)
     plan = _plan(product, input, weight, geometry, options, source)
-    if plan == PLANS["packed"] and source.keep:
+    if plan == PLANS["sparse"] and not source.keep:
+        plan = PLANS["packed"]
+    if plan in (PLANS["packed"], PLANS["sparse"]) and source.keep:
         operands = weight, threshold, options, input.dtype, source
         made = masked_weight(*operands, checked=True)
         if bias is not None and bias.dtype != input.dtype:
             bias = bias.to(input.dtype)
-        return product.multiply(input, made.masked, bias, *geometry), made.effective
+        path = options.path, options.backend
+        return multiply(product, input, made.masked, bias, geometry, *path), made.effective
     masked = effective = None
     if plan.forward == PACKED:
         packed = (source.recall or pack)(weight, threshold, options, input.dtype)

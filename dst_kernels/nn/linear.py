@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .. import autograd
 from .layer import MaskedLayer
@@ -40,7 +39,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
             bias = self.bias
         attached = attached_weight(self, input)
         if attached is not None:
-            return F.linear(input, attached, bias)
+            return autograd.attached_linear(input, attached, bias, self.masking)
         return self._masked(
             lambda weight, threshold, *how: autograd.masked_linear(
                 input, weight, threshold, bias, *how

@@ -16,6 +16,7 @@ from .estimate import (
     plan_conv,
     plan_linear,
 )
+from .kept import most_kept
 
 __all__ = [
     "CONV_TRANSPOSE_PATHS",
@@ -26,6 +27,7 @@ __all__ = [
     "ConvKind",
     "Plan",
     "check_path",
+    "most_kept",
     "plan_conv",
     "plan_linear",
 ]

@@ -21,11 +21,11 @@ import torch
 
 from .table import measured_conv_costs, measured_costs
 
-FUSED, PACKED = "fused", "packed"
+FUSED, PACKED, SPARSE = "fused", "packed", "sparse"
 
 
 class Plan(NamedTuple):
-    """Say how each product runs: "fused" or "packed"."""
+    """Say how each product runs: "fused", "packed" or "sparse"."""
 
     forward: str
     grad_input: str
@@ -36,6 +36,7 @@ PLANS = {
     "fused": Plan(FUSED, FUSED, FUSED),
     "packed": Plan(PACKED, PACKED, PACKED),
     "mixed": Plan(PACKED, PACKED, FUSED),
+    "sparse": Plan(SPARSE, SPARSE, PACKED),
 }
 PATHS = ("auto", *PLANS)
 CONV_TRANSPOSE_PATHS = ("auto", "packed")  # no backend has fused kernels for it

@@ -9,6 +9,15 @@ knows about autograd, modules or dispatch.
 from .conv import masked_conv, masked_conv_grad_input, masked_conv_grad_weight
 from .conv_transpose import masked_conv_transpose
 from .group import masked_weights, masked_weights_backward
+from .kept import (
+    KeptRows,
+    kept_conv,
+    kept_conv_grad_input,
+    kept_linear,
+    kept_linear_grad_input,
+    kept_rows,
+    new_kept_rows,
+)
 from .linear import masked_linear, masked_linear_grad_input, masked_linear_grad_weight
 from .regularization import regularization, sparse_regularization
 from .sparse import dense_weight, sparse_conv, sparse_linear
@@ -23,10 +32,16 @@ from .weight import (
 
 __all__ = [
     "SURROGATES",
+    "KeptRows",
     "adamw_step_",
     "dense_weight",
     "effective_threshold",
     "grad_norm_",
+    "kept_conv",
+    "kept_conv_grad_input",
+    "kept_linear",
+    "kept_linear_grad_input",
+    "kept_rows",
     "masked_conv",
     "masked_conv_grad_input",
     "masked_conv_grad_weight",
@@ -38,6 +53,7 @@ __all__ = [
     "masked_weight_backward",
     "masked_weights",
     "masked_weights_backward",
+    "new_kept_rows",
     "regularization",
     "sgd_step_",
     "sparse_conv",

@@ -1,7 +1,7 @@
 """Offer the functions of the backends "cpu" and "cuda"; load the CPU library before the import."""
 
 from .regularization import regularization
-from .sparse import sparse_conv, sparse_linear
+from .sparse import kept_linear, kept_linear_grad_input, kept_rows, sparse_conv, sparse_linear
 from .step import adamw_step_, grad_norm_, sgd_step_
 from .weight import (
     effective_threshold,
@@ -15,6 +15,9 @@ __all__ = [
     "adamw_step_",
     "effective_threshold",
     "grad_norm_",
+    "kept_linear",
+    "kept_linear_grad_input",
+    "kept_rows",
     "masked_weight",
     "masked_weight_backward",
     "masked_weights",

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from ... import reference
 from ...reference.conv import Geometry, conv_memory_format
+from ...reference.kept import KeptRows, new_kept_rows
 
-_linear = torch.ops.dst_kernels_compiled.sparse_linear.default
-_conv = torch.ops.dst_kernels_compiled.sparse_conv.default
+_ops = torch.ops.dst_kernels_compiled
+_linear, _conv = _ops.sparse_linear.default, _ops.sparse_conv.default
+_kept_rows, _kept_linear = _ops.kept_rows.default, _ops.kept_linear.default
+_kept_linear_grad_input = _ops.kept_linear_grad_input.default
 _DTYPES = (torch.float32, torch.bfloat16)
 _MOST = 1 << 30  # elements of an image: the library's offsets are 32-bit integers
 
@@ -50,3 +53,25 @@ def sparse_conv(
         (*kernel_size, *stride, *padding, *dilation, groups),
     )  # fmt: skip
     return output.contiguous(memory_format=conv_memory_format(input, input))
+
+
+def kept_rows(masked: Tensor, most: int) -> KeptRows | None:
+    """Do as the reference does, but judge by a sample of rows, and keep a NaN."""
+    if not (masked.is_cpu and masked.dtype in (*_DTYPES, torch.float64)):
+        return reference.kept_rows(masked, most)
+    rows = new_kept_rows(masked)
+    return rows if _kept_rows(masked, most, *rows) else None
+
+
+def kept_linear(input: Tensor, rows: KeptRows, bias: Tensor | None) -> Tensor:
+    """Do as the reference does; it also computes what the library does not take."""
+    if not (input.is_cpu and input.dtype in _DTYPES):
+        return reference.kept_linear(input, rows, bias)
+    return _kept_linear(input.contiguous(), *rows, bias)
+
+
+def kept_linear_grad_input(grad: Tensor, rows: KeptRows) -> Tensor:
+    """Do as the reference does; it also computes what the library does not take."""
+    if not (grad.is_cpu and grad.dtype in _DTYPES):
+        return reference.kept_linear_grad_input(grad, rows)
+    return _kept_linear_grad_input(grad.contiguous(), *rows)
