@@ -33,6 +33,10 @@ struct State {
 struct StepSegment {
   Array weight, grad, threshold, threshold_grad, masked;
   State weight_state, threshold_state;
+  // Where these are given (CPU), `masked` gets the kept weights alone, as rows: see cpu/sparse.h.
+  void* kept_columns = nullptr;
+  int32_t* kept_places = nullptr;
+  bool kept_small = false;  // columns are uint16, not int32
   Rows shape;
   int32_t weight_hyper, threshold_hyper;  // rows of hypers; -1: not updated
   Surrogate surrogate;

@@ -48,7 +48,7 @@ void adamw_step(const Tensors& weights, const Tensors& grads, const Tensors& ave
   std::vector<Hyper> rows = read_hypers(reader, hypers, rates, alphas);
   std::vector<StepSegment> segments =
       step_segments(reader, weights, grads, thresholds, threshold_grads, settings, rows.size());
-  read_masked(reader, masked, segments);
+  read_masked_or_rows(reader, masked, segments);
   read_adamw_state(reader, rows, Half::kWeight, {"averages", "squares", "steps"}, averages, squares,
                    steps, segments);
   read_adamw_state(reader, rows, Half::kThreshold,

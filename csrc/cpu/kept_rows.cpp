@@ -1,77 +1,12 @@
 // The kept weights of each row and their columns: what products of a training step read in place of
 // W * M. A thread writes its rows one after the other, from where the first of them begins in the
 // dense weight, so that it need not know how many weights other rows keep.
-#include <array>
-#include <bit>
-#include <cstring>
-#include <limits>
+#include "kept_rows.h"
 
-#include "sparse.h"
+#include <limits>
 
 namespace dst {
 namespace {
-
-template <typename Real, typename Column>
-DST_FUNCTION int32_t pack_elements(const Real* row, int64_t from, int64_t to, int32_t kept,
-                                   Real* values, Column* columns) {
-  for (int64_t i = from; i < to; ++i) {  // without a branch, which would often be guessed wrongly
-    values[kept] = row[i];
-    columns[kept] = static_cast<Column>(i);
-    kept += number(row[i]) != 0;
-  }
-  return kept;
-}
-
-#if defined(__GNUC__) && !defined(__clang__)
-
-// For each set of eight lanes, the lanes that are in it, in order.
-template <typename T>
-struct LanesOf {
-  alignas(32) std::array<std::array<T, kLanes>, 256> table{};
-
-  constexpr LanesOf() {
-    for (int set = 0; set < 256; ++set) {
-      int used = 0;
-      for (int lane = 0; lane < kLanes; ++lane) {
-        if (set >> lane & 1) table[set][used++] = static_cast<T>(lane);
-      }
-    }
-  }
-};
-
-template <typename T>
-constexpr LanesOf<T> kLanesOf;
-
-template <typename T>
-using Lanes8 [[gnu::vector_size(sizeof(T) * kLanes), gnu::aligned(2), gnu::may_alias]] = T;
-
-// Eight at a time: what is stored too much is overwritten next, or lies behind the kept ones.
-template <typename Column>
-DST_FUNCTION int32_t pack_row(const float* row, int64_t count, float* values, Column* columns) {
-  constexpr Mask lane = {1, 2, 4, 8, 16, 32, 64, 128};
-  int32_t kept = 0;
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const Vector block = load(row + i);
-    const Mask a = (Mask)(block != 0.0f) & lane;
-    const Mask b = a + Mask{a[4], a[5], a[6], a[7], a[0], a[1], a[2], a[3]};
-    const Mask c = b + Mask{b[2], b[3], b[0], b[1], b[6], b[7], b[4], b[5]};
-    const int32_t set = c[0] + c[1];
-    const auto wide = *reinterpret_cast<const Mask*>(kLanesOf<int32_t>.table[set].data());
-    const auto lanes = *reinterpret_cast<const Lanes8<Column>*>(kLanesOf<Column>.table[set].data());
-    store(__builtin_shuffle(block, wide), values + kept);
-    *reinterpret_cast<Lanes8<Column>*>(columns + kept) = lanes + static_cast<Column>(i);
-    kept += std::popcount(static_cast<uint32_t>(set));
-  }
-  return pack_elements(row, i, count, kept, values, columns);
-}
-
-#endif
-
-template <typename Real, typename Column>
-DST_FUNCTION int32_t pack_row(const Real* row, int64_t count, Real* values, Column* columns) {
-  return pack_elements(row, 0, count, 0, values, columns);
-}
 
 struct Dense {
   int64_t rows, columns;
@@ -87,7 +22,7 @@ DST_FUNCTION void pack_rows(const Dense& call, int64_t row, int64_t end) {
   for (; row < end; ++row) {
     const Real* weights = static_cast<const Real*>(call.masked) + row * call.columns;
     call.places[2 * row] = static_cast<int32_t>(to);
-    to += pack_row(weights, call.columns, static_cast<Real*>(call.values) + to,
+    to += pack_run(weights, call.columns, 0, static_cast<Real*>(call.values) + to,
                    static_cast<Column*>(call.kept_columns) + to);
     call.places[2 * row + 1] = static_cast<int32_t>(to);
   }

@@ -58,7 +58,7 @@ void sgd_step(const Tensors& weights, const Tensors& grads, const Tensors& buffe
   std::vector<Hyper> rows = read_hypers(reader, hypers, rates, alphas);
   std::vector<StepSegment> segments =
       step_segments(reader, weights, grads, thresholds, threshold_grads, settings, rows.size());
-  read_masked(reader, masked, segments);
+  read_masked_or_rows(reader, masked, segments);
   read_sgd_state(reader, rows, Half::kWeight, "buffers", buffers, segments);
   read_sgd_state(reader, rows, Half::kThreshold, "threshold_buffers", threshold_buffers, segments);
   int64_t* counts = reader.counts(kept, "kept");

@@ -9,10 +9,11 @@ namespace {
 template <typename Real>
 DST_FUNCTION int64_t mask_rows(const StepSegment& s, const Part& part) {
   const Real* thresholds = static_cast<const Real*>(s.threshold.data);
-  int64_t kept = 0;
+  int64_t kept = 0, to = part.row * s.shape.columns;
   for (int64_t row = part.row; row < part.row + part.rows; ++row) {
     const int64_t begin = row * s.shape.columns + part.column;
-    kept += mask_run(s, thresholds[row], begin, begin + part.columns);
+    kept += s.kept_columns ? mask_row_kept(s, thresholds[row], row, to)
+                           : mask_run(s, thresholds[row], begin, begin + part.columns);
   }
   return kept;
 }
@@ -71,6 +72,30 @@ void guard(const Step& step, int64_t* kept) {
 }
 
 }  // namespace
+
+void read_masked_or_rows(const Reader& reader, const Tensors& masked,
+                         std::vector<StepSegment>& segments) {
+  const size_t n = segments.size();
+  if (masked.size() != 3 * n || n == 0) return read_masked(reader, masked, segments);
+  read_masked(reader, Tensors(masked.begin(), masked.begin() + n), segments);
+  for (size_t i = 0; i < n; ++i) {
+    StepSegment& s = segments[i];
+    const Tensor &columns = masked[n + i], &places = masked[2 * n + i];
+    if (columns.numel() == 0) continue;
+    STD_TORCH_CHECK(s.masked && !is_long(s.shape), reader.op(), ": segment ", i,
+                    " cannot be written as kept rows");
+    s.kept_small = columns.scalar_type() == ScalarType::UInt16;
+    const ScalarType of_columns = s.kept_small ? ScalarType::UInt16 : ScalarType::Int;
+    check_run(reader.op(), columns, "columns", of_columns, s.weight.numel);
+    check_run(reader.op(), places, "places", ScalarType::Int, 2 * s.shape.rows);
+    STD_TORCH_CHECK(!s.kept_small || s.shape.columns <= 1 << 16, reader.op(),
+                    ": columns must be int32 for rows of ", s.shape.columns, " elements");
+    STD_TORCH_CHECK(s.weight.numel < int64_t(1) << 31, reader.op(), ": segment ", i,
+                    " has too many elements for kept rows");
+    s.kept_columns = columns.data_ptr();
+    s.kept_places = static_cast<int32_t*>(places.data_ptr());
+  }
+}
 
 Step::Step(std::vector<StepSegment> segments, std::vector<Hyper> hypers, const Scales& scales)
     : segments(std::move(segments)), hypers(std::move(hypers)) {

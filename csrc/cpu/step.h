@@ -7,6 +7,7 @@
 
 #include "../step_segments.h"
 #include "blocks.h"
+#include "kept_rows.h"
 #include "storage.h"
 #include "work.h"
 
@@ -108,6 +109,38 @@ DST_FUNCTION int64_t mask_run(const StepSegment& s, Real threshold, int64_t begi
   }
   return kept;
 }
+
+// The same as kept elements, from `to` on, which moves behind them.
+template <typename Real, typename Column>
+DST_FUNCTION int64_t mask_row_kept(const StepSegment& s, Real threshold, int64_t row, int64_t& to) {
+  Real weights[kBlock], masked[kBlock], values[kBlock];
+  const int64_t begin = row * s.shape.columns, end = begin + s.shape.columns;
+  Column* columns = static_cast<Column*>(s.kept_columns);
+  int64_t kept = 0;
+  s.kept_places[2 * row] = static_cast<int32_t>(to);
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int count = static_cast<int>(std::min<int64_t>(kBlock, end - at));
+    const Real* weight = load(s.weight, at, count, weights);
+    kept += mask_block(weight, RowThreshold<Real>{threshold}, masked, count);
+    const int64_t packed =
+        pack_run(masked, count, at - begin, target(s.masked, to, values), columns + to);
+    store(s.masked, to, static_cast<int>(packed), values);
+    to += packed;
+  }
+  s.kept_places[2 * row + 1] = static_cast<int32_t>(to);
+  return kept;
+}
+
+template <typename Real>
+DST_FUNCTION int64_t mask_row_kept(const StepSegment& s, Real threshold, int64_t row, int64_t& to) {
+  return s.kept_small ? mask_row_kept<Real, uint16_t>(s, threshold, row, to)
+                      : mask_row_kept<Real, int32_t>(s, threshold, row, to);
+}
+
+// `masked`: of each segment, or three lists one after the other: `masked`, and the columns and
+// places of those that are to be written as kept rows.
+void read_masked_or_rows(const Reader& reader, const Tensors& masked,
+                         std::vector<StepSegment>& segments);
 
 // What an update rule compiles.
 struct Kernels {

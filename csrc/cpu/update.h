@@ -53,7 +53,7 @@ DST_FUNCTION int64_t update_rows(const Step& step, const StepSegment& s, const P
     threshold_rule.emplace(step.threshold_hyper(s), s.threshold_state);
   }
   const bool differentiate = rule || (threshold_rule && s.grad);
-  int64_t kept = 0;
+  int64_t kept = 0, to = part.row * s.shape.columns;
   for (int64_t row = part.row; row < part.row + part.rows; ++row) {
     const int64_t begin = row * s.shape.columns + part.column;
     const int64_t end = begin + part.columns;
@@ -68,7 +68,11 @@ DST_FUNCTION int64_t update_rows(const Step& step, const StepSegment& s, const P
       continue;
     }
     if (threshold_rule) update_threshold(step, s, row, *threshold_rule, minus_sum);
-    if (s.masked) kept += mask_run(s, thresholds[row], begin, end);
+    if (s.kept_columns) {
+      kept += mask_row_kept(s, thresholds[row], row, to);
+    } else if (s.masked) {
+      kept += mask_run(s, thresholds[row], begin, end);
+    }
   }
   return kept;
 }

@@ -10,6 +10,7 @@ from ._function import product_dtype
 from .conv import masked_conv
 from .conv_transpose import masked_conv_transpose, masked_conv_transpose_weight
 from .fixed import fixed_weight
+from .kept import MaskedWeightInMemory
 from .linear import attached_linear, masked_linear
 from .options import GRANULARITIES, MaskOptions, check_options
 from .regularization import sparse_regularization
@@ -22,6 +23,7 @@ __all__ = [
     "GRANULARITIES",
     "MADE",
     "MaskOptions",
+    "MaskedWeightInMemory",
     "Packed",
     "WeightSource",
     "attached_linear",

@@ -13,16 +13,19 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..backends import implementation
-from ..ops import is_batched, is_watched, without_autograd_and_autocast
+from ..ops import is_batched, is_watched
 from ..plan import most_kept
-from ..reference.kept import KeptRows
+from ..reference.kept import KeptRows, dense_rows, new_kept_rows
+from ..reference.weight import threshold_mask
 from ._function import is_transformed
+from .options import MaskOptions
 
 if TYPE_CHECKING:
     from .product import Product
 
 _SPARSE_DTYPES = (torch.float32, torch.bfloat16)
 _LEAST = 1 << 13  # elements of a weight for which the choice is worth its time
+_MOST = (1 << 31) - 1  # elements that places can say
 
 
 class _KeptProduct(Function):
@@ -33,8 +36,7 @@ class _KeptProduct(Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(input, masked, *rows)
         run = implementation(backend, input.device, product.kept_forward)
-        with without_autograd_and_autocast(input.device.type):
-            return run(input, rows, bias, *geometry)
+        return run(input, rows, bias, *geometry)
 
     @staticmethod
     def backward(ctx, grad) -> Any:
@@ -48,7 +50,8 @@ class _KeptProduct(Function):
             grad_masked = product.dense_gradient(grad, input, masked, *geometry)
         if of_input and (torch.is_grad_enabled() or is_batched(grad)):
             # torch's product can be differentiated again, and takes many gradients at a time.
-            grad_input = product.grad_input(grad, input, masked, *geometry)
+            dense = _Dense.apply(masked, KeptRows(*parts))
+            grad_input = product.grad_input(grad, input, dense, *geometry)
         elif of_input:
             run = implementation(backend, grad.device, product.kept_grad_input)
             like = (input,) if geometry else ()
@@ -58,60 +61,132 @@ class _KeptProduct(Function):
         return grad_input, grad_masked, grad_bias, None, None, None, None
 
 
+class MaskedWeightInMemory:
+    """Hold W * M that an optimizer's step renews, and how: dense, or as kept rows.
+
+    `tensor` has the weight's shape. It is W * M itself, or, where `rows` is not None, the values of
+    these. `kept` is the number of kept weights (on CPUs; else None).
+    """
+
+    __slots__ = ("_spare", "by_rows", "kept", "rows", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.rows: KeptRows | None = None
+        self.kept: int | None = None
+        self.by_rows = False  # whether the last product took kept rows
+        self._spare: tuple[Tensor, Tensor] | None = None
+
+    def replace(self, masked: Tensor) -> None:
+        """Write a dense W * M into the same memory."""
+        if masked is not self.tensor:
+            self.tensor.copy_(masked)
+            self.rows = None
+
+    def count(self, weight: Tensor, effective: Tensor) -> None:
+        """Count the kept weights."""
+        if weight.is_cpu and weight.numel() >= _LEAST:
+            self.kept = int(threshold_mask(weight, effective).sum())
+
+    def dense(self, masked: Tensor) -> Tensor:
+        """Return W * M itself, with the gradients of `masked`, which shares this memory."""
+        return masked if self.rows is None else _Dense.apply(masked, self.rows)
+
+    def kept_rows(self, backend: str) -> KeptRows:
+        """Return the kept rows, made from W * M if the step has not written them."""
+        if self.rows is not None:
+            return self.rows
+        rows = implementation(backend, self.tensor.device, "kept_rows")(
+            self.tensor, self.tensor.numel()
+        )
+        self._spare = rows[1:]
+        return rows
+
+    def targets(self, may_skip: bool) -> tuple[Tensor, Tensor] | None:
+        """Return columns and places for the next step to write kept rows; None: W * M itself.
+
+        A step that may be skipped writes what is there already.
+        """
+        if may_skip:
+            return None if self.rows is None else self.rows[1:]
+        if not (self.by_rows and self.tensor.is_cpu and self.tensor.numel() <= _MOST):
+            return None
+        if self._spare is None:
+            self._spare = new_kept_rows(self.tensor)[1:]
+        return self._spare
+
+    def renewed(self, kept: int | None, targets: tuple[Tensor, Tensor] | None) -> None:
+        """Take note of what a step has written, and where: what `targets` returned."""
+        self.rows = None if targets is None else KeptRows(self.tensor, *targets)
+        self.kept = kept
+
+
+class _Dense(Function):
+    """Return W * M from its kept rows; the gradient is G either way."""
+
+    @staticmethod
+    def forward(ctx, masked, rows):
+        return dense_rows(rows)
+
+    @staticmethod
+    def backward(ctx, grad) -> Any:
+        return grad, None
+
+
 def multiply(
     product: type[Product],
     input: Tensor,
     masked: Tensor,
     bias: Tensor | None,
     geometry: tuple,
-    path: str,
-    backend: str,
+    options: MaskOptions,
+    known: MaskedWeightInMemory | None = None,
 ) -> Tensor:
-    """Return the product with `masked`, W * M in the input's dtype, by torch or by kept elements.
+    """Return the product with `masked`, W * M in the input's dtype, by torch or by kept rows.
 
-    On the path "auto" it is by kept elements in training on CPUs where the planner says that they
-    are few enough, on "sparse" always. Tracers, torch.func and tools that watch every operation see
-    torch's own product.
+    On the path "auto" it is by kept rows in training on CPUs where the planner says that they are
+    short enough, on "sparse" always. Tracers, torch.func and tools that watch every operation see
+    torch's own product. `known`: what is known of `masked` if an optimizer's step made it.
     """
     if (
-        path == "packed"
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
+        or (path := options.path) == "packed"
         or (
-            path == "auto"
-            and not (
-                masked.is_cpu
-                and masked.requires_grad
-                and masked.numel() >= _LEAST
-                and masked.dtype in _SPARSE_DTYPES
-            )
+            not (masked.numel() >= _LEAST and masked.is_cpu and masked.requires_grad)
+            and path == "auto"
         )
     ):
+        if known is not None:
+            masked = known.dense(masked)
         return product.multiply(input, masked, bias, *geometry)
-    rows = _rows(product, input, masked, geometry, path, backend)
+    most = _most(product, input, masked, geometry, path)
+    rows: KeptRows | None = None
+    if known is not None:
+        known.by_rows = most > 0 and known.kept is not None and known.kept <= most
+        if known.by_rows:
+            rows = known.kept_rows(options.backend)
+        else:
+            masked = known.dense(masked)
+    elif most > 0:
+        rows = implementation(options.backend, masked.device, "kept_rows")(masked.detach(), most)
     if rows is None:
         return product.multiply(input, masked, bias, *geometry)
-    return _KeptProduct.apply(input, masked, bias, rows, product, geometry, backend)
+    return _KeptProduct.apply(input, masked, bias, rows, product, geometry, options.backend)
 
 
-def _rows(
-    product: type[Product],
-    input: Tensor,
-    masked: Tensor,
-    geometry: tuple,
-    path: str,
-    backend: str,
-) -> KeptRows | None:
-    """Return the kept elements of `masked`, or None where torch is to multiply with all of it."""
-    if not (product.kept_forward and masked.is_contiguous() and masked.dim() <= 4):
-        return None
-    if is_transformed() or is_watched() or torch._C._get_tracing_state() is not None:
-        return None
-    most = masked.numel()
-    if path == "auto":
-        sizes = product.sizes(input, masked, *geometry)
-        most = most_kept(*sizes, masked.dtype) if input.numel() else 0
-        if not most:
-            return None
-    with without_autograd_and_autocast(masked.device.type):
-        run = implementation(backend, masked.device, "kept_rows")
-        return run(masked.detach(), most)
+def _most(product: type[Product], input: Tensor, masked: Tensor, geometry: tuple, path: str) -> int:
+    """Return how many weights may be kept for a product by kept rows; 0: torch multiplies."""
+    if (
+        not product.kept_forward
+        or not masked.is_contiguous()
+        or masked.dim() > 4
+        or is_transformed()
+        or is_watched()
+        or torch._C._get_tracing_state() is not None
+    ):
+        return 0
+    if path == "sparse":
+        return masked.numel()
+    if masked.dtype not in _SPARSE_DTYPES or input.numel() == 0:
+        return 0
+    return most_kept(*product.sizes(input, masked, *geometry), masked.dtype)

@@ -11,7 +11,7 @@ from ..backends.device import gpu_name, tf32_allowed
 from ..ops.checks import check_linear
 from ..plan import Plan, plan_linear
 from ..reference.linear import dense_weight_gradient, flatten_batch, linear
-from .kept import multiply
+from .kept import MaskedWeightInMemory, multiply
 from .options import MaskOptions
 from .product import Product, masked_product
 from .weight import FRESH, WeightSource
@@ -74,7 +74,11 @@ def masked_linear(
 
 
 def attached_linear(
-    input: Tensor, masked: Tensor, bias: Tensor | None, options: MaskOptions
+    input: Tensor,
+    masked: Tensor,
+    bias: Tensor | None,
+    options: MaskOptions,
+    known: MaskedWeightInMemory | None,
 ) -> Tensor:
-    """Return the product with a W * M that has its gradients: `masked`, in the input's dtype."""
-    return multiply(_Linear, input, masked, bias, (), options.path, options.backend)
+    """Return `multiply` of a W * M that has its gradients: `masked`, in the input's dtype."""
+    return multiply(_Linear, input, masked, bias, (), options, known)

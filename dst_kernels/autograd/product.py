@@ -149,8 +149,7 @@ def masked_product(
         made = masked_weight(*operands, checked=True)
         if bias is not None and bias.dtype != input.dtype:
             bias = bias.to(input.dtype)
-        path = options.path, options.backend
-        return multiply(product, input, made.masked, bias, geometry, *path), made.effective
+        return multiply(product, input, made.masked, bias, geometry, options), made.effective
     masked = effective = None
     if plan.forward == PACKED:
         packed = (source.recall or pack)(weight, threshold, options, input.dtype)

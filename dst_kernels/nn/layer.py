@@ -13,7 +13,7 @@ from .. import functional as F
 from .in_place import shallow_copy
 from .module import MaskedModule
 from .reading import Readable
-from .sources import Deferral, attached_weight, copies_of, source_of
+from .sources import Deferral, attached_weight, copies_of, known_of, source_of
 from .sources.stamp import stamp
 from .tools import recorded
 from .weight import MaskedWeight
@@ -120,7 +120,8 @@ class MaskedLayer(MaskedModule):
         """Return W * M in the weight's own dtype, for a user's own forward."""
         attached = attached_weight(self, weight)
         if attached is not None and attached.dtype == weight.dtype:
-            return attached
+            known = known_of(self, attached)
+            return attached if known is None else known.dense(attached)
         return self._rows(
             self._masked(
                 lambda weight, threshold, options, source: autograd.masked_weight(

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .. import autograd
 from .layer import MaskedLayer
-from .sources import attached_weight
+from .sources import attached_weight, known_of
 
 
 class MaskedLinear(MaskedLayer, nn.Linear):
@@ -39,7 +39,9 @@ class MaskedLinear(MaskedLayer, nn.Linear):
             bias = self.bias
         attached = attached_weight(self, input)
         if attached is not None:
-            return autograd.attached_linear(input, attached, bias, self.masking)
+            return autograd.attached_linear(
+                input, attached, bias, self.masking, known_of(self, attached)
+            )
         return self._masked(
             lambda weight, threshold, *how: autograd.masked_linear(
                 input, weight, threshold, bias, *how

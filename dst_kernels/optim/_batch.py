@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..autograd import MaskedWeightInMemory
 from ..nn import MaskedLayer
 from ..nn.weight import MaskedWeight
 from ..ops.dtensor import is_dtensor
@@ -98,12 +99,31 @@ class Batch:
             grad = torch.empty_like(own, dtype=grad.dtype).copy_(grad)
         return grad
 
-    def placed(self, masked: Mapping[MaskedLayer, Tensor]) -> list[Tensor]:
-        """Return W * M of each segment, absent where `masked` has none of its layer."""
-        return [
-            self.absent if segment.layer is None else masked.get(segment.layer, self.absent)
-            for segment in self.segments
-        ]
+    def placed(
+        self,
+        masked: Mapping[MaskedLayer, MaskedWeightInMemory],
+        rows: Mapping[MaskedLayer, tuple[Tensor, Tensor] | None],
+    ) -> list[Tensor]:
+        """Return W * M of each segment, absent where `masked` has none of its layer.
+
+        Columns and places follow if some `rows` are to be written.
+        """
+        known = [masked.get(each.layer) for each in self.segments]  # type: ignore[arg-type]
+        placed = [self.absent if each is None else each.tensor for each in known]
+        if not [each for each in rows.values() if each is not None]:
+            return placed
+        nothing = self.absent, self.absent
+        pairs = [rows.get(each.layer) or nothing for each in self.segments]  # type: ignore[arg-type]
+        return [*placed, *(columns for columns, _ in pairs), *(places for _, places in pairs)]
+
+    def counted(
+        self, masked: Mapping[MaskedLayer, MaskedWeightInMemory], may_skip: bool
+    ) -> dict[MaskedLayer, int | None]:
+        """Return how many weights each of these layers keeps, as far as the host can know."""
+        if may_skip or self.device.type != "cpu":
+            return dict.fromkeys(masked)
+        counts = zip(self.segments, self.kept.tolist(), strict=True)
+        return {each.layer: kept for each, kept in counts if each.layer in masked}
 
     def present(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         """Return one float32 element on the device for each tensor, no element for None.

@@ -90,15 +90,21 @@ class DeferredOptimizer(Optimizer):
         for batch in batches:
             grads, threshold_grads = batch.grads()
             masked = self._deferral.fresh(batch.layers)
+            may_skip = scales[1] is not None
+            rows = {layer: each.targets(may_skip) for layer, each in masked.items()}
             self._implementation(self._op, batch)(
                 batch.weights, grads, *batch.state,
                 batch.thresholds, threshold_grads, *batch.threshold_state,
-                batch.placed(masked),
+                batch.placed(masked, rows),
                 batch.kept, batch.settings,
                 hypers, *map(batch.present, (rates, alphas, scales)),
             )  # fmt: skip
-            torch.autograd.graph.increment_version([*batch.written, *masked.values()])
+            written = [each.tensor for each in masked.values()]
+            written += [tensor for each in rows.values() if each is not None for tensor in each]
+            torch.autograd.graph.increment_version([*batch.written, *written])
             self._deferral.renewed(masked)
+            for layer, kept in batch.counted(masked, may_skip).items():
+                masked[layer].renewed(kept, rows[layer])
         if any(batch.first for batch in batches):
             self._first_step_done(scales[1])
             self._signature = None

@@ -61,6 +61,11 @@ def kept_rows(masked: Tensor, most: int) -> KeptRows | None:
     return made
 
 
+def dense_rows(rows: KeptRows) -> Tensor:
+    """Return the weight, with 0 where nothing is kept."""
+    return dense_weight(*_one_after_the_other(rows), rows.values.shape[1:])
+
+
 def kept_linear(input: Tensor, rows: KeptRows, bias: Tensor | None) -> Tensor:
     """Return input [..., columns] times the weight, transposed, plus bias [rows]: [..., rows]."""
     return sparse_linear(input, *_one_after_the_other(rows), bias)
@@ -68,7 +73,7 @@ def kept_linear(input: Tensor, rows: KeptRows, bias: Tensor | None) -> Tensor:
 
 def kept_linear_grad_input(grad: Tensor, rows: KeptRows) -> Tensor:
     """Return dX [..., columns] = dY W from grad [..., rows]."""
-    weight = dense_weight(*_one_after_the_other(rows), rows.values.shape[1:])
+    weight = dense_rows(rows)
     wide = torch.promote_types(grad.dtype, torch.float32)
     result = flatten_batch(grad).to(wide) @ weight.to(wide)
     return result.to(grad.dtype).reshape(*grad.shape[:-1], weight.shape[1])
@@ -83,11 +88,9 @@ def kept_conv(input: Tensor, rows: KeptRows, bias: Tensor | None, geometry: Geom
     return sparse_conv(input, *_one_after_the_other(rows), bias, kernel_size, geometry)
 
 
-def kept_conv_grad_input(
-    grad: Tensor, like: Tensor, rows: KeptRows, geometry: Geometry
-) -> Tensor:
+def kept_conv_grad_input(grad: Tensor, like: Tensor, rows: KeptRows, geometry: Geometry) -> Tensor:
     """Return dX, contiguous, of the shape of the input `like`."""
-    weight = dense_weight(*_one_after_the_other(rows), rows.values.shape[1:])
+    weight = dense_rows(rows)
     wide = torch.promote_types(grad.dtype, torch.float32)
     result = conv_grad_input(grad.to(wide), like.to(wide), weight.to(wide), geometry)
     return result.to(grad.dtype).contiguous()

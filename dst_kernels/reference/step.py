@@ -20,6 +20,8 @@ numbers for the weights and one for the thresholds of each param group:
                skipped if the second is 1, and the third multiplies the final gradients
 
 Thresholds are effective ones on entry and on exit: a reset by the guard is written into them.
+`masked` may be three times as long, with columns and places of each segment behind it: where these
+are given (on CPUs), W * M is written as kept rows (`kept.py`), whose values `masked` holds.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .kept import kept_rows
 from .regularization import sparse_regularization_and_slope
 from .surrogate import SURROGATES
 from .weight import broadcast_threshold, masked_weight, weight_gradients_
@@ -51,7 +54,7 @@ def sgd_step_(
     for i, weight in enumerate(weights):
         *_, first_weight, first_threshold = run.settings(i)
         run.segment(
-            i, weight, grads[i], thresholds[i], threshold_grads[i], masked[i], kept,
+            i, weight, grads[i], thresholds[i], threshold_grads[i], masked[i :: len(weights)], kept,
             lambda p, g, h, i=i, first=first_weight: run.sgd(p, g, buffers[i], first, h),
             lambda p, g, h, i=i, first=first_threshold: run.sgd(
                 p, g, threshold_buffers[i], first, h
@@ -74,7 +77,7 @@ def adamw_step_(
         of_weight = averages[i], squares[i], steps[i]
         of_threshold = threshold_averages[i], threshold_squares[i], threshold_steps[i]
         run.segment(
-            i, weight, grads[i], thresholds[i], threshold_grads[i], masked[i], kept,
+            i, weight, grads[i], thresholds[i], threshold_grads[i], masked[i :: len(weights)], kept,
             lambda p, g, h, state=of_weight: run.adamw(p, g, state, h),
             lambda p, g, h, state=of_threshold: run.adamw(p, g, state, h),
         )  # fmt: skip
@@ -171,7 +174,7 @@ class _Run:
 
     def segment(
         self, i: int, weight: Tensor, grad: Tensor, threshold: Tensor, threshold_grad: Tensor,
-        masked: Tensor, kept: Tensor, update_weight: Callable, update_threshold: Callable,
+        masked: Tensors, kept: Tensor, update_weight: Callable, update_threshold: Callable,
     ) -> None:  # fmt: skip
         """Update threshold and weight of segment `i`, then its W * M; the rule is the caller's."""
         weight_row, threshold_row, _, _, collapsed, *_ = self.settings(i)
@@ -180,16 +183,23 @@ class _Run:
             update_threshold(threshold, of_threshold, self._hyper(threshold_row))
         if of_weight is not None:
             update_weight(weight, of_weight, self._hyper(weight_row))
-        if masked.numel():
+        if masked[0].numel():
             self._mask(weight, threshold, masked, kept[i], collapsed)
 
     def _mask(
-        self, weight: Tensor, threshold: Tensor, masked: Tensor, kept: Tensor, collapsed: int
+        self, weight: Tensor, threshold: Tensor, masked: Tensors, kept: Tensor, collapsed: int
     ) -> None:
         """Write W * M under the new threshold, which is 0 where the layer has collapsed."""
+        values, *rows = masked
         count = _kept(weight, threshold)
         effective = torch.where(count <= collapsed, torch.zeros_like(threshold), threshold)
-        self._write(masked, masked_weight(weight, effective, None, masked.dtype)[0])
+        made = masked_weight(weight, effective, None, values.dtype)[0]
+        if rows and rows[0].numel():
+            found = kept_rows(made, made.numel()) or ()
+            for target, value in zip((values, *rows), found, strict=True):
+                self._write(target, value)
+        else:
+            self._write(values, made)
         self._write(kept, _kept(weight, effective))
         self._write(threshold, effective)
 

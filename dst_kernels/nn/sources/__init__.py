@@ -15,8 +15,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from ...autograd import FRESH, WeightSource
+from ...autograd import FRESH, MaskedWeightInMemory, WeightSource
 from .deferred import Deferral, deferral_of
 from .grouped import attached_weight
 from .reused import copies_of, open_scopes
@@ -24,7 +25,13 @@ from .reused import copies_of, open_scopes
 if TYPE_CHECKING:
     from ..layer import MaskedLayer
 
-__all__ = ["Deferral", "attached_weight", "copies_of", "deferral_of", "source_of"]
+__all__ = ["Deferral", "attached_weight", "copies_of", "deferral_of", "known_of", "source_of"]
+
+
+def known_of(layer: MaskedLayer, attached: Tensor) -> MaskedWeightInMemory | None:
+    """Return what is known of an attached W * M that an optimizer's step made, else None."""
+    deferral = layer._deferral
+    return None if deferral is None else deferral.in_memory(layer, attached)
 
 
 def source_of(layer: MaskedLayer) -> WeightSource:

@@ -9,13 +9,14 @@ weights that PyTorch does not record, and must not write what a training thread 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ... import functional as F
-from ...autograd import pack_weights, with_dense_gradients
+from ...autograd import MaskedWeightInMemory, pack_weights, with_dense_gradients
 from .stamp import memory_of, stamp, stamp_after_writes
 
 if TYPE_CHECKING:
@@ -39,6 +40,15 @@ def alike(layers: Sequence[MaskedLayer]) -> bool:
     return len({layer.masking._replace(backend="auto", path="auto") for layer in layers}) == 1
 
 
+@dataclass(slots=True, eq=False)
+class _Made:
+    """Hold W * M of a weight, its stamp (None: stale), and the memory of weight and threshold."""
+
+    weight: MaskedWeightInMemory
+    stamp: tuple | None
+    memory: tuple
+
+
 class Deferral:
     """Hold the masked weights that each step renews; layers that share a weight share W * M.
 
@@ -56,8 +66,7 @@ class Deferral:
         for layer, (weight, _) in self._layers.items():
             tied.setdefault(id(weight), []).append(layer)
         self._tied = {layer: each for each in tied.values() if len(each) > 1 for layer in each}
-        # By id of the weight: W * M, its stamp, and the memory of weight and threshold.
-        self._made: dict[int, tuple[Tensor, tuple | None, tuple]] = {}
+        self._made: dict[int, _Made] = {}  # by id of the weight
         self._uncommitted: set[MaskedLayer] = set()
         for layer in self._layers:
             layer._deferral = self
@@ -104,7 +113,7 @@ class Deferral:
 
     # -- what a step made, and what it is to renew ----------------------------------------------
 
-    def fresh(self, layers: Iterable[MaskedLayer]) -> dict[MaskedLayer, Tensor]:
+    def fresh(self, layers: Iterable[MaskedLayer]) -> dict[MaskedLayer, MaskedWeightInMemory]:
         """Return each W * M whose weight and threshold have not changed since it was made.
 
         It is in the memory of the device where they are.
@@ -112,37 +121,47 @@ class Deferral:
         found = {}
         for layer in layers:
             made = self._made.get(id(layer._parameters["weight"]))
-            if made is not None and made[1] is not None and made[1] == stamp(layer):
-                found[layer] = made[0]
+            if made is not None and made.stamp is not None and made.stamp == stamp(layer):
+                found[layer] = made.weight
         return found
 
-    def store(self, layer: MaskedLayer, masked: Tensor) -> Tensor:
+    def store(self, layer: MaskedLayer, masked: Tensor, effective: Tensor) -> Tensor:
         """Keep W * M; return the tensor that holds it: the previous one if that has its layout.
 
         A captured CUDA graph reads from the tensor that it was captured with.
         """
         weight, threshold = layer._parameters["weight"], layer._parameters["threshold"]
         key = id(weight)
-        before, _, memory = self._made.get(key, _NOTHING)
-        if before is not None and before is not masked and _layout(before) == _layout(masked):
-            masked = before.copy_(masked)
+        made = self._made.get(key)
+        if made is None or _layout(made.weight.tensor) != _layout(masked):
+            made = self._made[key] = _Made(MaskedWeightInMemory(masked), None, ())
+        else:
+            made.weight.replace(masked)
+        made.weight.count(weight, effective)
         addresses = weight.data_ptr(), threshold.data_ptr()
-        if addresses != tuple(each.data_ptr() for each in memory):
-            memory = memory_of(layer)
-        self._made[key] = masked, stamp(layer), memory
-        return masked
+        if addresses != tuple(each.data_ptr() for each in made.memory):
+            made.memory = memory_of(layer)
+        made.stamp = stamp(layer)
+        return made.weight.tensor
 
     def renewed(self, layers: Iterable[MaskedLayer]) -> None:
         """Take note that a step has written each fresh W * M anew, in the memory where it was."""
         for layer in layers:
-            key = id(layer._parameters["weight"])
-            masked, made_from, memory = self._made[key]
-            if made_from is not None:
-                self._made[key] = masked, stamp_after_writes(made_from, layer), memory
+            made = self._made[id(layer._parameters["weight"])]
+            if made.stamp is not None:
+                made.stamp = stamp_after_writes(made.stamp, layer)
 
     def refresh(self) -> None:
         """Mark every W * M as stale, and keep its memory."""
-        self._made = {key: (masked, None, ()) for key, (masked, *_) in self._made.items()}
+        for made in self._made.values():
+            made.stamp, made.memory = None, ()
+
+    def in_memory(self, layer: MaskedLayer, masked: Tensor) -> MaskedWeightInMemory | None:
+        """Return what is known of a W * M that a group has attached, if it is the last step's."""
+        made = self._made.get(id(layer._parameters["weight"]))
+        if made is None or made.weight.tensor.data_ptr() != masked.data_ptr():
+            return None
+        return made.weight
 
     # -- resets by the guard, which forwards in evaluation mode do not commit --------------------
 
@@ -157,12 +176,12 @@ class Deferral:
         if ratio is None or (layer.training and layer not in self._uncommitted):
             return
         self._uncommitted.discard(layer)
-        masked = self.fresh([layer]).get(layer)
+        fresh = self.fresh([layer])
         weight, threshold = layer._parameters["weight"], layer._parameters["threshold"]
         with torch.no_grad():
             threshold.copy_(F.effective_threshold(weight, threshold, reset_ratio=ratio))
-        if masked is not None:
-            self.store(layer, masked)  # it was made with the effective threshold
+        if fresh:  # it was made with the effective threshold
+            self._made[id(weight)].stamp = stamp(layer)
 
     # -- forwards ------------------------------------------------------------------------------
 
@@ -181,12 +200,13 @@ class Deferral:
         are they in bfloat16; not in float16, which GradScaler does not unscale.
         """
         fresh = self.fresh([layer for layer in layers if layer.training])
-        masked = [*map(fresh.get, layers)]
+        known = [*map(fresh.get, layers)]
+        masked = [None if each is None else each.tensor for each in known]
         stale = [i for i, each in enumerate(masked) if each is None or each.dtype is not dtype]
         if stale:
             training = [layer.training for layer in layers]
             options = [layers[i].masking for i in stale]
-            made, _ = pack_weights(
+            made, effective = pack_weights(
                 [weights[i] for i in stale],
                 [thresholds[i] for i in stale],
                 options,
@@ -196,8 +216,8 @@ class Deferral:
                 ],
                 dtype,
             )
-            for i, each in zip(stale, made, strict=True):
-                masked[i] = self.store(layers[i], each) if training[i] else each
+            for i, each, limit in zip(stale, made, effective, strict=True):
+                masked[i] = self.store(layers[i], each, limit) if training[i] else each
                 if not training[i]:
                     self.forward_commits_nothing(layers[i])
         reduced = dtype is torch.bfloat16 and not parallel
@@ -206,10 +226,7 @@ class Deferral:
             if weight.grad_dtype != wanted and weight.grad is None:
                 weight.grad_dtype = wanted
         waited_for = thresholds if parallel else ()
-        return with_dense_gradients(cast("list[Tensor]", masked), weights, waited_for)
-
-
-_NOTHING = None, None, ()
+        return with_dense_gradients(masked, weights, waited_for)  # type: ignore[arg-type]
 
 
 def _layout(tensor: Tensor) -> tuple:
