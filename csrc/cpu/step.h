@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "../step_segments.h"
@@ -121,10 +122,17 @@ DST_FUNCTION int64_t mask_row_kept(const StepSegment& s, Real threshold, int64_t
   for (int64_t at = begin; at < end; at += kBlock) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - at));
     const Real* weight = load(s.weight, at, count, weights);
-    kept += mask_block(weight, RowThreshold<Real>{threshold}, masked, count);
-    const int64_t packed =
-        pack_run(masked, count, at - begin, target(s.masked, to, values), columns + to);
-    store(s.masked, to, static_cast<int>(packed), values);
+    Real* result = target(s.masked, to, values);
+    int64_t packed = 0;
+    if (std::is_same_v<Real, float> && threshold < std::numeric_limits<Real>::infinity()) {
+      packed = pack_run(weight, count, Above{static_cast<float>(threshold)}, at - begin, result,
+                        columns + to);
+      kept += packed;
+    } else {
+      kept += mask_block(weight, RowThreshold<Real>{threshold}, masked, count);
+      packed = pack_run(masked, count, NotZero{}, at - begin, result, columns + to);
+    }
+    store(s.masked, to, static_cast<int>(packed), result);
     to += packed;
   }
   s.kept_places[2 * row + 1] = static_cast<int32_t>(to);
