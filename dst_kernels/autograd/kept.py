@@ -32,9 +32,10 @@ class _KeptProduct(Function):
     @staticmethod
     def forward(ctx, input, masked, bias, rows, product, geometry, backend):
         ctx.set_materialize_grads(False)
-        ctx.how = product, geometry, backend
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(input, masked, *rows)
+        ctx.how = product, geometry, backend, None if bias is None else bias.dtype
+        # Whatever writes the rows anew also writes `masked`, whose version autograd checks.
+        ctx.rows = rows
+        ctx.save_for_backward(input, masked)
         run = implementation(backend, input.device, product.kept_forward)
         return run(input, rows, bias, *geometry)
 
@@ -42,22 +43,22 @@ class _KeptProduct(Function):
     def backward(ctx, grad) -> Any:
         if grad is None:
             return (None,) * 7
-        input, masked, *parts = ctx.saved_tensors
-        product, geometry, backend = ctx.how
+        input, masked = ctx.saved_tensors
+        product, geometry, backend, bias_dtype = ctx.how
         of_input, of_masked, of_bias, *_ = ctx.needs_input_grad
         grad_input = grad_masked = grad_bias = None
         if of_masked:  # first: an optimizer's hook may free it before the input's is made
             grad_masked = product.dense_gradient(grad, input, masked, *geometry)
         if of_input and (torch.is_grad_enabled() or is_batched(grad)):
             # torch's product can be differentiated again, and takes many gradients at a time.
-            dense = _Dense.apply(masked, KeptRows(*parts))
+            dense = _Dense.apply(masked, ctx.rows)
             grad_input = product.grad_input(grad, input, dense, *geometry)
         elif of_input:
             run = implementation(backend, grad.device, product.kept_grad_input)
             like = (input,) if geometry else ()
-            grad_input = run(grad, *like, KeptRows(*parts), *geometry)
+            grad_input = run(grad, *like, ctx.rows, *geometry)
         if of_bias:
-            grad_bias = product.grad_bias(grad, ctx.bias_dtype)
+            grad_bias = product.grad_bias(grad, bias_dtype)
         return grad_input, grad_masked, grad_bias, None, None, None, None
 
 
@@ -180,9 +181,8 @@ def _most(product: type[Product], input: Tensor, masked: Tensor, geometry: tuple
         not product.kept_forward
         or not masked.is_contiguous()
         or masked.dim() > 4
-        or is_transformed()
         or is_watched()
-        or torch._C._get_tracing_state() is not None
+        or is_transformed()
     ):
         return 0
     if path == "sparse":

@@ -35,8 +35,11 @@ class _Linear(Product):
 
     @staticmethod
     def grad_bias(grad: Tensor, dtype: torch.dtype) -> Tensor:
+        grad = flatten_batch(grad)
+        if grad.dtype is dtype is torch.float32:
+            return grad.sum(0)
         wide = torch.promote_types(grad.dtype, torch.float32)
-        return flatten_batch(grad).sum(0, dtype=wide).to(dtype)
+        return grad.sum(0, dtype=wide).to(dtype)
 
     @staticmethod
     def sizes(input: Tensor, weight: Tensor) -> tuple[int, int, int, str]:
