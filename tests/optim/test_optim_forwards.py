@@ -49,7 +49,7 @@ def packed(monkeypatch):
 
 
 def packs(optimizer):
-    return {key: masked for key, (masked, *_) in optimizer._deferral._made.items()}
+    return {key: made.weight.tensor for key, made in optimizer._deferral._made.items()}
 
 
 # -- evaluation --------------------------------------------------------------------------------

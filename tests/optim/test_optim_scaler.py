@@ -50,7 +50,7 @@ class Scaled:
     def everything(self):
         """A copy of all that a step may touch."""
         state = self.optimizer.state_dict()["state"]
-        packs = {key: masked for key, (masked, *_) in self.optimizer._deferral._made.items()}
+        packs = {key: made.weight.tensor for key, made in self.optimizer._deferral._made.items()}
         tensors = [*self.model.state_dict().values(), *packs.values()]
         tensors += [value for each in state.values() for value in each.values()]
         return [tensor.detach().clone() for tensor in tensors]
