@@ -6,7 +6,17 @@ import functools
 
 import torch
 
+from .table import measured_share
+
 
 @functools.lru_cache(maxsize=4096)
 def most_kept(M: int, N: int, K: int, kind: str, dtype: torch.dtype) -> int:
-    return int(0.25 * N * K) if M >= 8 else 0
+    """Return the largest number of kept weights for which kept rows win on a CPU; 0: for none.
+
+    The weight is [N, K], with a filter of a convolution flattened, and M the number of inputs or
+    of output positions. `kind`: "linear", or as `autograd/conv.py` names it. It is that of the
+    nearest case of `tables/cpu.json`, which `python -m bench plan-cpu` writes: no time is taken at
+    run time, so that a run repeats.
+    """
+    share = measured_share(kind, M, N, K, dtype)
+    return int(share * N * K)

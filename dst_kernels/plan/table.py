@@ -1,4 +1,4 @@
-"""Read the planner's measurements: one JSON file for each GPU under `tables/`."""
+"""Read the planner's measurements under `tables/`: one JSON file for each GPU, one for CPUs."""
 
 from __future__ import annotations
 
@@ -50,6 +50,25 @@ def measured_conv_costs(
     return _nearest(gpu, "convs", {"M": M, "N": N, "C": C}, alike)
 
 
+def measured_share(kind: str, M: int, N: int, K: int, dtype: torch.dtype) -> float:
+    """Return up to which share of kept weights a CPU is faster by kept rows; 0: never, or unknown.
+
+    It is that of the nearest case of this kind and dtype.
+    """
+    sizes, share, least = {"M": M, "N": N, "K": K}, 0.0, math.inf
+    for case in _tables().get("cpu", {}).get("kept", ()):
+        if case["kind"] == kind and case["dtype"] == _name(dtype):
+            distance = _distance(sizes, case)
+            if distance < least:
+                share, least = case["share"], distance
+    return share
+
+
+def _distance(sizes: Mapping[str, int], case: Mapping[str, int]) -> float:
+    """Return the logarithm of the product of the factors by which sizes differ."""
+    return sum(abs(math.log(max(size, 1) / case[name])) for name, size in sizes.items())
+
+
 def _nearest(
     gpu: str | None, kind: str, sizes: Mapping[str, int], alike: Mapping[str, object]
 ) -> dict[str, float] | None:
@@ -60,7 +79,7 @@ def _nearest(
             continue  # measured without TF32; the planner estimates such products
         if any(case[name] != value for name, value in alike.items()):
             continue
-        distance = sum(abs(math.log(max(size, 1) / case[name])) for name, size in sizes.items())
+        distance = _distance(sizes, case)
         if distance <= least:
             nearest, least = case, distance
     if nearest is None:

@@ -1,0 +1,85 @@
+"""The planner's table for CPUs: below which share of kept weights kept rows win in training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from dst_kernels import nn
+from dst_kernels.training.latency import take_turns
+
+from .results import machine, write_text
+
+_SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
+_WORTH = 0.98  # of the packed step's time
+_SECONDS = 0.02  # of one path, before the other has its turn
+_LINEAR = ((100, 300), (300, 784), (256, 256), (1024, 1024), (4096, 1024), (1024, 4096), (4096, 4096))
+_TOKENS = (1, 4, 16, 64, 256)
+_MOST = 1.2e9  # M N K: larger cases take too long, and differ no more
+
+
+class _Case(NamedTuple):
+    kind: str
+    M: int
+    N: int
+    K: int
+    layer: Callable[[], Any]
+    input_shape: tuple[int, ...]
+
+
+def cases() -> Iterator[_Case]:
+    """Yield the layers that are measured."""
+    for N, K in _LINEAR:
+        for M in _TOKENS:
+            if M * N * K <= _MOST:
+                yield _Case("linear", M, N, K, lambda N=N, K=K: nn.MaskedLinear(K, N), (M, K))
+
+
+def write_crossovers(path: Path, log: Callable[[str], None] = print) -> dict:
+    """Measure the crossover of every case and dtype, write them as JSON and return the table."""
+    found = []
+    for case in cases():
+        for dtype in (torch.float32, torch.bfloat16):
+            name = str(dtype).removeprefix("torch.")
+            sizes = {"kind": case.kind, "M": case.M, "N": case.N, "K": case.K, "dtype": name}
+            found.append({**sizes, "share": crossover(case, dtype)})
+            log(json.dumps(found[-1]))
+    lines = ",".join(f"\n    {json.dumps(each)}" for each in found)
+    head = json.dumps({"gpu": "cpu", **machine()}, indent=2).removesuffix("\n}")
+    write_text(path, f'{head},\n  "kept": [{lines}\n  ]\n}}\n')
+    return {"kept": found}
+
+
+def crossover(case: _Case, dtype: torch.dtype) -> float:
+    """Return the largest share up to which the sparse path is worth it, by bisection; 0: none."""
+    low, high = -1, len(_SHARES)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _is_worth(case, dtype, _SHARES[middle]):
+            low = middle
+        else:
+            high = middle
+    return _SHARES[low] if low >= 0 else 0.0
+
+
+def _is_worth(case: _Case, dtype: torch.dtype, share: float) -> bool:
+    """Return whether a training pass is faster on the sparse path than on the packed one."""
+    layer = case.layer().to(dtype)
+    limit = layer.weight.detach().abs().float().flatten(1).quantile(1 - share, dim=1)
+    layer.threshold.data = limit
+    input = torch.randn(case.input_shape).to(dtype).requires_grad_()
+    grad = torch.randn_like(layer(input))
+
+    def step(path: str) -> None:
+        layer.path = path
+        layer(input).backward(grad)
+
+    turns = take_turns(
+        {path: lambda path=path: step(path) for path in ("packed", "sparse")}, _SECONDS
+    )
+    ratios = sorted(s / p for s, p in zip(turns["sparse"], turns["packed"], strict=True))
+    return ratios[len(ratios) // 2] <= _WORTH
