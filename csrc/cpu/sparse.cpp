@@ -50,6 +50,8 @@ SparseRows SparseRows::scattered(const char* op, const Tensor& input, const Tens
   made.stored_size_ = values.numel();
   made.rows = places.size(0);
   made.set_arrays(op, input, values, columns);
+  STD_TORCH_CHECK(values.dim() >= 2 && values.size(0) == made.rows, op, ": values must have ",
+                  made.rows, " rows, one for each of places");
   check_run(op, places, "places", ScalarType::Int, 2 * made.rows);
   made.places_ = static_cast<const int32_t*>(places.data_ptr());
   made.counted_.resize(made.rows + 1);

@@ -220,6 +220,8 @@ Tensor sparse_linear(const Tensor& input, const Tensor& values, const Tensor& co
 Tensor kept_linear(const Tensor& input, const Tensor& values, const Tensor& columns,
                    const Tensor& places, const std::optional<Tensor>& bias) {
   SparseRows weight = SparseRows::scattered("kept_linear", input, values, columns, places, bias);
+  STD_TORCH_CHECK(input.dim() >= 1 && values.dim() == 2 && input.size(-1) == values.size(1),
+                  "kept_linear: input must be [..., columns] for values [rows, columns]");
   return linear(weight, input);
 }
 

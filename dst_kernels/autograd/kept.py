@@ -163,7 +163,8 @@ def multiply(
     most = _most(product, input, masked, geometry, path)
     rows: KeptRows | None = None
     if known is not None:
-        known.by_rows = most > 0 and known.kept is not None and known.kept <= most
+        by_rows = known.kept is not None and known.kept <= most
+        known.by_rows = most > 0 and (by_rows or path == "sparse")
         if known.by_rows:
             rows = known.kept_rows(options.backend)
         else:
