@@ -66,28 +66,43 @@ class MaskedWeightInMemory:
     """Hold W * M that an optimizer's step renews, and how: dense, or as kept rows.
 
     `tensor` has the weight's shape. It is W * M itself, or, where `rows` is not None, the values of
-    these. `kept` is the number of kept weights (on CPUs; else None).
+    these.
     """
 
-    __slots__ = ("_spare", "by_rows", "kept", "rows", "tensor")
+    __slots__ = ("_by_rows", "_made_from", "_number", "_spare", "rows", "tensor")
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         self.rows: KeptRows | None = None
-        self.kept: int | None = None
-        self.by_rows = False  # whether the last product took kept rows
+        self._by_rows = False  # whether the last product took kept rows
+        self._number: int | None = None  # of kept weights, if it is known
+        self._made_from: tuple[Tensor, Tensor] | None = None  # weight and effective threshold
         self._spare: tuple[Tensor, Tensor] | None = None
 
-    def replace(self, masked: Tensor) -> None:
-        """Write a dense W * M into the same memory."""
+    def made_by_forward(self, masked: Tensor, weight: Tensor, effective: Tensor) -> None:
+        """Keep a dense W * M, in the memory of the one before."""
         if masked is not self.tensor:
             self.tensor.copy_(masked)
-            self.rows = None
+        self.rows = self._number = None
+        self._made_from = weight.detach(), effective
 
-    def count(self, weight: Tensor, effective: Tensor) -> None:
-        """Count the kept weights."""
-        if weight.is_cpu and weight.numel() >= _LEAST:
-            self.kept = int(threshold_mask(weight, effective).sum())
+    def made_by_step(self, number: int | None, targets: tuple[Tensor, Tensor] | None) -> None:
+        """Take note of what a step has written, and where: what `targets` returned.
+
+        `number`: of kept weights, None if the host cannot know it without waiting.
+        """
+        self.rows = None if targets is None else KeptRows(self.tensor, *targets)
+        self._number, self._made_from = number, None
+
+    def is_sparse(self, most: int, path: str) -> bool:
+        """Return whether a product is to take kept rows, of which there may be `most`."""
+        if most and path == "auto":
+            if self._number is None and self._made_from is not None:
+                self._number = int(threshold_mask(*self._made_from).sum())
+            self._by_rows = self._number is not None and self._number <= most
+        else:
+            self._by_rows = most > 0
+        return self._by_rows
 
     def dense(self, masked: Tensor) -> Tensor:
         """Return W * M itself, with the gradients of `masked`, which shares this memory."""
@@ -110,16 +125,11 @@ class MaskedWeightInMemory:
         """
         if may_skip:
             return None if self.rows is None else self.rows[1:]
-        if not (self.by_rows and self.tensor.is_cpu and self.tensor.numel() <= _MOST):
+        if not (self._by_rows and self.tensor.is_cpu and self.tensor.numel() <= _MOST):
             return None
         if self._spare is None:
             self._spare = new_kept_rows(self.tensor)[1:]
         return self._spare
-
-    def renewed(self, kept: int | None, targets: tuple[Tensor, Tensor] | None) -> None:
-        """Take note of what a step has written, and where: what `targets` returned."""
-        self.rows = None if targets is None else KeptRows(self.tensor, *targets)
-        self.kept = kept
 
 
 class _Dense(Function):
@@ -163,9 +173,7 @@ def multiply(
     most = _most(product, input, masked, geometry, path)
     rows: KeptRows | None = None
     if known is not None:
-        by_rows = known.kept is not None and known.kept <= most
-        known.by_rows = most > 0 and (by_rows or path == "sparse")
-        if known.by_rows:
+        if known.is_sparse(most, path):
             rows = known.kept_rows(options.backend)
         else:
             masked = known.dense(masked)

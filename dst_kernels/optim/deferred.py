@@ -104,7 +104,7 @@ class DeferredOptimizer(Optimizer):
             torch.autograd.graph.increment_version([*batch.written, *written])
             self._deferral.renewed(masked)
             for layer, kept in batch.counted(masked, may_skip).items():
-                masked[layer].renewed(kept, rows[layer])
+                masked[layer].made_by_step(kept, rows[layer])
         if any(batch.first for batch in batches):
             self._first_step_done(scales[1])
             self._signature = None

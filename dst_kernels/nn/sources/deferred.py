@@ -135,9 +135,7 @@ class Deferral:
         made = self._made.get(key)
         if made is None or _layout(made.weight.tensor) != _layout(masked):
             made = self._made[key] = _Made(MaskedWeightInMemory(masked), None, ())
-        else:
-            made.weight.replace(masked)
-        made.weight.count(weight, effective)
+        made.weight.made_by_forward(masked, weight, effective)
         addresses = weight.data_ptr(), threshold.data_ptr()
         if addresses != tuple(each.data_ptr() for each in made.memory):
             made.memory = memory_of(layer)
