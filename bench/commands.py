@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 
@@ -16,6 +17,7 @@ from dst_kernels.training.device import select_device
 from dst_kernels.training.errors import UsageError, require_one_of
 
 from . import tune as tuning
+from .crossover import write_crossovers
 from .gpu import LOST, run_everything
 from .measure.run import Outcome, already_measured, run_suite
 from .measurements import by_device, only_gpu
@@ -23,7 +25,7 @@ from .plan import write_plan
 from .profile import profile_all, targets
 from .report import tables
 from .report.goals import MISSED, NOT_MEASURED, check_goals
-from .results import Environment, ResultsFile, read_results
+from .results import ROOT, Environment, ResultsFile, read_results
 from .suites import SUITES
 
 WRONG, USAGE = 1, 2  # exit codes: something is wrong, missed or failed; unusable input
@@ -140,6 +142,17 @@ def plan(csv: Csv, out: Table, gpu: Gpu = None) -> None:
     print(f"{len(table['cases'])} linear layers and {len(table['convs'])} convolutions in {out}")
 
 
+def plan_cpu(
+    out: Table = ROOT / "dst_kernels/plan/tables/cpu.json",
+    threads: Annotated[int, typer.Option(min=1, help="Of the measured products.")] = 1,
+    commit: Commit = None,
+) -> None:
+    """Measure below which share of kept weights kept rows win on this CPU; takes minutes."""
+    torch.set_num_threads(threads)
+    write_crossovers(out, Environment.now(torch.device("cpu"), commit), print)
+    print(out)
+
+
 def profile(
     csv: Csv,
     gpu: Gpu = None,
@@ -185,5 +198,5 @@ def gpu(
     _fail_if(not run_everything(out, select_device(device), minutes, commit, keep_going), WRONG)
 
 
-for _command in (run, report, check, plan, profile, tune, gpu):
+for _command in (run, report, check, plan, plan_cpu, profile, tune, gpu):
     app.command()(_command)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +13,21 @@ import torch
 from dst_kernels import nn
 from dst_kernels.training.latency import take_turns
 
-from .results import machine, write_text
+from .plan import write_table
+from .results import CPU, Environment
 
 _SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
 _WORTH = 0.98  # of the packed step's time
 _SECONDS = 0.02  # of one path, before the other has its turn
-_LINEAR = ((100, 300), (300, 784), (256, 256), (1024, 1024), (4096, 1024), (1024, 4096), (4096, 4096))
+_LINEAR = (
+    (100, 300),
+    (300, 784),
+    (256, 256),
+    (1024, 1024),
+    (4096, 1024),
+    (1024, 4096),
+    (4096, 4096),
+)
 _TOKENS = (1, 4, 16, 64, 256)
 _MOST = 1.2e9  # M N K: larger cases take too long, and differ no more
 
@@ -39,19 +49,17 @@ def cases() -> Iterator[_Case]:
                 yield _Case("linear", M, N, K, lambda N=N, K=K: nn.MaskedLinear(K, N), (M, K))
 
 
-def write_crossovers(path: Path, log: Callable[[str], None] = print) -> dict:
-    """Measure the crossover of every case and dtype, write them as JSON and return the table."""
+def write_crossovers(path: Path, environment: Environment, log: Callable[[str], object]) -> dict:
+    """Measure the crossover of every case and dtype, write the planner's table and return it."""
     found = []
     for case in cases():
         for dtype in (torch.float32, torch.bfloat16):
             name = str(dtype).removeprefix("torch.")
             sizes = {"kind": case.kind, "M": case.M, "N": case.N, "K": case.K, "dtype": name}
             found.append({**sizes, "share": crossover(case, dtype)})
-            log(json.dumps(found[-1]))
-    lines = ",".join(f"\n    {json.dumps(each)}" for each in found)
-    head = json.dumps({"gpu": "cpu", **machine()}, indent=2).removesuffix("\n}")
-    write_text(path, f'{head},\n  "kept": [{lines}\n  ]\n}}\n')
-    return {"kept": found}
+            log(str(found[-1]))
+    head = asdict(environment) | {"gpu": CPU, "measured_on": environment.gpu}
+    return write_table(path, head, {"kept": found})
 
 
 def crossover(case: _Case, dtype: torch.dtype) -> float:
@@ -78,8 +86,7 @@ def _is_worth(case: _Case, dtype: torch.dtype, share: float) -> bool:
         layer.path = path
         layer(input).backward(grad)
 
-    turns = take_turns(
-        {path: lambda path=path: step(path) for path in ("packed", "sparse")}, _SECONDS
-    )
+    calls = {path: partial(step, path) for path in ("packed", "sparse")}
+    turns = take_turns(calls, _SECONDS)
     ratios = sorted(s / p for s, p in zip(turns["sparse"], turns["packed"], strict=True))
     return ratios[len(ratios) // 2] <= _WORTH

@@ -34,7 +34,14 @@ def write_plan(measurements: Measurements, path: Path) -> dict:
         )
     last = max(used, key=lambda row: row.date)
     head = {name: getattr(last, name) for name in ("gpu", "torch", "triton", "commit", "date")}
-    # One case a line, so that a new measurement changes the lines it is about.
+    return write_table(path, head, found)
+
+
+def write_table(path: Path, head: dict[str, str], found: dict[str, list[dict]]) -> dict:
+    """Write a table of the planner's as JSON and return it.
+
+    One case a line, so that a new measurement changes the lines it is about.
+    """
     parts = [json.dumps(head, indent=2, ensure_ascii=False).removesuffix("\n}")]
     for name, cases in found.items():
         lines = ",".join(f"\n    {json.dumps(case)}" for case in cases)
