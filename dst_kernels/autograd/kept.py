@@ -37,7 +37,9 @@ class _KeptProduct(Function):
         ctx.rows = rows
         ctx.save_for_backward(input, masked)
         run = implementation(backend, input.device, product.kept_forward)
-        return run(input, rows, bias, *geometry)
+        output = run(input, rows, bias, *geometry)
+        # Autograd must not see a view here, so that callers may overwrite the result (`relu_`).
+        return output.clone() if output._is_view() else output
 
     @staticmethod
     def backward(ctx, grad) -> Any:

@@ -267,7 +267,7 @@ def test_first_and_last_are_convertible_ones():
     assert found["1"] == "skip_first" and found["2"] == "skip_last"
 
 
-@pytest.mark.parametrize("path", ["auto", "packed", "fused", "mixed"])
+@pytest.mark.parametrize("path", ["auto", "packed", "fused", "mixed", "sparse"])
 def test_transposed_convolutions_stay_dense_where_the_path_is_not_theirs(path):
     model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.Conv1d(4, 2, 3), nn.ConvTranspose1d(2, 2, 3))
     config = dst_kernels.SparsifyConfig(path=path, skip_last=True)

@@ -125,7 +125,12 @@ def test_every_layer_that_has_a_masked_twin_is_masked(name):
     cases(
         *((name, "packed") for name in NETWORKS),
         # With these a transposed convolution would stay dense.
-        *((name, path) for name in NETWORKS if name != "unet" for path in ("mixed", "fused")),
+        *(
+            (name, path)
+            for name in NETWORKS
+            if name != "unet"
+            for path in ("mixed", "fused", "sparse")
+        ),
     ),
 )
 def test_layer_by_layer_on_the_reference(name, path):

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from dst_kernels.plan import PATHS, PLANS, Plan, estimate, plan_linear
+from dst_kernels.plan import PATHS, PLANS, Plan, estimate, most_kept, plan_linear
 from dst_kernels.plan import table as plan_table
 from dst_kernels.plan.table import measured_costs
 
@@ -24,10 +24,11 @@ VALID = {Plan(*parts) for parts in itertools.product(("fused", "packed"), repeat
 
 
 def test_names():
-    assert PATHS == ("auto", "fused", "packed", "mixed")
+    assert PATHS == ("auto", "fused", "packed", "mixed", "sparse")
     assert PLANS["fused"] == Plan("fused", "fused", "fused")
     assert PLANS["packed"] == Plan("packed", "packed", "packed")
     assert PLANS["mixed"] == Plan("packed", "packed", "fused")
+    assert PLANS["sparse"] == Plan("sparse", "sparse", "packed")
 
 
 def every_case():
@@ -212,9 +213,27 @@ def test_an_empty_batch_finds_a_plan(table):
     assert plan(M=0) == PLANS["fused"]
 
 
+def test_the_nearest_measured_share_says_how_many_weights_may_be_kept(monkeypatch):
+    cases = [
+        {"kind": "linear", "dtype": "float32", "M": 64, "N": 300, "K": 784, "share": 0.3},
+        {"kind": "linear", "dtype": "float32", "M": 1, "N": 300, "K": 784, "share": 0.0},
+        {"kind": "linear", "dtype": "bfloat16", "M": 64, "N": 300, "K": 784, "share": 0.1},
+    ]
+    monkeypatch.setattr(plan_table, "_tables", lambda: {"cpu": {"kept": cases}})
+    found = most_kept.__wrapped__
+    assert found(100, 200, 1000, "linear", F32) == 60_000
+    assert found(100, 200, 1000, "linear", torch.bfloat16) == 20_000
+    assert found(2, 200, 1000, "linear", F32) == 0
+    assert found(100, 200, 1000, "conv", F32) == 0
+    assert found(100, 200, 1000, "linear", torch.float64) == 0
+
+
 def test_the_shipped_tables_have_the_format():
     for gpu, table in plan_table._tables().items():
-        assert gpu and table["cases"]
+        assert table["kept" if gpu == "cpu" else "cases"]
+        for one in table.get("kept", ()):
+            assert all(one[size] >= 1 for size in "MNK") and 0 <= one["share"] < 1
+            assert isinstance(getattr(torch, one["dtype"]), torch.dtype)
         for name, sizes in (("cases", "MNK"), ("convs", "MNC")):
             for one in table.get(name, ()):
                 assert all(one[size] >= 1 for size in sizes)

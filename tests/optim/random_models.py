@@ -160,7 +160,7 @@ class RandomNetwork(nn.Module):
             "surrogate": chance.choice(SURROGATES),
             "structure_gradient": self._flip(0.7),
             "backend": chance.choice(["auto", "auto", "reference"]),
-            "path": chance.choice(["auto", "auto", "auto", "packed", "fused", "mixed"]),
+            "path": chance.choice(["auto", "auto", "sparse", "packed", "fused", "mixed"]),
         }
 
     def _freeze_some(self) -> None:
