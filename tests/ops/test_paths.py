@@ -153,7 +153,7 @@ def test_triton_says_that_it_has_no_fused_convolutions_over_three_dimensions(pat
 @pytest.mark.parametrize("path", ["fastest", None])
 def test_an_unknown_path_is_refused_with_the_accepted_names(path):
     weight, threshold = torch.ones(4, 3), torch.zeros(4)
-    expected = f"path must be one of auto, fused, packed, mixed, but is {path!r}"
+    expected = f"path must be one of auto, fused, packed, mixed, sparse, but is {path!r}"
     for run in (
         lambda: dst.masked_linear(torch.ones(2, 3), weight, threshold, path=path),
         lambda: dst.masked_conv1d(torch.ones(1, 3, 2), weight[..., None], threshold, path=path),
