@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..backends import implementation
-from ..ops import is_batched, is_watched
+from ..ops import is_batched, is_watched, without_autograd_and_autocast
 from ..plan import most_kept
 from ..reference.kept import KeptRows, dense_rows, new_kept_rows
 from ..reference.weight import threshold_mask
@@ -36,8 +36,7 @@ class _KeptProduct(Function):
         # Whatever writes the rows anew also writes `masked`, whose version autograd checks.
         ctx.rows = rows
         ctx.save_for_backward(input, masked)
-        run = implementation(backend, input.device, product.kept_forward)
-        output = run(input, rows, bias, *geometry)
+        output = _run(backend, product.kept_forward, input, rows, bias, *geometry)
         # Autograd must not see a view here, so that callers may overwrite the result (`relu_`).
         return output.clone() if output._is_view() else output
 
@@ -56,12 +55,20 @@ class _KeptProduct(Function):
             dense = _Dense.apply(masked, ctx.rows)
             grad_input = product.grad_input(grad, input, dense, *geometry)
         elif of_input:
-            run = implementation(backend, grad.device, product.kept_grad_input)
             like = (input,) if geometry else ()
-            grad_input = run(grad, *like, ctx.rows, *geometry)
+            grad_input = _run(backend, product.kept_grad_input, grad, *like, ctx.rows, *geometry)
         if of_bias:
             grad_bias = product.grad_bias(grad, bias_dtype)
         return grad_input, grad_masked, grad_bias, None, None, None, None
+
+
+def _run(backend: str, op: str, tensor: Tensor, *args: Any) -> Any:
+    """Run an op on tensors whose dtypes are decided."""
+    run = implementation(backend, tensor.device, op)
+    if not torch._C._is_any_autocast_enabled():
+        return run(tensor, *args)
+    with without_autograd_and_autocast(tensor.device.type):
+        return run(tensor, *args)
 
 
 class MaskedWeightInMemory:
@@ -114,9 +121,7 @@ class MaskedWeightInMemory:
         """Return the kept rows, made from W * M if the step has not written them."""
         if self.rows is not None:
             return self.rows
-        rows = implementation(backend, self.tensor.device, "kept_rows")(
-            self.tensor, self.tensor.numel()
-        )
+        rows = _run(backend, "kept_rows", self.tensor, self.tensor.numel())
         self._spare = rows[1:]
         return rows
 
@@ -180,9 +185,11 @@ def multiply(
         else:
             masked = known.dense(masked)
     elif most > 0:
-        rows = implementation(options.backend, masked.device, "kept_rows")(masked.detach(), most)
+        rows = _run(options.backend, "kept_rows", masked.detach(), most)
     if rows is None:
         return product.multiply(input, masked, bias, *geometry)
+    if input.dtype is not masked.dtype:  # torch's product would do it, under autocast
+        input = input.to(masked.dtype)
     return _KeptProduct.apply(input, masked, bias, rows, product, geometry, options.backend)
 
 

@@ -228,3 +228,23 @@ def optimizer_of_again(model):
         if layer._deferral is not None:
             layer._deferral.release()
     return optimizer_of(model, "deferred")
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_under_autocast_products_are_those_of_the_packed_path(backend):
+    found = []
+    for path in ("packed", "sparse"):
+        model = network(path)
+        for layer in model[::2]:
+            layer.backend = backend
+        optimizer = optimizer_of(model, "deferred")
+        for step in range(3):
+            with torch.autocast("cpu", torch.bfloat16):
+                output = model(batch(step)[0])
+                assert output.dtype == torch.bfloat16
+                loss = F.cross_entropy(output.float(), batch(step)[1])
+                optimizer.zero_grad()
+                loss.backward()  # under autocast, too
+            optimizer.step()
+        found.append(output.float())
+    torch.testing.assert_close(*found, rtol=0.05, atol=0.02)
