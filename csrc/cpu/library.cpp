@@ -66,6 +66,13 @@ STABLE_TORCH_LIBRARY(dst_kernels_compiled, library) {
   library.def(
       "sparse_conv(Tensor input, Tensor values, Tensor columns, Tensor row_starts, Tensor? bias, "
       "int[] geometry) -> Tensor");
+  library.def(
+      "kept_conv(Tensor input, Tensor values, Tensor columns, Tensor places, Tensor? bias, "
+      "int[] geometry) -> Tensor");
+  // shape: channels, height and width of the input.
+  library.def(
+      "kept_conv_grad_input(Tensor grad, Tensor values, Tensor columns, Tensor places, "
+      "int[] geometry, int[] shape) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dst_kernels_compiled, CPU, library) {
@@ -80,4 +87,6 @@ STABLE_TORCH_LIBRARY_IMPL(dst_kernels_compiled, CPU, library) {
   library.impl("kept_linear", TORCH_BOX(&dst::kept_linear));
   library.impl("kept_linear_grad_input", TORCH_BOX(&dst::kept_linear_grad_input));
   library.impl("sparse_conv", TORCH_BOX(&dst::sparse_conv));
+  library.impl("kept_conv", TORCH_BOX(&dst::kept_conv));
+  library.impl("kept_conv_grad_input", TORCH_BOX(&dst::kept_conv_grad_input));
 }

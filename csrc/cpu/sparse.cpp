@@ -67,6 +67,13 @@ SparseRows SparseRows::scattered(const char* op, const Tensor& input, const Tens
   return made;
 }
 
+SparseRows::SparseRows(ScalarType dtype, const int32_t* starts, int64_t rows)
+    : rows(rows), dtype(dtype), counted_(starts, starts + rows + 1) {
+  for (int32_t& start : counted_) start -= *starts;
+  starts_ = counted_.data();
+  stored_size_ = counted_.back();
+}
+
 void SparseRows::set_arrays(const char* op, const Tensor& input, const Tensor& values,
                             const Tensor& columns_) {
   dtype = input.scalar_type();

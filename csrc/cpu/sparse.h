@@ -143,6 +143,9 @@ class SparseRows {
   static SparseRows scattered(const char* op, const Tensor& input, const Tensor& values,
                               const Tensor& columns, const Tensor& places,
                               const std::optional<Tensor>& bias);
+  // As many rows from `starts` [rows + 1] on, of which the caller has values and columns, from the
+  // first row on.
+  SparseRows(ScalarType dtype, const int32_t* starts, int64_t rows);
 
   int64_t rows;
   ScalarType dtype;  // of input, values and output
@@ -260,5 +263,11 @@ bool kept_rows(const Tensor& masked, int64_t most, const Tensor& values, const T
 Tensor sparse_conv(const Tensor& input, const Tensor& values, const Tensor& columns,
                    const Tensor& row_starts, const std::optional<Tensor>& bias,
                    const Integers& geometry);
+Tensor kept_conv(const Tensor& input, const Tensor& values, const Tensor& columns,
+                 const Tensor& places, const std::optional<Tensor>& bias,
+                 const Integers& geometry);
+// shape: channels, height and width of the input.
+Tensor kept_conv_grad_input(const Tensor& grad, const Tensor& values, const Tensor& columns,
+                            const Tensor& places, const Integers& geometry, const Integers& shape);
 
 }  // namespace dst
