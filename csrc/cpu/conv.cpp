@@ -7,25 +7,29 @@ constexpr int64_t kPacked = 1 << 20;  // numbers laid out at a time
 
 // Outputs that are stored together: of one line.
 struct Run {
-  int at;  // in the block
+  int at;  // positions behind the block's first
   int count;
   int64_t output;
 };
 
 struct Block {
   int64_t first;  // position
-  int width;
+  int width;      // numbers, `side` for each position
   std::vector<Run> runs;
 };
 
-// `direct`: nothing may be read behind the last image.
-std::vector<Block> blocks_of(const Window& window, int64_t line, bool direct) {
+// Blocks that run through lines, or each within one. `direct`: nothing may be read behind the last
+// image.
+std::vector<Block> blocks_of(const Window& window, int64_t line, int side, bool through_lines,
+                             bool direct) {
   const int64_t first = window.first_line * line + window.first;
   const int64_t positions = (window.lines - 1) * line + window.count;
   std::vector<Block> blocks;
   for (int64_t done = 0; done < positions;) {
-    Block block{done, block_width(positions - done, kWidest), {}};
-    const int64_t end = std::min(done + block.width, positions);
+    const int64_t in_line = done / line * line + window.count;
+    const int64_t rest = (through_lines ? positions : in_line) - done;
+    Block block{done, block_width(rest * side, kWidest), {}};
+    const int64_t end = done + std::min<int64_t>(block.width / side, rest);
     if (direct) block.first = std::min(done, positions - block.width);
     while (done < end) {
       const int64_t y = done / line, x = done % line;
@@ -37,14 +41,34 @@ std::vector<Block> blocks_of(const Window& window, int64_t line, bool direct) {
       }
       done = next;
     }
+    if (!through_lines && end == in_line) done = (done + line - 1) / line * line;
     block.first += first;
     blocks.push_back(std::move(block));
   }
   return blocks;
 }
 
-// All planes of one channel of an image.
-template <typename Real>
+// About what a weight costs.
+int64_t cost(const std::vector<Block>& blocks) {
+  int64_t vectors = 0;
+  for (const Block& block : blocks) vectors += block.width / kLanes + 1;
+  return vectors;
+}
+
+std::vector<Block> cheaper_blocks(const Window& window, int64_t line, int side, bool direct) {
+  std::vector<Block> through = blocks_of(window, line, side, true, direct);
+  if (direct) return through;
+  std::vector<Block> within = blocks_of(window, line, side, false, direct);
+  return cost(within) < cost(through) ? within : through;
+}
+
+template <int side>
+DST_FUNCTION void zeros(float* to, int64_t begin, int64_t end) {
+  for (int64_t x = begin; x < end; ++x) to[x * side] = 0.0f;
+}
+
+// All planes of one channel of an image, with room for those of other images between its elements.
+template <int side, typename Real>
 DST_FUNCTION void lay_out(const Images& images, const Real* channel, float* to) {
   const Axis &height = images.height, &width = images.width;
   for (int64_t i = 0; i < height.phases; ++i) {
@@ -54,49 +78,62 @@ DST_FUNCTION void lay_out(const Images& images, const Real* channel, float* to) 
           std::clamp((before + width.stride - 1) / width.stride, int64_t(0), width.line);
       const int64_t end =
           std::clamp((width.size + before + width.stride - 1) / width.stride, first, width.line);
-      for (int64_t q = 0; q < height.line; ++q, to += width.line) {
+      for (int64_t q = 0; q < height.line; ++q, to += width.line * side) {
         const int64_t y = q * height.stride + height.phase(i) - height.padding;
         if (y < 0 || y >= height.size) {
-          std::fill_n(to, width.line, 0.0f);
+          zeros<side>(to, 0, width.line);
           continue;
         }
-        std::fill_n(to, first, 0.0f);
+        zeros<side>(to, 0, first);
         const Real* from = channel + y * width.size - before;
         if (width.stride == 1) {
-          for (int64_t x = first; x < end; ++x) to[x] = number(from[x]);
+          for (int64_t x = first; x < end; ++x) to[x * side] = number(from[x]);
         } else {
-          for (int64_t x = first; x < end; ++x) to[x] = number(from[x * width.stride]);
+          for (int64_t x = first; x < end; ++x) to[x * side] = number(from[x * width.stride]);
         }
-        std::fill_n(to + end, width.line - end, 0.0f);
+        zeros<side>(to, end, width.line);
       }
     }
   }
 }
 
-DST_CLONES void lay_out_channel(const Images& images, int64_t channel, float* to) {
-  const int64_t at = channel * images.height.size * images.width.size;
-  if (images.dtype == ScalarType::Float) {
-    lay_out(images, static_cast<const float*>(images.data) + at, to);
-  } else {
-    lay_out(images, static_cast<const BFloat16*>(images.data) + at, to);
+template <int side, typename Real>
+DST_FUNCTION void lay_out(const Images& images, int64_t image, int64_t channel, float* to) {
+  const int64_t size = images.height.size * images.width.size;
+  const Real* from = static_cast<const Real*>(images.data) + channel * size;
+  for (int i = 0; i < side; ++i) {
+    lay_out<side>(images, from + (image + i) * images.channels * size, to + i);
   }
 }
 
-// Where a row stores its results.
+DST_CLONES void lay_out_channel(const Images& images, int side, int64_t image, int64_t channel,
+                                float* to) {
+  if (images.dtype == ScalarType::Float) {
+    side == 1 ? lay_out<1, float>(images, image, channel, to)
+              : lay_out<kLanes, float>(images, image, channel, to);
+  } else {
+    side == 1 ? lay_out<1, BFloat16>(images, image, channel, to)
+              : lay_out<kLanes, BFloat16>(images, image, channel, to);
+  }
+}
+
+// Where results of a row go.
 struct Target {
-  void* image;
-  int64_t size;  // of a row
+  void* image;         // the first of those side by side
+  int64_t size;        // of a row
+  int64_t image_size;
 };
 
-template <int width, typename Real>
+template <int width, int side, typename Real>
 DST_FUNCTION void convolve(const Filters& part, const float* planes, const Block& block,
                            const Target& target, int64_t row, int64_t end) {
   const SparseRows& w = part.weight;
-  const float* x = planes + block.first;
+  const float* x = planes + block.first * side;
+  const int64_t step = part.window.step;
   for (; row < end; ++row) {
     const int64_t at = w.begin(row), count = w.count(row);
     Vector sums[width / kLanes];
-    row_times_block<width, 1>(part.values + at, part.offsets + at, count, x, sums);
+    row_times_block<width, side>(part.values + at, part.offsets + at, count, x, sums);
     Real results[width];
     for (int v = 0; v < width / kLanes; ++v) {
       if (w.bias) sums[v] += w.bias[row];
@@ -104,38 +141,108 @@ DST_FUNCTION void convolve(const Filters& part, const float* planes, const Block
     }
     Real* output = static_cast<Real*>(target.image) + row * target.size;
     for (const Run& run : block.runs) {
-      const Real* from = results + run.at;
-      Real* to = output + run.output;
-      if (part.window.step == 1) {
-        std::copy_n(from, run.count, to);
-      } else {
-        for (int i = 0; i < run.count; ++i) to[i * part.window.step] = from[i];
+      const Real* from = results + run.at * side;
+      for (int i = 0; i < side; ++i, ++from) {
+        Real* to = output + i * target.image_size + run.output;
+        if (side == 1 && step == 1) {
+          std::copy_n(from, run.count, to);
+        } else {
+          for (int j = 0; j < run.count; ++j) to[j * step] = from[j * side];
+        }
       }
     }
   }
 }
 
-template <typename Real>
+template <int side, typename Real>
 DST_FUNCTION void convolve(const Filters& part, const float* planes, const Block& block,
                            const Target& target, int64_t row, int64_t end) {
   switch (block.width) {
     case 8:
-      return convolve<8, Real>(part, planes, block, target, row, end);
+      return convolve<8, side, Real>(part, planes, block, target, row, end);
     case 16:
-      return convolve<16, Real>(part, planes, block, target, row, end);
+      return convolve<16, side, Real>(part, planes, block, target, row, end);
     case 32:
-      return convolve<32, Real>(part, planes, block, target, row, end);
+      return convolve<32, side, Real>(part, planes, block, target, row, end);
     default:
-      return convolve<64, Real>(part, planes, block, target, row, end);
+      return convolve<64, side, Real>(part, planes, block, target, row, end);
   }
 }
 
-DST_CLONES void convolve_block(const Filters& part, const float* planes, const Block& block,
-                               const Target& target, int64_t row, int64_t end) {
+DST_CLONES void convolve_block(const Filters& part, int side, const float* planes,
+                               const Block& block, const Target& target, int64_t row,
+                               int64_t end) {
   if (part.weight.dtype == ScalarType::Float) {
-    convolve<float>(part, planes, block, target, row, end);
+    side == 1 ? convolve<1, float>(part, planes, block, target, row, end)
+              : convolve<kLanes, float>(part, planes, block, target, row, end);
   } else {
-    convolve<BFloat16>(part, planes, block, target, row, end);
+    side == 1 ? convolve<1, BFloat16>(part, planes, block, target, row, end)
+              : convolve<kLanes, BFloat16>(part, planes, block, target, row, end);
+  }
+}
+
+// How the blocks of all parts are laid.
+struct Plan {
+  int side;  // images side by side: `side` numbers for each position
+  bool direct;
+  std::vector<std::vector<Block>> blocks;
+
+  Plan(const Images& images, const std::vector<Filters>& parts, int side, bool direct)
+      : side(side), direct(direct) {
+    for (const Filters& part : parts) {
+      blocks.push_back(cheaper_blocks(part.window, images.width.line, side, direct));
+    }
+  }
+
+  // About what a weight costs for kLanes images.
+  int64_t cost() const {
+    int64_t sum = 0;
+    for (const std::vector<Block>& each : blocks) sum += dst::cost(each) * kLanes / side;
+    return sum;
+  }
+};
+
+void run(const Images& images, const std::vector<Filters>& parts, const Plan& plan, int64_t first,
+         int64_t last, void* output, int64_t size) {
+  const int side = plan.side;
+  const int64_t planes = images.planes() * side, channels = images.channels;
+  const int64_t bytes = images.dtype == ScalarType::Float ? sizeof(float) : sizeof(BFloat16);
+  // Of images side by side, how many are laid out at a time.
+  const int64_t groups = (last - first) / side;
+  const int64_t most =
+      plan.direct ? groups : std::max<int64_t>(kPacked / (planes + 1), 1);
+  Scratch<float> laid_out;
+  if (!plan.direct) {
+    const int64_t all = std::min(most, groups) * planes;
+    laid_out = Scratch<float>(Use::kPacked, all + kWidest);
+    std::fill_n(laid_out.get() + all, kWidest, 0.0f);  // read, but not stored
+  }
+  for (int64_t begin = 0; begin < groups; begin += most) {
+    const int64_t together = std::min(most, groups - begin);
+    const float* from = laid_out.get();
+    if (plan.direct) {
+      from = static_cast<const float*>(images.data) + first * planes;
+    } else {
+      const int64_t all = images.phases() * images.plane() * side;
+      torch::stable::parallel_for(
+          0, together * channels, std::max<int64_t>(kTerms / kWidest / (all + 1), 1),
+          [&](int64_t at, int64_t end) {
+            for (; at < end; ++at) {
+              const int64_t image = first + (begin + at / channels) * side;
+              lay_out_channel(images, side, image, at % channels, laid_out.get() + at * all);
+            }
+          });
+    }
+    for (size_t i = 0; i < parts.size(); ++i) {
+      const Filters& part = parts[i];
+      const int64_t count = plan.blocks[i].size(), image_size = part.weight.rows * size;
+      part.weight.share(together * count, kWidest, [&](int64_t row, int64_t end, int64_t number) {
+        const int64_t group = number / count, image = first + (begin + group) * side;
+        char* to = static_cast<char*>(output) + image * image_size * bytes;
+        convolve_block(part, side, from + group * planes, plan.blocks[i][number % count],
+                       {to, size, image_size}, row, end);
+      });
+    }
   }
 }
 
@@ -156,52 +263,36 @@ Axis::Axis(const char* op, int64_t size, const int64_t* geometry)
   line = output + longest_shift();
 }
 
-void convolve(const Images& images, const std::vector<Filters>& parts, void* output, int64_t size) {
+void check_rows(const char* op, const SparseRows& weight, const Tensor& columns, int64_t channels,
+                const Integers& geometry) {
+  const int64_t groups = geometry[8];
+  STD_TORCH_CHECK(groups >= 1 && channels % groups == 0 && weight.rows % groups == 0, op,
+                  ": groups must divide channels and rows");
+  const int64_t of_row = channels / groups * geometry[0] * geometry[1];
+  STD_TORCH_CHECK(columns.dim() == 2 && columns.size(0) == weight.rows && columns.size(1) == of_row,
+                  op, ": for ", channels, " channels, columns must be [", weight.rows, ", ", of_row,
+                  "]");
+}
+
+void convolve(const Images& images, const std::vector<Filters>& parts, void* output,
+              int64_t size) {
   bool direct =
       images.dtype == ScalarType::Float && images.height.plain() && images.width.plain();
   for (const Filters& part : parts) {
     const Window& window = part.window;
     direct &= (window.lines - 1) * images.width.line + window.count >= kWidest;
   }
-  std::vector<std::vector<Block>> blocks;
-  for (const Filters& part : parts) {
-    blocks.push_back(blocks_of(part.window, images.width.line, direct));
-  }
-  const int64_t planes = images.planes(), channels = images.channels;
-  const int64_t most = direct ? images.count : std::max<int64_t>(kPacked / (planes + 1), 1);
-  Scratch<float> laid_out;
-  if (!direct) {
-    const int64_t all = std::min(most, images.count) * planes;
-    laid_out = Scratch<float>(Use::kPacked, all + kWidest);
-    std::fill_n(laid_out.get() + all, kWidest, 0.0f);  // read, but not stored
-  }
-  const int64_t bytes = images.dtype == ScalarType::Float ? sizeof(float) : sizeof(BFloat16);
-  for (int64_t first = 0; first < images.count; first += most) {
-    const int64_t together = std::min(most, images.count - first);
-    const float* from = laid_out.get();
-    if (direct) {
-      from = static_cast<const float*>(images.data);
-    } else {
-      const int64_t all = images.phases() * images.plane();
-      torch::stable::parallel_for(
-          0, together * channels, std::max<int64_t>(kTerms / kWidest / (all + 1), 1),
-          [&](int64_t begin, int64_t end) {
-            for (int64_t channel = begin; channel < end; ++channel) {
-              lay_out_channel(images, first * channels + channel, laid_out.get() + channel * all);
-            }
-          });
-    }
-    for (size_t i = 0; i < parts.size(); ++i) {
-      const Filters& part = parts[i];
-      const int64_t count = blocks[i].size(), rows = part.weight.rows;
-      part.weight.share(together * count, kWidest, [&](int64_t row, int64_t end, int64_t number) {
-        const int64_t image = number / count;
-        char* to = static_cast<char*>(output) + (first + image) * rows * size * bytes;
-        convolve_block(part, from + image * planes, blocks[i][number % count], {to, size}, row,
-                       end);
-      });
+  const Plan single(images, parts, 1, direct);
+  int64_t done = 0;
+  if (images.count >= kLanes) {
+    const Plan several(images, parts, kLanes, false);
+    // Laying out and storing takes more time then.
+    if (several.cost() * 5 <= single.cost() * 4) {
+      done = images.count / kLanes * kLanes;
+      run(images, parts, several, 0, done, output, size);
     }
   }
+  if (done < images.count) run(images, parts, single, done, images.count, output, size);
 }
 
 }  // namespace dst

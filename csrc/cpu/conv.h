@@ -59,6 +59,10 @@ struct Filters {
   Window window;
 };
 
+// Refuses rows that are not [channels / groups, *kernel], [rows, columns] as stored.
+void check_rows(const char* op, const SparseRows& weight, const Tensor& columns, int64_t channels,
+                const Integers& geometry);
+
 // Stores row r of an image at `output` + r * size; all images one after the other.
 void convolve(const Images& images, const std::vector<Filters>& parts, void* output, int64_t size);
 

@@ -114,8 +114,7 @@ Tensor kept_conv_grad_input(const Tensor& grad, const Tensor& values, const Tens
                   ": grad must have 4 dimensions, geometry 9 integers, and shape 3");
   const int64_t channels = shape[0], groups = geometry[8], count = grad.size(0);
   const Axis height(op, shape[1], geometry.data()), width(op, shape[2], geometry.data() + 1);
-  STD_TORCH_CHECK(groups >= 1 && channels % groups == 0 && weight.rows % groups == 0, op,
-                  ": groups must divide channels and rows");
+  check_rows(op, weight, columns, channels, geometry);
   STD_TORCH_CHECK(grad.size(1) == weight.rows && grad.size(2) == height.output &&
                       grad.size(3) == width.output,
                   op, ": grad must be [N, ", weight.rows, ", ", height.output, ", ", width.output,

@@ -65,6 +65,9 @@ Tensor kept_conv(const Tensor& input, const Tensor& values, const Tensor& column
                  const Tensor& places, const std::optional<Tensor>& bias,
                  const Integers& geometry) {
   SparseRows weight = SparseRows::scattered("kept_conv", input, values, columns, places, bias);
+  STD_TORCH_CHECK(input.dim() == 4 && geometry.size() == 9,
+                  "kept_conv: input must have 4 dimensions, and geometry 9 integers");
+  check_rows("kept_conv", weight, columns, input.size(1), geometry);
   return conv("kept_conv", weight, input, geometry);
 }
 

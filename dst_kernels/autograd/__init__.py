@@ -7,7 +7,7 @@ derivative, so there is no second one.
 """
 
 from ._function import product_dtype
-from .conv import masked_conv
+from .conv import attached_conv, masked_conv
 from .conv_transpose import masked_conv_transpose, masked_conv_transpose_weight
 from .fixed import fixed_weight
 from .kept import MaskedWeightInMemory
@@ -26,6 +26,7 @@ __all__ = [
     "MaskedWeightInMemory",
     "Packed",
     "WeightSource",
+    "attached_conv",
     "attached_linear",
     "check_options",
     "fixed_weight",

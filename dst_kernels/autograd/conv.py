@@ -14,6 +14,7 @@ from ..ops.conv_checks import check_conv
 from ..ops.geometry import per_dimension, resolve_padding
 from ..plan import ConvKind, Plan, plan_conv
 from ..reference.conv import Geometry, conv, conv_dense_weight_gradient, conv_grad_input
+from .kept import MaskedWeightInMemory, multiply
 from .options import MaskOptions
 from .product import Product, masked_product
 from .weight import FRESH, WeightSource
@@ -30,9 +31,21 @@ class _Conv(Product):
     grad_input = staticmethod(conv_grad_input)
     dense_gradient = staticmethod(conv_dense_weight_gradient)
     grad_bias = staticmethod(conv_grad_bias)
+    kept_forward, kept_grad_input = "kept_conv", "kept_conv_grad_input"
     fused_forward = ops.masked_conv
     fused_grad_input = ops.masked_conv_grad_input
     fused_grad_weight = ops.masked_conv_grad_weight
+
+    @staticmethod
+    def sizes(input: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, int, int, str]:
+        rows, *row = weight.shape
+        kind = "conv1x1" if row[1:].count(1) == len(row) - 1 else "conv"
+        # The kernels take contiguous images: others would have to be copied, and back.
+        positions = 0
+        if input.is_contiguous():
+            shape = geometry.output_shape(input.shape, weight.shape)
+            positions = math.prod((shape[0], *shape[2:]))
+        return positions, rows, math.prod(row), kind
 
     @staticmethod
     def fastest(input: Tensor, weight: Tensor, packed_available: bool, geometry: Geometry) -> Plan:
@@ -68,6 +81,40 @@ def masked_conv(
     source: WeightSource = FRESH,
 ) -> tuple[Tensor, Tensor]:
     """Convolve; return what `masked_product` does. Geometry and shapes are as in `F.conv2d`."""
+    input, geometry, batched = _resolve(input, weight, stride, padding, dilation, groups)
+    if not torch.compiler.is_compiling():  # there the compiler's own checks of shapes serve
+        check_conv(input, weight, threshold, bias, geometry)
+    operands = input, weight, threshold, bias
+    output, effective = masked_product(_Conv, *operands, (geometry,), options, source)
+    return output if batched else output.squeeze(0), effective
+
+
+def attached_conv(
+    input: Tensor,
+    masked: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: str | int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+    options: MaskOptions,
+    known: MaskedWeightInMemory | None,
+) -> Tensor:
+    """Return `multiply` of a W * M that has its gradients, for the geometry as in `F.conv2d`."""
+    input, geometry, batched = _resolve(input, masked, stride, padding, dilation, groups)
+    output = multiply(_Conv, input, masked, bias, (geometry,), options, known)
+    return output if batched else output.squeeze(0)
+
+
+def _resolve(
+    input: Tensor,
+    weight: Tensor,
+    stride: int | Sequence[int],
+    padding: str | int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Geometry, bool]:
+    """Return the input as a batch, the geometry in numbers, and whether the input was a batch."""
     spatial = weight.dim() - 2
     stride = per_dimension("stride", stride, spatial)
     dilation = per_dimension("dilation", dilation, spatial)
@@ -75,9 +122,4 @@ def masked_conv(
     if not batched:
         input = input.unsqueeze(0)
     input, padding = resolve_padding(input, padding, weight.shape[2:], stride, dilation)
-    geometry = Geometry(stride, padding, dilation, groups)
-    if not torch.compiler.is_compiling():  # there the compiler's own checks of shapes serve
-        check_conv(input, weight, threshold, bias, geometry)
-    operands = input, weight, threshold, bias
-    output, effective = masked_product(_Conv, *operands, (geometry,), options, source)
-    return output if batched else output.squeeze(0), effective
+    return input, Geometry(stride, padding, dilation, groups), batched

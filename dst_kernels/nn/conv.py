@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from .. import autograd
 from .layer import MaskedLayer
-from .sources import attached_weight
+from .sources import attached_weight, known_of
 
 
 class MaskedConv(MaskedLayer, nn.modules.conv._ConvNd):
@@ -22,13 +22,15 @@ class MaskedConv(MaskedLayer, nn.modules.conv._ConvNd):
         if weight is not self._parameters.get("weight", weight):
             return super()._conv_forward(input, weight, bias)  # from a user's own forward
         attached = attached_weight(self, input)
-        if attached is not None:
-            return super()._conv_forward(input, attached, bias)
         padding: str | int | tuple[int, ...] = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         geometry = self.stride, padding, self.dilation, self.groups
+        if attached is not None:
+            return autograd.attached_conv(
+                input, attached, bias, *geometry, self.masking, known_of(self, attached)
+            )
         return self._masked(
             lambda weight, threshold, *how: autograd.masked_conv(
                 input, weight, threshold, bias, *geometry, *how

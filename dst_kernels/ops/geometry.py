@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 def per_dimension(name: str, value: int | Sequence[int], spatial: int) -> tuple[int, ...]:
     """Return one integer per spatial dimension, from one for all or a sequence of `spatial`."""
+    if type(value) is tuple and len(value) == spatial and {*map(type, value)} == {int}:
+        return value  # as layers have it
     values: tuple[Any, ...] = (value,) * spatial
     if isinstance(value, (tuple, list)):
         values = tuple(value)

@@ -1,7 +1,15 @@
 """Offer the functions of the backends "cpu" and "cuda"; load the CPU library before the import."""
 
 from .regularization import regularization
-from .sparse import kept_linear, kept_linear_grad_input, kept_rows, sparse_conv, sparse_linear
+from .sparse import (
+    kept_conv,
+    kept_conv_grad_input,
+    kept_linear,
+    kept_linear_grad_input,
+    kept_rows,
+    sparse_conv,
+    sparse_linear,
+)
 from .step import adamw_step_, grad_norm_, sgd_step_
 from .weight import (
     effective_threshold,
@@ -15,6 +23,8 @@ __all__ = [
     "adamw_step_",
     "effective_threshold",
     "grad_norm_",
+    "kept_conv",
+    "kept_conv_grad_input",
     "kept_linear",
     "kept_linear_grad_input",
     "kept_rows",

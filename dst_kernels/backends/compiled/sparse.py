@@ -15,6 +15,7 @@ _ops = torch.ops.dst_kernels_compiled
 _linear, _conv = _ops.sparse_linear.default, _ops.sparse_conv.default
 _kept_rows, _kept_linear = _ops.kept_rows.default, _ops.kept_linear.default
 _kept_linear_grad_input = _ops.kept_linear_grad_input.default
+_kept_conv, _kept_conv_grad_input = _ops.kept_conv.default, _ops.kept_conv_grad_input.default
 _DTYPES = (torch.float32, torch.bfloat16)
 _MOST = 1 << 30  # elements of an image: the library's offsets are 32-bit integers
 
@@ -38,21 +39,11 @@ def sparse_conv(
     geometry: Geometry,
 ) -> Tensor:
     """Do as the reference does; it also computes what the library does not take."""
-    if not (input.is_cpu and input.dtype in _DTYPES and input[:1].numel() < _MOST):
+    if not _takes(input):
         args = input, values, columns, row_starts, bias, kernel_size, geometry
         return reference.sparse_conv(*args)
-    stride, padding, dilation, groups = geometry
-    if input.dim() == 3:  # as one line of an image
-        output = _conv(
-            input.unsqueeze(2).contiguous(), values, columns, row_starts, bias,
-            (1, *kernel_size, 1, *stride, 0, *padding, 1, *dilation, groups),
-        )  # fmt: skip
-        return output.squeeze(2)
-    output = _conv(
-        input.contiguous(), values, columns, row_starts, bias,
-        (*kernel_size, *stride, *padding, *dilation, groups),
-    )  # fmt: skip
-    return output.contiguous(memory_format=conv_memory_format(input, input))
+    images, numbers = _as_images(input, kernel_size, geometry)
+    return _like(input, _conv(images, values, columns, row_starts, bias, numbers))
 
 
 def kept_rows(masked: Tensor, most: int) -> KeptRows | None:
@@ -75,3 +66,44 @@ def kept_linear_grad_input(grad: Tensor, rows: KeptRows) -> Tensor:
     if not (grad.is_cpu and grad.dtype in _DTYPES):
         return reference.kept_linear_grad_input(grad, rows)
     return _kept_linear_grad_input(grad.contiguous(), *rows)
+
+
+def kept_conv(input: Tensor, rows: KeptRows, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """Do as the reference does; it also computes what the library does not take."""
+    if not _takes(input):
+        return reference.kept_conv(input, rows, bias, geometry)
+    images, numbers = _as_images(input, rows.values.shape[2:], geometry)
+    return _like(input, _kept_conv(images, *rows, bias, numbers))
+
+
+def kept_conv_grad_input(grad: Tensor, like: Tensor, rows: KeptRows, geometry: Geometry) -> Tensor:
+    """Do as the reference does; it also computes what the library does not take."""
+    if not (_takes(grad) and like[:1].numel() < _MOST):
+        return reference.kept_conv_grad_input(grad, like, rows, geometry)
+    images, numbers = _as_images(grad, rows.values.shape[2:], geometry)
+    channels, *size = like.shape[1:]
+    shape = (channels, 1, *size) if len(size) == 1 else (channels, *size)
+    return _kept_conv_grad_input(images, *rows, numbers, shape).view(like.shape)
+
+
+def _takes(images: Tensor) -> bool:
+    """Return whether the library convolves these."""
+    return images.is_cpu and images.dtype in _DTYPES and images[:1].numel() < _MOST
+
+
+def _as_images(
+    input: Tensor, kernel_size: Sequence[int], geometry: Geometry
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Return contiguous images, a line as one of one line, and the geometry as the library has it."""
+    stride, padding, dilation, groups = geometry
+    if input.dim() == 3:
+        numbers = (1, *kernel_size, 1, *stride, 0, *padding, 1, *dilation, groups)
+        return input.unsqueeze(2).contiguous(), numbers
+    return input.contiguous(), (*kernel_size, *stride, *padding, *dilation, groups)
+
+
+def _like(input: Tensor, output: Tensor) -> Tensor:
+    """Return the output of images with the dimensions and the memory format of the input."""
+    if input.dim() == 3:
+        return output.squeeze(2)
+    return output.contiguous(memory_format=conv_memory_format(input, input))
