@@ -13,8 +13,14 @@ from ..backends.device import gpu_name, tf32_allowed
 from ..ops.conv_checks import check_conv
 from ..ops.geometry import per_dimension, resolve_padding
 from ..plan import ConvKind, Plan, plan_conv
-from ..reference.conv import Geometry, conv, conv_dense_weight_gradient, conv_grad_input
-from .kept import MaskedWeightInMemory, multiply
+from ..reference.conv import (
+    TORCH_CONVS,
+    Geometry,
+    conv,
+    conv_dense_weight_gradient,
+    conv_grad_input,
+)
+from .kept import MaskedWeightInMemory, multiply, never_kept
 from .options import MaskOptions
 from .product import Product, masked_product
 from .weight import FRESH, WeightSource
@@ -101,6 +107,10 @@ def attached_conv(
     known: MaskedWeightInMemory | None,
 ) -> Tensor:
     """Return `multiply` of a W * M that has its gradients, for the geometry as in `F.conv2d`."""
+    if never_kept(masked, options):
+        if known is not None:
+            masked = known.dense(masked)
+        return TORCH_CONVS[masked.dim()](input, masked, bias, stride, padding, dilation, groups)
     input, geometry, batched = _resolve(input, masked, stride, padding, dilation, groups)
     output = multiply(_Conv, input, masked, bias, (geometry,), options, known)
     return output if batched else output.squeeze(0)

@@ -151,6 +151,18 @@ class _Dense(Function):
         return grad, None
 
 
+def never_kept(masked: Tensor, options: MaskOptions) -> bool:
+    """Return whether torch multiplies whatever else is known: found out in no time."""
+    return (
+        torch.compiler.is_compiling()
+        or (path := options.path) == "packed"
+        or (
+            not (masked.numel() >= _LEAST and masked.is_cpu and masked.requires_grad)
+            and path == "auto"
+        )
+    )
+
+
 def multiply(
     product: type[Product],
     input: Tensor,
@@ -166,21 +178,14 @@ def multiply(
     short enough, on "sparse" always. Tracers, torch.func and tools that watch every operation see
     torch's own product. `known`: what is known of `masked` if an optimizer's step made it.
     """
-    if (
-        torch.compiler.is_compiling()
-        or (path := options.path) == "packed"
-        or (
-            not (masked.numel() >= _LEAST and masked.is_cpu and masked.requires_grad)
-            and path == "auto"
-        )
-    ):
+    if never_kept(masked, options):
         if known is not None:
             masked = known.dense(masked)
         return product.multiply(input, masked, bias, *geometry)
-    most = _most(product, input, masked, geometry, path)
+    most = _most(product, input, masked, geometry, options.path)
     rows: KeptRows | None = None
     if known is not None:
-        if known.is_sparse(most, path):
+        if known.is_sparse(most, options.path):
             rows = known.kept_rows(options.backend)
         else:
             masked = known.dense(masked)

@@ -34,7 +34,7 @@ class Geometry(NamedTuple):
         return [input_shape[0], weight_shape[0], *spatial]
 
 
-_CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+TORCH_CONVS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -83,7 +83,7 @@ def conv(
         bias = bias.to(input.dtype)
     if geometry[3] != 1 and not torch_reads(weight):
         weight = weight.contiguous()
-    return _CONV[input.dim()](input, weight, bias, *geometry)
+    return TORCH_CONVS[input.dim()](input, weight, bias, *geometry)
 
 
 def conv_grad_input(

@@ -94,7 +94,7 @@ def _takes(images: Tensor) -> bool:
 def _as_images(
     input: Tensor, kernel_size: Sequence[int], geometry: Geometry
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """Return contiguous images, a line as one of one line, and the geometry as the library has it."""
+    """Return contiguous images, or lines as images of one, and the geometry in numbers."""
     stride, padding, dilation, groups = geometry
     if input.dim() == 3:
         numbers = (1, *kernel_size, 1, *stride, 0, *padding, 1, *dilation, groups)
