@@ -29,6 +29,22 @@ _LINEAR = (
     (4096, 4096),
 )
 _TOKENS = (1, 4, 16, 64, 256)
+_CONV = (  # channels in and out, kernel, stride, height and width
+    (20, 50, 5, 1, 12),
+    (32, 32, 3, 1, 16),
+    (64, 64, 3, 1, 32),
+    (64, 64, 3, 1, 56),
+    (128, 128, 3, 1, 16),
+    (256, 256, 3, 1, 8),
+    (512, 512, 3, 1, 4),
+    (64, 128, 3, 2, 32),
+    (256, 512, 3, 2, 8),
+    (64, 256, 1, 1, 16),
+    (128, 256, 1, 2, 16),
+    (1024, 256, 1, 1, 8),
+    (512, 2048, 1, 1, 4),
+)
+_IMAGES = (1, 8, 64)
 _MOST = 1.2e9  # M N K: larger cases take too long, and differ no more
 
 
@@ -46,7 +62,15 @@ def cases() -> Iterator[_Case]:
     for N, K in _LINEAR:
         for M in _TOKENS:
             if M * N * K <= _MOST:
-                yield _Case("linear", M, N, K, lambda N=N, K=K: nn.MaskedLinear(K, N), (M, K))
+                yield _Case("linear", M, N, K, partial(nn.MaskedLinear, K, N), (M, K))
+    for channels, N, kernel, stride, size in _CONV:
+        kind = "conv1x1" if kernel == 1 else "conv"
+        K, padding = channels * kernel**2, kernel // 2
+        layer = partial(nn.MaskedConv2d, channels, N, kernel, stride, padding, bias=False)
+        for images in _IMAGES:
+            M = images * (size // stride) ** 2
+            if M * N * K <= 4 * _MOST:
+                yield _Case(kind, M, N, K, layer, (images, channels, size, size))
 
 
 def write_crossovers(path: Path, environment: Environment, log: Callable[[str], object]) -> dict:
