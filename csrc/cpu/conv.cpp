@@ -1,3 +1,7 @@
+// Lays images out as planes, and multiplies blocks of positions with rows.
+//
+// Where lines are short, much of a block would lie between lines: there, kLanes images are laid out
+// side by side, so that each position has that many numbers.
 #include "conv.h"
 
 namespace dst {
@@ -119,8 +123,8 @@ DST_CLONES void lay_out_channel(const Images& images, int side, int64_t image, i
 
 // Where results of a row go.
 struct Target {
-  void* image;         // the first of those side by side
-  int64_t size;        // of a row
+  void* image;   // the first of those side by side
+  int64_t size;  // of a row
   int64_t image_size;
 };
 
@@ -170,8 +174,7 @@ DST_FUNCTION void convolve(const Filters& part, const float* planes, const Block
 }
 
 DST_CLONES void convolve_block(const Filters& part, int side, const float* planes,
-                               const Block& block, const Target& target, int64_t row,
-                               int64_t end) {
+                               const Block& block, const Target& target, int64_t row, int64_t end) {
   if (part.weight.dtype == ScalarType::Float) {
     side == 1 ? convolve<1, float>(part, planes, block, target, row, end)
               : convolve<kLanes, float>(part, planes, block, target, row, end);
@@ -209,8 +212,7 @@ void run(const Images& images, const std::vector<Filters>& parts, const Plan& pl
   const int64_t bytes = images.dtype == ScalarType::Float ? sizeof(float) : sizeof(BFloat16);
   // Of images side by side, how many are laid out at a time.
   const int64_t groups = (last - first) / side;
-  const int64_t most =
-      plan.direct ? groups : std::max<int64_t>(kPacked / (planes + 1), 1);
+  const int64_t most = plan.direct ? groups : std::max<int64_t>(kPacked / (planes + 1), 1);
   Scratch<float> laid_out;
   if (!plan.direct) {
     const int64_t all = std::min(most, groups) * planes;
@@ -274,10 +276,8 @@ void check_rows(const char* op, const SparseRows& weight, const Tensor& columns,
                   "]");
 }
 
-void convolve(const Images& images, const std::vector<Filters>& parts, void* output,
-              int64_t size) {
-  bool direct =
-      images.dtype == ScalarType::Float && images.height.plain() && images.width.plain();
+void convolve(const Images& images, const std::vector<Filters>& parts, void* output, int64_t size) {
+  bool direct = images.dtype == ScalarType::Float && images.height.plain() && images.width.plain();
   for (const Filters& part : parts) {
     const Window& window = part.window;
     direct &= (window.lines - 1) * images.width.line + window.count >= kWidest;

@@ -46,8 +46,8 @@ struct Transposed {
   Scratch<int32_t> offsets;
 };
 
-struct Dense {
-  Axis height, width;    // of dX
+struct Inputs {
+  Axis height, width;  // of dX
   int64_t channels, groups;
   int64_t plane, line;  // of dY
 
@@ -56,7 +56,7 @@ struct Dense {
 
 template <typename Column>
 Transposed transpose(const SparseRows& w, const float* values, const Column* columns,
-                     const Dense& call) {
+                     const Inputs& call) {
   struct Place {
     int32_t row, offset;
   };
@@ -106,8 +106,7 @@ Transposed transpose(const SparseRows& w, const float* values, const Column* col
 }  // namespace
 
 Tensor kept_conv_grad_input(const Tensor& grad, const Tensor& values, const Tensor& columns,
-                            const Tensor& places, const Integers& geometry,
-                            const Integers& shape) {
+                            const Tensor& places, const Integers& geometry, const Integers& shape) {
   constexpr const char* op = "kept_conv_grad_input";
   SparseRows weight = SparseRows::scattered(op, grad, values, columns, places, std::nullopt);
   STD_TORCH_CHECK(grad.dim() == 4 && geometry.size() == 9 && shape.size() == 3, op,
@@ -115,15 +114,14 @@ Tensor kept_conv_grad_input(const Tensor& grad, const Tensor& values, const Tens
   const int64_t channels = shape[0], groups = geometry[8], count = grad.size(0);
   const Axis height(op, shape[1], geometry.data()), width(op, shape[2], geometry.data() + 1);
   check_rows(op, weight, columns, channels, geometry);
-  STD_TORCH_CHECK(grad.size(1) == weight.rows && grad.size(2) == height.output &&
-                      grad.size(3) == width.output,
-                  op, ": grad must be [N, ", weight.rows, ", ", height.output, ", ", width.output,
-                  "]");
+  STD_TORCH_CHECK(
+      grad.size(1) == weight.rows && grad.size(2) == height.output && grad.size(3) == width.output,
+      op, ": grad must be [N, ", weight.rows, ", ", height.output, ", ", width.output, "]");
   Tensor result = new_contiguous(grad, {count, channels, height.size, width.size});
   if (result.numel() == 0) return result;
   const Images grads{axis_of_grad(height), axis_of_grad(width), weight.dtype, weight.rows, count,
                      grad.data_ptr()};
-  const Dense call{height, width, channels, groups, grads.plane(), grads.width.line};
+  const Inputs call{height, width, channels, groups, grads.plane(), grads.width.line};
   const float* wide = weight.values();
   const Transposed made =
       weight.small ? transpose(weight, wide, static_cast<const uint16_t*>(weight.columns), call)
@@ -149,7 +147,8 @@ Tensor kept_conv_grad_input(const Tensor& grad, const Tensor& values, const Tens
                         y * width.size + x,
                         height.stride * width.size,
                         width.stride};
-    parts.push_back({rows.back(), made.values.get() + *starts, made.offsets.get() + *starts, window});
+    parts.push_back(
+        {rows.back(), made.values.get() + *starts, made.offsets.get() + *starts, window});
   }
   convolve(grads, parts, result.data_ptr(), height.size * width.size);
   return result;

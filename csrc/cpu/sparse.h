@@ -161,9 +161,7 @@ class SparseRows {
   int64_t begin(int64_t row) const { return places_ ? places_[2 * row] : starts_[row]; }
   int64_t count(int64_t row) const { return starts_[row + 1] - starts_[row]; }
   // How many weights can be read from where a row begins: the others are not the row's.
-  int64_t readable(int64_t row) const {
-    return places_ ? count(row) : stored_size_ - starts_[row];
-  }
+  int64_t readable(int64_t row) const { return places_ ? count(row) : stored_size_ - starts_[row]; }
   // The size of the arrays that hold the rows.
   int64_t stored() const { return stored_size_; }
 
@@ -202,8 +200,7 @@ class SparseRows {
   }
 
   SparseRows() = default;
-  void set_arrays(const char* op, const Tensor& input, const Tensor& values,
-                  const Tensor& columns);
+  void set_arrays(const char* op, const Tensor& input, const Tensor& values, const Tensor& columns);
   void set_bias(const char* op, const Tensor& input, const std::optional<Tensor>& bias);
 
   const int32_t* starts_;            // as if rows followed one another
@@ -264,8 +261,7 @@ Tensor sparse_conv(const Tensor& input, const Tensor& values, const Tensor& colu
                    const Tensor& row_starts, const std::optional<Tensor>& bias,
                    const Integers& geometry);
 Tensor kept_conv(const Tensor& input, const Tensor& values, const Tensor& columns,
-                 const Tensor& places, const std::optional<Tensor>& bias,
-                 const Integers& geometry);
+                 const Tensor& places, const std::optional<Tensor>& bias, const Integers& geometry);
 // shape: channels, height and width of the input.
 Tensor kept_conv_grad_input(const Tensor& grad, const Tensor& values, const Tensor& columns,
                             const Tensor& places, const Integers& geometry, const Integers& shape);
