@@ -1,7 +1,8 @@
 """Multiply by a weight in training of which only the kept elements are stored, row by row.
 
-Elements that are not stored have no part in a sum: they give 0 even where the input or the gradient
-is infinite or NaN. Products of 16-bit tensors are summed in float32.
+Elements that are not stored have no part in the output: they give 0 even where the input is infinite
+or NaN. dX takes them for zeros: where the gradient is infinite or NaN, they may give 0 or NaN.
+Products of 16-bit tensors are summed in float32.
 """
 
 from __future__ import annotations
