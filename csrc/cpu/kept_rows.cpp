@@ -79,9 +79,9 @@ bool kept_rows(const Tensor& masked, int64_t most, const Tensor& values, const T
   const ScalarType dtype = masked.scalar_type();
   STD_TORCH_CHECK(masked.is_cpu() && masked.is_contiguous() && masked.dim() >= 1,
                   "kept_rows: masked must be contiguous, on the CPU, with at least 1 dimension");
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
-                      dtype == ScalarType::BFloat16,
-                  "kept_rows: masked must be float32, float64 or bfloat16");
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16,
+      "kept_rows: masked must be float32, float64 or bfloat16");
   const int64_t rows = masked.size(0), size = masked.numel();
   const bool small = columns.scalar_type() == ScalarType::UInt16;
   check_run("kept_rows", values, "values", dtype, size);

@@ -19,7 +19,7 @@ struct Above {
 
   DST_FUNCTION bool operator()(float weight) const { return !pruned(weight, threshold); }
   DST_FUNCTION Mask operator()(Vector weights) const {
-    return (Mask)!(((Vector)((Bits)weights & 0x7fffffffu) <= threshold));
+    return (Mask) !(((Vector)((Bits)weights & 0x7fffffffu) <= threshold));
   }
 };
 
