@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _SPARSE_DTYPES = (torch.float32, torch.bfloat16)
 _LEAST = 1 << 13  # elements of a weight for which the choice is worth its time
 _MOST = (1 << 31) - 1  # elements that places can say
+_FEW = 0.5  # of the weights: where more are kept, the planner's answer is no
 
 
 class _KeptProduct(Function):
@@ -103,22 +104,20 @@ class MaskedWeightInMemory:
         self.rows = None if targets is None else KeptRows(self.tensor, *targets)
         self._number, self._made_from = number, None
 
-    def is_sparse(self, most: int, path: str) -> bool:
-        """Return whether a product is to take kept rows, of which there may be `most`."""
-        if most and path == "auto":
-            if self._number is None and self._made_from is not None:
-                self._number = int(threshold_mask(*self._made_from).sum())
-            self._by_rows = self._number is not None and self._number <= most
-        else:
-            self._by_rows = most > 0
-        return self._by_rows
+    def keeps_at_most(self, number: float) -> bool:
+        """Return whether there are so few kept weights, as far as the host can know."""
+        if self._number is None and self._made_from is not None:
+            self._number = int(threshold_mask(*self._made_from).sum())
+        return self._number is not None and self._number <= number
 
     def dense(self, masked: Tensor) -> Tensor:
         """Return W * M itself, with the gradients of `masked`, which shares this memory."""
+        self._by_rows = False
         return masked if self.rows is None else _Dense.apply(masked, self.rows)
 
     def kept_rows(self, backend: str) -> KeptRows:
         """Return the kept rows, made from W * M if the step has not written them."""
+        self._by_rows = True
         if self.rows is not None:
             return self.rows
         rows = _run(backend, "kept_rows", self.tensor, self.tensor.numel())
@@ -178,20 +177,19 @@ def multiply(
     short enough, on "sparse" always. Tracers, torch.func and tools that watch every operation see
     torch's own product. `known`: what is known of `masked` if an optimizer's step made it.
     """
-    if never_kept(masked, options):
+    rows: KeptRows | None = None
+    auto = options.path == "auto"
+    if not never_kept(masked, options) and not (
+        auto and known is not None and not known.keeps_at_most(_FEW * masked.numel())
+    ):
+        most = _most(product, input, masked, geometry, options.path)
+        if known is None and most:
+            rows = _run(options.backend, "kept_rows", masked.detach(), most)
+        elif known is not None and most and (not auto or known.keeps_at_most(most)):
+            rows = known.kept_rows(options.backend)
+    if rows is None:
         if known is not None:
             masked = known.dense(masked)
-        return product.multiply(input, masked, bias, *geometry)
-    most = _most(product, input, masked, geometry, options.path)
-    rows: KeptRows | None = None
-    if known is not None:
-        if known.is_sparse(most, options.path):
-            rows = known.kept_rows(options.backend)
-        else:
-            masked = known.dense(masked)
-    elif most > 0:
-        rows = _run(options.backend, "kept_rows", masked.detach(), most)
-    if rows is None:
         return product.multiply(input, masked, bias, *geometry)
     if input.dtype is not masked.dtype:  # torch's product would do it, under autocast
         input = input.to(masked.dtype)
