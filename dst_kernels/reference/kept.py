@@ -1,7 +1,7 @@
 """Multiply by a weight in training of which only the kept elements are stored, row by row.
 
-Elements that are not stored have no part in the output: they give 0 even where the input is infinite
-or NaN. dX takes them for zeros: where the gradient is infinite or NaN, they may give 0 or NaN.
+Elements that are not stored have no part in the output: they give 0 even where the input is
+infinite or NaN. For dX they may count as zeros: an infinite gradient may then give NaN.
 Products of 16-bit tensors are summed in float32.
 """
 
