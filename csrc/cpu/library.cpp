@@ -46,9 +46,9 @@ STABLE_TORCH_LIBRARY(dst_kernels_compiled, library) {
       "grad_norm(Tensor[] weights, Tensor[] grads, Tensor[] thresholds, "
       "Tensor[] threshold_grads, int[] settings, Tensor hypers, Tensor[] alphas, "
       "Tensor[] scales, Tensor(a!) norm) -> ()");
-  // On CPUs only, and of one weight: see dst_kernels/reference/sparse.py. Tensors are contiguous,
-  // in float32 or bfloat16. geometry: kernel, stride, padding and dilation, each over height and
-  // width, and groups.
+  // On CPUs only, and of one weight: see dst_kernels/reference/sparse.py. Tensors are contiguous
+  // (sparse_linear makes its input so), in float32 or bfloat16. geometry: kernel, stride, padding
+  // and dilation, each over height and width, and groups.
   library.def(
       "sparse_linear(Tensor input, Tensor values, Tensor columns, Tensor row_starts, "
       "Tensor? bias) -> Tensor");

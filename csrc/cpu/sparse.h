@@ -162,6 +162,9 @@ class SparseRows {
   int64_t count(int64_t row) const { return starts_[row + 1] - starts_[row]; }
   // How many weights can be read from where a row begins: the others are not the row's.
   int64_t readable(int64_t row) const { return places_ ? count(row) : stored_size_ - starts_[row]; }
+  // What these are read from; the second is null where rows follow one another.
+  const int32_t* starts() const { return starts_; }
+  const int32_t* places() const { return places_; }
   // The size of the arrays that hold the rows.
   int64_t stored() const { return stored_size_; }
 

@@ -1,90 +1,17 @@
 // input W^T + bias for a sparse W.
 //
-// One input is read where each weight needs it. Of several, blocks of 8 to 64 are transposed first,
-// so that their numbers for one column lie side by side.
-#include <bit>
-#include <cstring>
+// Inputs are transposed first, in blocks of 8 to 64, so that their numbers for one column lie side
+// by side. One or two are left to sparse_linear_few.cpp.
+#include "sparse_linear.h"
+
 #include <vector>
 
-#include "sparse.h"
-#include "storage.h"
 #include "transposed.h"
 
 namespace dst {
 namespace {
 
 constexpr int64_t kPacked = 1 << 20;  // numbers transposed at a time
-
-struct Linear {
-  SparseRows& weight;
-  int64_t inputs, features;
-  const void* input;
-  void* output;
-};
-
-// Eight numbers of x, not next to each other.
-DST_FUNCTION Vector gather(const float* x, const int32_t* c) {
-  return Vector{x[c[0]], x[c[1]], x[c[2]], x[c[3]], x[c[4]], x[c[5]], x[c[6]], x[c[7]]};
-}
-
-// Processors load twice in a cycle or so; shifts come on top.
-DST_FUNCTION Vector gather(const float* x, const uint16_t* c) {
-  if constexpr (std::endian::native == std::endian::little) {
-    uint64_t a, b;
-    std::memcpy(&a, c, 8);
-    std::memcpy(&b, c + 4, 8);
-    return Vector{x[a & 0xffff], x[a >> 16 & 0xffff], x[a >> 32 & 0xffff], x[a >> 48],
-                  x[b & 0xffff], x[b >> 16 & 0xffff], x[b >> 32 & 0xffff], x[b >> 48]};
-  } else {
-    return Vector{x[c[0]], x[c[1]], x[c[2]], x[c[3]], x[c[4]], x[c[5]], x[c[6]], x[c[7]]};
-  }
-}
-
-template <typename Real, typename Column>
-DST_FUNCTION float row_times_one(const Real* values, const Column* columns, int64_t count,
-                                 int64_t readable, const float* x) {
-  constexpr Mask lane = {0, 1, 2, 3, 4, 5, 6, 7};
-  Vector sums = {};
-  int64_t j = 0;
-  // The last block reads on in the next row, without a branch that few rows agree on.
-  for (; j < count && j + kLanes <= readable; j += kLanes) {
-    const Vector terms = load(values + j) * gather(x, columns + j);
-    sums += (Vector)((Mask)terms & (lane < static_cast<int32_t>(count - j)));
-  }
-  if (j < count) {
-    for (int l = 0; j + l < count; ++l) sums[l] += number(values[j + l]) * x[columns[j + l]];
-  }
-  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
-}
-
-template <typename Real, typename Column>
-DST_FUNCTION void one_input(const Linear& call, const float* x, int64_t row, int64_t end) {
-  const SparseRows& w = call.weight;
-  const Real* values = static_cast<const Real*>(w.stored_values());
-  const Column* columns = static_cast<const Column*>(w.columns);
-  Real* output = static_cast<Real*>(call.output);
-  for (; row < end; ++row) {
-    const int64_t at = w.begin(row), count = w.count(row);
-    const float sum = row_times_one(values + at, columns + at, count, w.readable(row), x);
-    const Vector result = {w.bias ? sum + w.bias[row] : sum};
-    if constexpr (std::is_same_v<Real, float>) {
-      output[row] = result[0];
-    } else {
-      store(result, 1, output + row);
-    }
-  }
-}
-
-DST_CLONES void one_input(const Linear& call, const float* x, int64_t row, int64_t end) {
-  const bool small = call.weight.small;
-  if (call.weight.dtype == ScalarType::Float) {
-    small ? one_input<float, uint16_t>(call, x, row, end)
-          : one_input<float, int32_t>(call, x, row, end);
-  } else {
-    small ? one_input<BFloat16, uint16_t>(call, x, row, end)
-          : one_input<BFloat16, int32_t>(call, x, row, end);
-  }
-}
 
 DST_CLONES void pack_block(const Linear& call, const Block& block, int64_t column, int64_t end) {
   const Matrix input{call.input, call.inputs, call.features};
@@ -163,7 +90,10 @@ void several_inputs(const Linear& call) {
     const int64_t end = std::min(begin + most, call.inputs);
     float* at = packed.get();
     while (begin < end) {
-      blocks.push_back({begin, block_width(end - begin, widest), at});
+      int width = block_width(end - begin, widest);
+      // Less than this is sooner done as two blocks.
+      if (width >= 32 && end - begin <= width / 8 * 5) width /= 2;
+      blocks.push_back({begin, width, at});
       at += blocks.back().width * call.features;
       begin += blocks.back().width;
     }
@@ -193,26 +123,21 @@ Tensor linear(SparseRows& weight, const Tensor& input) {
   shape.back() = weight.rows;
   Tensor output = new_contiguous(input, shape);
   const Linear call{weight, inputs, features, input.data_ptr(), output.data_ptr()};
-  if (inputs > 1) {
+  if (inputs > 2) {
     several_inputs(call);
+  } else if (inputs == 2) {
+    two_inputs(call);
   } else if (inputs == 1) {
-    const float* x = static_cast<const float*>(call.input);
-    Scratch<float> wide;
-    if (weight.dtype != ScalarType::Float) {
-      wide = Scratch<float>(Use::kPacked, features);
-      widen({input.data_ptr(), features, Storage::kBFloat16}, 0, static_cast<int>(features),
-            wide.get());
-      x = wide.get();
-    }
-    weight.share(1, 4, [&](int64_t row, int64_t end, int64_t) { one_input(call, x, row, end); });
+    one_input(call);
   }
   return output;
 }
 
 }  // namespace
 
-Tensor sparse_linear(const Tensor& input, const Tensor& values, const Tensor& columns,
+Tensor sparse_linear(const Tensor& given, const Tensor& values, const Tensor& columns,
                      const Tensor& row_starts, const std::optional<Tensor>& bias) {
+  const Tensor input = given.is_contiguous() ? given : torch::stable::contiguous(given);
   SparseRows weight("sparse_linear", input, values, columns, row_starts, bias);
   return linear(weight, input);
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,10 @@ from .device import capability, variable
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "DST_KERNELS_BACKEND"
+
+# Where os.environ keeps its variables: its own `get` raises and catches for one that is not set.
+_environment = getattr(os.environ, "_data", os.environ)
+_encoded_variable = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
 # Best first; the reference has every op and comes last. Only Triton has fused products.
 _PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
@@ -163,10 +168,33 @@ def _implementation(
     raise RuntimeError(f"the {names[0]} backend has no {what}")
 
 
+def direct(op: str, device: torch.device, dtype: torch.dtype) -> Callable:
+    """Return what runs `op` for "auto" on tensors of one dtype on `device`, in the fewest steps.
+
+    The library's own op takes them on a CPU as its Python function does. Raises what
+    `implementation` does.
+    """
+    return _direct(op, device, dtype, _environment.get(_encoded_variable))
+
+
+@functools.cache
+def _direct(
+    op: str, device: torch.device, dtype: torch.dtype, asked_for: bytes | str | None
+) -> Callable:
+    run = implementation("auto", device, op)
+    if device.type != "cpu" or resolve("auto", device) != "cpu":
+        return run
+    from .compiled.sparse import DIRECT
+
+    own, dtypes = DIRECT[op]
+    return own if dtype in dtypes else run
+
+
 def forget() -> None:
     """Empty the caches, for tests that change which backends are available."""
     _serving.cache_clear()
     _implementation.cache_clear()
+    _direct.cache_clear()
 
 
 @functools.cache

@@ -26,6 +26,12 @@ NAMESPACE = "dst_kernels"
 _run: dict[int, Callable] = {}  # by id: an overload's own hash is another call
 _library = torch.library.Library(NAMESPACE, "DEF")
 
+# By names of this module: each forward asks.
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_torch_func_is_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+
 
 def _define(schema: str, check: Callable) -> Callable[[Callable], torch._ops.OpOverload]:
     """Define an op from its decorated fake; return its overload, to save calls the look-up.
@@ -132,10 +138,10 @@ def is_watched() -> bool:
     If so, all ops must have a fake and go through the dispatcher.
     """
     return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
+        _is_compiling()
+        or _dispatch_modes() > 0
+        or _torch_func_is_active()
+        or _tracing_state() is not None
     )
 
 
