@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,15 @@ from torch.nn import functional as F
 from .. import ops
 from ..arguments import REAL, REAL_DTYPES, require
 from ..autograd import product_dtype, sparse_product
-from ..backends import implementation, unavailable
+from ..backends import direct, unavailable
+from ..ops import is_watched
 from ..ops.checks import check_value
 from ..ops.conv_checks import check_shapes
 from ..ops.geometry import resolve_padding
 from ..reference.conv import Geometry
 from ..reference.sparse import dense_weight
 
+_any_autocast = torch._C._is_any_autocast_enabled
 _MOST_UINT16 = 1 << 16  # columns
 _MOST = (1 << 31) - 1  # weights
 
@@ -153,7 +155,7 @@ class SparseLayer(nn.Module):
         """Return (input, values, columns, row_starts, bias), in the dtype of the product."""
         buffers: dict[str, Any] = self._buffers
         values, bias = buffers["values"], buffers["bias"]
-        if input.dtype is not values.dtype or torch._C._is_any_autocast_enabled():
+        if input.dtype is not values.dtype or _any_autocast():
             dtype = product_dtype(input, values)
             input, values = input.to(dtype), values.to(dtype)
         return input, values, buffers["columns"], buffers["row_starts"], bias
@@ -247,22 +249,21 @@ class SparseLinear(SparseLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         buffers: dict[str, Any] = self._buffers
-        values = buffers["values"]
+        values, shape = buffers["values"], input.shape
         if (
-            input.dtype is values.dtype
-            and input.shape[-1:] == self._row_shape
+            shape
+            and shape[-1] == self.in_features
+            and input.dtype is values.dtype
             and type(input) is Tensor
-            and not (input.requires_grad or torch._C._is_any_autocast_enabled())
-            and not ops.is_watched()
+            and not (input.requires_grad or _any_autocast())
+            and not is_watched()
         ):  # the usual case: the way through the ops takes longer than a small product
-            run = implementation("auto", input.device, "sparse_linear")
+            run = direct("sparse_linear", input.device, input.dtype)
             return run(input, values, buffers["columns"], buffers["row_starts"], buffers["bias"])
         features = self.in_features
         check_value(
-            input.dim() >= 1 and input.shape[-1] == features,
-            lambda: (
-                f"input must have shape [..., {features}], but its shape is {list(input.shape)}"
-            ),
+            bool(shape) and shape[-1] == features,
+            lambda: f"input must have shape [..., {features}], but its shape is {list(shape)}",
         )
         return sparse_product(ops.sparse_linear, self._row_shape, *self._parts(input), "auto")
 
@@ -354,18 +355,36 @@ def wins(
     if kind not in ("linear", "conv1d", "conv2d"):
         raise ValueError(f"kind must be 'linear', 'conv1d' or 'conv2d', but is {kind!r}")
     library = unavailable("cpu") is None
-    most, least_size = _CROSSOVERS.get((library, kind == "linear", dtype), (0.0, 0))
+    limits = _LIMITS.get((library, kind == "linear", dtype))
+    if limits is None or torch.device(device).type != "cpu":
+        return False
     size = rows * columns
-    return torch.device(device).type == "cpu" and size >= least_size and kept < most * size
+    most = min(limits.share * size + limits.spare - limits.per_row * rows, limits.most * size)
+    return size >= limits.size and min(rows, columns) >= limits.side and kept < most
 
 
-# Of what share of the weights on dense is faster somewhere, and the least size of the weight: below
-# it one input takes longer to reach the kernel than to be multiplied. Keys: the library is there, a
-# linear layer, dtype. In bfloat16 the dense product has instructions of its own.
-_CROSSOVERS = {
-    (True, True, torch.float32): (0.15, 1 << 17),
-    (True, True, torch.bfloat16): (0.08, 1 << 17),
-    (True, False, torch.float32): (0.08, 1 << 14),
-    (True, False, torch.bfloat16): (0.04, 1 << 14),
-    (False, True, torch.float32): (0.05, 1 << 20),
+class _Limits(NamedTuple):
+    """Say which weights make a sparse layer as fast: they have `size` elements, `side` by `side`.
+
+    With fewer, what is done once for each call, input or output outlasts the product. Kept may be a
+    `share` of the elements, and `spare` ones, since torch's own call takes its time, too; `per_row`
+    fewer for each row, which costs time without any; but never more than the share `most`.
+    """
+
+    share: float
+    size: int
+    side: int = 1
+    spare: int = 0
+    per_row: int = 0
+    most: float = 1.0
+
+
+# Keys: the library is there, a linear layer, dtype. In bfloat16 the dense product has instructions
+# of its own.
+_LIMITS = {
+    (True, True, torch.float32): _Limits(0.21, 1 << 14, 24, 2500, 10, most=0.32),
+    (True, True, torch.bfloat16): _Limits(0.1, 1 << 16, 256),
+    (True, False, torch.float32): _Limits(0.08, 1 << 14),
+    (True, False, torch.bfloat16): _Limits(0.04, 1 << 14),
+    (False, True, torch.float32): _Limits(0.05, 1 << 20),
 }
