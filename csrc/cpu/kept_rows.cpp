@@ -22,8 +22,8 @@ DST_FUNCTION void pack_rows(const Dense& call, int64_t row, int64_t end) {
   for (; row < end; ++row) {
     const Real* weights = static_cast<const Real*>(call.masked) + row * call.columns;
     call.places[2 * row] = static_cast<int32_t>(to);
-    to += pack_run(weights, call.columns, NotZero{}, 0, static_cast<Real*>(call.values) + to,
-                   static_cast<Column*>(call.kept_columns) + to);
+    to += pack_not_zero(weights, call.columns, 0, static_cast<Real*>(call.values) + to,
+                        static_cast<Column*>(call.kept_columns) + to);
     call.places[2 * row + 1] = static_cast<int32_t>(to);
   }
 }

@@ -123,14 +123,16 @@ DST_FUNCTION int64_t mask_row_kept(const StepSegment& s, Real threshold, int64_t
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - at));
     const Real* weight = load(s.weight, at, count, weights);
     Real* result = target(s.masked, to, values);
-    int64_t packed = 0;
-    if (std::is_same_v<Real, float> && threshold < std::numeric_limits<Real>::infinity()) {
-      packed = pack_run(weight, count, Above{static_cast<float>(threshold)}, at - begin, result,
-                        columns + to);
-      kept += packed;
-    } else {
+    int64_t packed = -1;
+    if constexpr (std::is_same_v<Real, float>) {
+      if (threshold < std::numeric_limits<float>::infinity()) {
+        packed = pack_run(weight, count, threshold, at - begin, result, columns + to);
+        kept += packed;
+      }
+    }
+    if (packed < 0) {
       kept += mask_block(weight, RowThreshold<Real>{threshold}, masked, count);
-      packed = pack_run(masked, count, NotZero{}, at - begin, result, columns + to);
+      packed = pack_not_zero(masked, count, at - begin, result, columns + to);
     }
     store(s.masked, to, static_cast<int>(packed), result);
     to += packed;
