@@ -55,6 +55,121 @@ DST_CLONES void grad_input_block(const SparseRows& w, const float* values, const
        : unpack_columns<BFloat16>(sums, result, 0, result.columns);
 }
 
+// Eight vectors added up, each into its number.
+DST_FUNCTION Vector add_lanes(const Vector* r) {
+  Vector s[4], t[2];
+  for (int i = 0; i < 4; ++i) {
+    const Vector a = r[2 * i], b = r[2 * i + 1];
+    s[i] = Vector{a[0], b[0], a[1], b[1], a[4], b[4], a[5], b[5]} +
+           Vector{a[2], b[2], a[3], b[3], a[6], b[6], a[7], b[7]};
+  }
+  for (int i = 0; i < 2; ++i) {
+    const Vector a = s[2 * i], b = s[2 * i + 1];
+    t[i] = Vector{a[0], a[1], b[0], b[1], a[4], a[5], b[4], b[5]} +
+           Vector{a[2], a[3], b[2], b[3], a[6], a[7], b[6], b[7]};
+  }
+  const Vector a = t[0], b = t[1];
+  return Vector{a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]} +
+         Vector{a[4], a[5], a[6], a[7], b[4], b[5], b[6], b[7]};
+}
+
+// dW = dY^T X where weights are kept: a row's block of dY, in registers, times eight blocks of X.
+template <int width, typename Column>
+DST_FUNCTION void weigh(const float* grads, const Column* columns, int64_t count, const float* x,
+                        bool add, float* sums) {
+  constexpr int vectors = width / kLanes;
+  Vector grad[vectors];
+  for (int v = 0; v < vectors; ++v) grad[v] = load(grads + v * kLanes);
+  for (int64_t j = 0; j < count; j += kLanes) {
+    const int64_t rest = count - j;
+    Vector terms[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes; ++i) {
+      const int64_t at = rest >= kLanes ? j + i : std::min(j + i, count - 1);
+      const float* operand = x + static_cast<int64_t>(columns[at]) * width;
+      terms[i] = grad[0] * load(operand);
+#pragma GCC unroll 8
+      for (int v = 1; v < vectors; ++v) terms[i] += grad[v] * load(operand + v * kLanes);
+    }
+    Vector sum = add_lanes(terms);
+    if (rest >= kLanes) {
+      store(add ? load(sums + j) + sum : sum, sums + j);
+    } else {
+      for (int64_t i = 0; i < rest; ++i) sums[j + i] = add ? sums[j + i] + sum[i] : sum[i];
+    }
+  }
+}
+
+template <int width, typename Column>
+DST_FUNCTION void weigh_rows(const SparseRows& w, const Block& grads, const Block& inputs,
+                             int64_t row, int64_t end, float* sums) {
+  const Column* columns = static_cast<const Column*>(w.columns);
+  for (int64_t r = row; r < end; ++r) {
+    const int64_t at = w.begin(r);
+    weigh<width>(grads.packed + (r - row) * width, columns + at, w.count(r), inputs.packed,
+                 inputs.first != 0, sums + at);
+  }
+}
+
+template <typename Column>
+DST_FUNCTION void weigh_rows(const SparseRows& w, const Block& grads, const Block& inputs,
+                             int64_t row, int64_t end, float* sums) {
+  switch (inputs.width) {
+    case 8:
+      return weigh_rows<8, Column>(w, grads, inputs, row, end, sums);
+    case 16:
+      return weigh_rows<16, Column>(w, grads, inputs, row, end, sums);
+    case 32:
+      return weigh_rows<32, Column>(w, grads, inputs, row, end, sums);
+    default:
+      return weigh_rows<64, Column>(w, grads, inputs, row, end, sums);
+  }
+}
+
+// Numbers of rows that a block has and the matrix has not.
+DST_FUNCTION void clear_rest(const Block& block, int64_t rows, int64_t column, int64_t end) {
+  for (int64_t k = column; k < end && rows - block.first < block.width; ++k) {
+    for (int64_t i = rows - block.first; i < block.width; ++i) {
+      block.packed[k * block.width + i] = 0;
+    }
+  }
+}
+
+DST_CLONES void pack_inputs(const Matrix& input, bool wide, const Block& block, int64_t column,
+                            int64_t end) {
+  wide ? pack_columns<float>(input, block, column, end)
+       : pack_columns<BFloat16>(input, block, column, end);
+  clear_rest(block, input.rows, column, end);
+}
+
+DST_CLONES void grad_weight_block(const SparseRows& w, const Matrix& grad, const Block& inputs,
+                                  int64_t row, int64_t end, float* grads, float* sums) {
+  // As if there were no more columns than these rows.
+  const size_t size = w.dtype == ScalarType::Float ? 4 : 2;
+  for (; row < end; row += kLanes) {
+    const int64_t rows = std::min<int64_t>(kLanes, end - row);
+    const Block block{inputs.first, inputs.width, grads};
+    const Matrix part{static_cast<const char*>(grad.data) + row * size, grad.rows, grad.columns};
+    pack_inputs(part, size == 4, block, 0, rows);
+    w.small ? weigh_rows<uint16_t>(w, block, inputs, row, row + rows, sums)
+            : weigh_rows<int32_t>(w, block, inputs, row, row + rows, sums);
+  }
+}
+
+// Sums of the rows in bfloat16.
+DST_CLONES void round_rows(const SparseRows& w, const float* sums, int64_t row, int64_t end,
+                           BFloat16* values) {
+  for (; row < end; ++row) {
+    const int64_t at = w.begin(row), count = w.count(row);
+    for (int64_t j = 0; j < count; j += kLanes) {
+      Vector block = {};
+      for (int64_t i = 0; i < std::min<int64_t>(kLanes, count - j); ++i)
+        block[i] = sums[at + j + i];
+      store(block, static_cast<int>(std::min<int64_t>(kLanes, count - j)), values + at + j);
+    }
+  }
+}
+
 }  // namespace
 
 Tensor kept_linear_grad_input(const Tensor& grad, const Tensor& values, const Tensor& columns,
@@ -88,6 +203,62 @@ Tensor kept_linear_grad_input(const Tensor& grad, const Tensor& values, const Te
     }
   });
   return result;
+}
+
+void kept_linear_grad_weight(const Tensor& grad, const Tensor& input, const Tensor& columns,
+                             const Tensor& places, const Tensor& values) {
+  const char* op = "kept_linear_grad_weight";
+  const SparseRows weight = SparseRows::scattered(op, grad, values, columns, places, std::nullopt);
+  check_run(op, input, "input", weight.dtype, input.numel());
+  STD_TORCH_CHECK(grad.dim() >= 1 && input.dim() >= 1 && grad.size(-1) == weight.rows, op,
+                  ": grad must be [..., ", weight.rows, "], and input [..., columns]");
+  const int64_t features = columns.size(1);
+  const int64_t inputs = weight.rows == 0 ? 0 : grad.numel() / weight.rows;
+  STD_TORCH_CHECK(input.size(-1) == features && input.numel() == inputs * features, op,
+                  ": input must be [..., ", features, "], with as many rows as grad");
+  const bool wide = weight.dtype == ScalarType::Float;
+  float* sums = static_cast<float*>(values.data_ptr());
+  Scratch<float> in_float;
+  if (!wide) {
+    in_float = Scratch<float>(Use::kSums, weight.stored());
+    sums = in_float.get();
+  }
+  const Matrix from{grad.data_ptr(), inputs, weight.rows}, x{input.data_ptr(), inputs, features};
+  // The order of a sum depends on the width, which therefore depends on the sizes alone.
+  const int widest = features <= 2048 ? kWidest : kWidest / 2;
+  constexpr int64_t kPacked = 1 << 20;  // numbers transposed at a time
+  const int64_t most = std::max<int64_t>(kPacked / (features * widest + 1), 1) * widest;
+  const Scratch<float> packed(Use::kPacked, std::min(most, inputs + kWidest) * features);
+  for (int64_t begin = 0; begin < inputs; begin += most) {
+    const int64_t end = std::min(begin + most, inputs);
+    std::vector<Block> blocks;
+    float* at = packed.get();
+    for (int64_t first = begin; first < end; first += blocks.back().width) {
+      blocks.push_back({first, block_width(end - first, widest), at});
+      at += blocks.back().width * features;
+    }
+    const int64_t count = blocks.size();
+    torch::stable::parallel_for(0, count * features, kTerms / widest, [&](int64_t f, int64_t to) {
+      for (int64_t block = f / features; block * features < to; ++block) {
+        pack_inputs(x, wide, blocks[block], std::max<int64_t>(f - block * features, 0),
+                    std::min(to - block * features, features));
+      }
+    });
+    weight.share(1, end - begin, [&](int64_t row, int64_t rows_end, int64_t) {
+      const Scratch<float> grads(Use::kOffsets, kLanes * kWidest);
+      for (const Block& block : blocks) {
+        grad_weight_block(weight, from, block, row, rows_end, grads.get(), sums);
+      }
+    });
+  }
+  weight.share(1, 1, [&](int64_t row, int64_t end, int64_t) {
+    if (inputs == 0) {
+      for (int64_t r = row; r < end; ++r) {
+        std::fill_n(sums + weight.begin(r), weight.count(r), 0.0f);
+      }
+    }
+    if (!wide) round_rows(weight, sums, row, end, static_cast<BFloat16*>(values.data_ptr()));
+  });
 }
 
 }  // namespace dst

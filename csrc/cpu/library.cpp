@@ -63,6 +63,14 @@ STABLE_TORCH_LIBRARY(dst_kernels_compiled, library) {
   library.def(
       "kept_linear_grad_input(Tensor grad, Tensor values, Tensor columns, Tensor places) -> "
       "Tensor");
+  // Of a weight under a fixed mask: the rows of its kept weights (returned: how many), their values
+  // out of and into dense tensors, and their gradients.
+  library.def("kept_columns(Tensor mask, Tensor(a!) columns, Tensor(b!) places) -> int");
+  library.def("kept_values(Tensor weight, Tensor columns, Tensor places, Tensor(a!) values) -> ()");
+  library.def("kept_dense(Tensor values, Tensor columns, Tensor places, Tensor(a!) dense) -> ()");
+  library.def(
+      "kept_linear_grad_weight(Tensor grad, Tensor input, Tensor columns, Tensor places, "
+      "Tensor(a!) values) -> ()");
   library.def(
       "sparse_conv(Tensor input, Tensor values, Tensor columns, Tensor row_starts, Tensor? bias, "
       "int[] geometry) -> Tensor");
@@ -86,6 +94,10 @@ STABLE_TORCH_LIBRARY_IMPL(dst_kernels_compiled, CPU, library) {
   library.impl("kept_rows", TORCH_BOX(&dst::kept_rows));
   library.impl("kept_linear", TORCH_BOX(&dst::kept_linear));
   library.impl("kept_linear_grad_input", TORCH_BOX(&dst::kept_linear_grad_input));
+  library.impl("kept_columns", TORCH_BOX(&dst::kept_columns));
+  library.impl("kept_values", TORCH_BOX(&dst::kept_values));
+  library.impl("kept_dense", TORCH_BOX(&dst::kept_dense));
+  library.impl("kept_linear_grad_weight", TORCH_BOX(&dst::kept_linear_grad_weight));
   library.impl("sparse_conv", TORCH_BOX(&dst::sparse_conv));
   library.impl("kept_conv", TORCH_BOX(&dst::kept_conv));
   library.impl("kept_conv_grad_input", TORCH_BOX(&dst::kept_conv_grad_input));

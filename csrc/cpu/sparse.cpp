@@ -49,11 +49,11 @@ SparseRows SparseRows::scattered(const char* op, const Tensor& input, const Tens
   SparseRows made;
   made.stored_size_ = values.numel();
   made.rows = places.size(0);
-  made.set_arrays(op, input, values, columns);
-  STD_TORCH_CHECK(values.dim() >= 2 && values.size(0) == made.rows, op, ": values must have ",
-                  made.rows, " rows, one for each of places");
   check_run(op, places, "places", ScalarType::Int, 2 * made.rows);
   made.places_ = static_cast<const int32_t*>(places.data_ptr());
+  made.set_arrays(op, input, values, columns);
+  STD_TORCH_CHECK(columns.dim() == 2 && columns.size(0) == made.rows, op, ": columns must have ",
+                  made.rows, " rows, one for each of places");
   made.counted_.resize(made.rows + 1);
   for (int64_t i = 0; i < made.rows; ++i) {
     const int32_t begin = made.places_[2 * i], end = made.places_[2 * i + 1];
@@ -82,7 +82,9 @@ void SparseRows::set_arrays(const char* op, const Tensor& input, const Tensor& v
   small = columns_.scalar_type() == ScalarType::UInt16;
   check_run(op, input, "input", dtype, input.numel());
   check_run(op, values, "values", dtype, stored_size_);
-  check_run(op, columns_, "columns", small ? ScalarType::UInt16 : ScalarType::Int, stored_size_);
+  // Under a fixed mask there are no more values than are kept.
+  const int64_t all = places_ ? std::max(stored_size_, columns_.numel()) : stored_size_;
+  check_run(op, columns_, "columns", small ? ScalarType::UInt16 : ScalarType::Int, all);
   columns = columns_.data_ptr();
   stored_ = values.data_ptr();
 }

@@ -258,6 +258,13 @@ Tensor kept_linear(const Tensor& input, const Tensor& values, const Tensor& colu
                    const Tensor& places, const std::optional<Tensor>& bias);
 Tensor kept_linear_grad_input(const Tensor& grad, const Tensor& values, const Tensor& columns,
                               const Tensor& places);
+void kept_linear_grad_weight(const Tensor& grad, const Tensor& input, const Tensor& columns,
+                             const Tensor& places, const Tensor& values);
+int64_t kept_columns(const Tensor& mask, const Tensor& columns, const Tensor& places);
+void kept_values(const Tensor& weight, const Tensor& columns, const Tensor& places,
+                 const Tensor& values);
+void kept_dense(const Tensor& values, const Tensor& columns, const Tensor& places,
+                const Tensor& dense);
 bool kept_rows(const Tensor& masked, int64_t most, const Tensor& values, const Tensor& columns,
                const Tensor& places);
 Tensor sparse_conv(const Tensor& input, const Tensor& values, const Tensor& columns,

@@ -10,12 +10,17 @@ from .conv import masked_conv, masked_conv_grad_input, masked_conv_grad_weight
 from .conv_transpose import masked_conv_transpose
 from .group import masked_weights, masked_weights_backward
 from .kept import (
+    KeptPlaces,
     KeptRows,
     kept_conv,
     kept_conv_grad_input,
+    kept_dense,
     kept_linear,
     kept_linear_grad_input,
+    kept_linear_grad_weight,
+    kept_places,
     kept_rows,
+    kept_values,
     new_kept_rows,
 )
 from .linear import masked_linear, masked_linear_grad_input, masked_linear_grad_weight
@@ -32,6 +37,7 @@ from .weight import (
 
 __all__ = [
     "SURROGATES",
+    "KeptPlaces",
     "KeptRows",
     "adamw_step_",
     "dense_weight",
@@ -39,9 +45,13 @@ __all__ = [
     "grad_norm_",
     "kept_conv",
     "kept_conv_grad_input",
+    "kept_dense",
     "kept_linear",
     "kept_linear_grad_input",
+    "kept_linear_grad_weight",
+    "kept_places",
     "kept_rows",
+    "kept_values",
     "masked_conv",
     "masked_conv_grad_input",
     "masked_conv_grad_weight",

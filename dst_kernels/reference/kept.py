@@ -7,13 +7,14 @@ Products of 16-bit tensors are summed in float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .conv import Geometry, conv_grad_input
-from .linear import flatten_batch
+from .linear import dense_weight_gradient, flatten_batch
 from .sparse import dense_weight, sparse_conv, sparse_linear
 
 
@@ -21,14 +22,33 @@ class KeptRows(NamedTuple):
     """Hold the kept elements of a weight [rows, *row_shape], flattened to [rows, columns].
 
     Row i has `values.flatten()[begin:end]` in `columns.flatten()[begin:end]`, ascending, where
-    begin, end = `places[i]`. All else in both is undefined. `values` has the weight's shape,
-    `columns` is [rows, columns] (uint16, or int32 where there are more than 65,536), `places` int32
-    [rows, 2].
+    begin, end = `places[i]`. All else in both is undefined. `values` has the weight's shape (or is
+    [kept], with `KeptPlaces`), `columns` is [rows, columns] (uint16, or int32 where there are more
+    than 65,536), `places` int32 [rows, 2].
     """
 
     values: Tensor
     columns: Tensor
     places: Tensor
+
+
+class KeptPlaces(NamedTuple):
+    """Hold where a boolean mask is True: the columns and places of `KeptRows`, without gaps.
+
+    `kept` is the number of elements. Values for these places are tensors [kept].
+    """
+
+    columns: Tensor
+    places: Tensor
+    kept: int
+
+    def flat(self) -> Tensor:
+        """Return the index of each kept element in the flattened weight, int64 [kept]."""
+        rows, columns = self.columns.shape
+        counts = self.places[:, 1] - self.places[:, 0]
+        first = torch.arange(rows, device=counts.device) * columns
+        starts = first.repeat_interleave(counts, output_size=self.kept)
+        return starts + self.columns.view(-1)[: self.kept].to(torch.int64)
 
 
 def new_kept_rows(masked: Tensor) -> KeptRows:
@@ -62,6 +82,29 @@ def kept_rows(masked: Tensor, most: int) -> KeptRows | None:
     return made
 
 
+def kept_places(mask: Tensor) -> KeptPlaces:
+    """Return where `mask` [rows, *row_shape], which is contiguous, is True."""
+    _, columns, places = new_kept_rows(mask)
+    ends = mask.flatten(1).sum(1).cumsum(0)
+    kept = int(ends[-1]) if len(ends) else 0
+    columns.view(-1)[:kept] = mask.flatten(1).nonzero()[:, 1].to(columns.dtype)
+    places[1:, 0] = ends[:-1]
+    places[:1, 0] = 0
+    places[:, 1] = ends
+    return KeptPlaces(columns, places, kept)
+
+
+def kept_values(weight: Tensor, where: KeptPlaces) -> Tensor:
+    """Return the kept elements of a weight, [kept]."""
+    return weight.reshape(-1)[where.flat()]
+
+
+def kept_dense(values: Tensor, where: KeptPlaces, shape: Sequence[int]) -> Tensor:
+    """Return a weight of this shape from its kept elements, and 0 elsewhere."""
+    dense = values.new_zeros(where.columns.numel())
+    return dense.index_copy(0, where.flat(), values).view(shape)
+
+
 def dense_rows(rows: KeptRows) -> Tensor:
     """Return the weight, with 0 where nothing is kept."""
     return dense_weight(*_one_after_the_other(rows), rows.values.shape[1:])
@@ -74,10 +117,15 @@ def kept_linear(input: Tensor, rows: KeptRows, bias: Tensor | None) -> Tensor:
 
 def kept_linear_grad_input(grad: Tensor, rows: KeptRows) -> Tensor:
     """Return dX [..., columns] = dY W from grad [..., rows]."""
-    weight = dense_rows(rows)
+    weight = dense_weight(*_one_after_the_other(rows), rows.columns.shape[1:])
     wide = torch.promote_types(grad.dtype, torch.float32)
     result = flatten_batch(grad).to(wide) @ weight.to(wide)
     return result.to(grad.dtype).reshape(*grad.shape[:-1], weight.shape[1])
+
+
+def kept_linear_grad_weight(grad: Tensor, input: Tensor, where: KeptPlaces) -> Tensor:
+    """Return dW = dY^T X from grad [..., rows] and input [..., columns], where it is kept."""
+    return kept_values(dense_weight_gradient(grad, input), where)
 
 
 def kept_conv(input: Tensor, rows: KeptRows, bias: Tensor | None, geometry: Geometry) -> Tensor:

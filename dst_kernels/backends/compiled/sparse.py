@@ -9,13 +9,16 @@ from torch import Tensor
 
 from ... import reference
 from ...reference.conv import Geometry, conv_memory_format
-from ...reference.kept import KeptRows, new_kept_rows
+from ...reference.kept import KeptPlaces, KeptRows, new_kept_rows
 
 _ops = torch.ops.dst_kernels_compiled
 _linear, _conv = _ops.sparse_linear.default, _ops.sparse_conv.default
 _kept_rows, _kept_linear = _ops.kept_rows.default, _ops.kept_linear.default
 _kept_linear_grad_input = _ops.kept_linear_grad_input.default
 _kept_conv, _kept_conv_grad_input = _ops.kept_conv.default, _ops.kept_conv_grad_input.default
+_kept_linear_grad_weight = _ops.kept_linear_grad_weight.default
+_kept_columns, _kept_values = _ops.kept_columns.default, _ops.kept_values.default
+_kept_dense = _ops.kept_dense.default
 _DTYPES = (torch.float32, torch.bfloat16)
 # What does the same as a function of this module for tensors of these dtypes on a CPU.
 DIRECT = {"sparse_linear": (_linear._op, _DTYPES)}
@@ -109,3 +112,41 @@ def _like(input: Tensor, output: Tensor) -> Tensor:
     if input.dim() == 3:
         return output.squeeze(2)
     return output.contiguous(memory_format=conv_memory_format(input, input))
+
+
+def kept_linear_grad_weight(grad: Tensor, input: Tensor, where: KeptPlaces) -> Tensor:
+    """Do as the reference does; it also computes what the library does not take."""
+    if not (grad.is_cpu and grad.dtype in _DTYPES):
+        return reference.kept_linear_grad_weight(grad, input, where)
+    values = grad.new_empty(where.kept)
+    columns, places, _ = where
+    _kept_linear_grad_weight(grad.contiguous(), input.contiguous(), columns, places, values)
+    return values
+
+
+def kept_places(mask: Tensor) -> KeptPlaces:
+    """Do as the reference does; it also looks where the library does not."""
+    if not mask.is_cpu:
+        return reference.kept_places(mask)
+    _, columns, places = new_kept_rows(mask)
+    return KeptPlaces(columns, places, _kept_columns(mask, columns, places))
+
+
+def kept_values(weight: Tensor, where: KeptPlaces) -> Tensor:
+    """Do as the reference does; it also reads what the library does not."""
+    if not weight.is_cpu:
+        return reference.kept_values(weight, where)
+    columns, places, kept = where
+    values = weight.new_empty(kept)
+    _kept_values(weight.contiguous(), columns, places, values)
+    return values
+
+
+def kept_dense(values: Tensor, where: KeptPlaces, shape: Sequence[int]) -> Tensor:
+    """Do as the reference does; it also writes what the library does not."""
+    if not values.is_cpu:
+        return reference.kept_dense(values, where, shape)
+    columns, places, _ = where
+    dense = values.new_empty(shape)
+    _kept_dense(values.contiguous(), columns, places, dense)
+    return dense
