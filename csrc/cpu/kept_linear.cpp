@@ -212,8 +212,8 @@ void kept_linear_grad_weight(const Tensor& grad, const Tensor& input, const Tens
   check_run(op, input, "input", weight.dtype, input.numel());
   STD_TORCH_CHECK(grad.dim() >= 1 && input.dim() >= 1 && grad.size(-1) == weight.rows, op,
                   ": grad must be [..., ", weight.rows, "], and input [..., columns]");
-  const int64_t features = columns.size(1);
-  const int64_t inputs = weight.rows == 0 ? 0 : grad.numel() / weight.rows;
+  if (weight.rows == 0) return;
+  const int64_t features = columns.size(1), inputs = grad.numel() / weight.rows;
   STD_TORCH_CHECK(input.size(-1) == features && input.numel() == inputs * features, op,
                   ": input must be [..., ", features, "], with as many rows as grad");
   const bool wide = weight.dtype == ScalarType::Float;

@@ -9,7 +9,7 @@ derivative, so there is no second one.
 from ._function import product_dtype
 from .conv import attached_conv, masked_conv
 from .conv_transpose import masked_conv_transpose, masked_conv_transpose_weight
-from .fixed import fixed_weight
+from .fixed import FixedMask, fixed_weight, may_keep_rows
 from .kept import MaskedWeightInMemory
 from .linear import attached_linear, masked_linear
 from .options import GRANULARITIES, MaskOptions, check_options
@@ -22,6 +22,7 @@ __all__ = [
     "FRESH",
     "GRANULARITIES",
     "MADE",
+    "FixedMask",
     "MaskOptions",
     "MaskedWeightInMemory",
     "Packed",
@@ -36,6 +37,7 @@ __all__ = [
     "masked_conv_transpose_weight",
     "masked_linear",
     "masked_weight",
+    "may_keep_rows",
     "pack",
     "pack_weights",
     "product_dtype",

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from .product import Product
 
 _SPARSE_DTYPES = (torch.float32, torch.bfloat16)
-_LEAST = 1 << 13  # elements of a weight for which the choice is worth its time
-_MOST = (1 << 31) - 1  # elements that places can say
+LEAST = 1 << 13  # elements of a weight for which the choice is worth its time
+MOST = (1 << 31) - 1  # elements that places can say
 _FEW = 0.5  # of the weights: where more are kept, the planner's answer is no
 
 
@@ -37,7 +37,7 @@ class _KeptProduct(Function):
         # Whatever writes the rows anew also writes `masked`, whose version autograd checks.
         ctx.rows = rows
         ctx.save_for_backward(input, masked)
-        output = _run(backend, product.kept_forward, input, rows, bias, *geometry)
+        output = run_op(backend, product.kept_forward, input, rows, bias, *geometry)
         # Autograd must not see a view here, so that callers may overwrite the result (`relu_`).
         return output.clone() if output._is_view() else output
 
@@ -57,13 +57,13 @@ class _KeptProduct(Function):
             grad_input = product.grad_input(grad, input, dense, *geometry)
         elif of_input:
             like = (input,) if geometry else ()
-            grad_input = _run(backend, product.kept_grad_input, grad, *like, ctx.rows, *geometry)
+            grad_input = run_op(backend, product.kept_grad_input, grad, *like, ctx.rows, *geometry)
         if of_bias:
             grad_bias = product.grad_bias(grad, bias_dtype)
         return grad_input, grad_masked, grad_bias, None, None, None, None
 
 
-def _run(backend: str, op: str, tensor: Tensor, *args: Any) -> Any:
+def run_op(backend: str, op: str, tensor: Tensor, *args: Any) -> Any:
     """Run an op on tensors whose dtypes are decided."""
     run = implementation(backend, tensor.device, op)
     if not torch._C._is_any_autocast_enabled():
@@ -120,7 +120,7 @@ class MaskedWeightInMemory:
         self._by_rows = True
         if self.rows is not None:
             return self.rows
-        rows = _run(backend, "kept_rows", self.tensor, self.tensor.numel())
+        rows = run_op(backend, "kept_rows", self.tensor, self.tensor.numel())
         self._spare = rows[1:]
         return rows
 
@@ -131,7 +131,7 @@ class MaskedWeightInMemory:
         """
         if may_skip:
             return None if self.rows is None else self.rows[1:]
-        if not (self._by_rows and self.tensor.is_cpu and self.tensor.numel() <= _MOST):
+        if not (self._by_rows and self.tensor.is_cpu and self.tensor.numel() <= MOST):
             return None
         if self._spare is None:
             self._spare = new_kept_rows(self.tensor)[1:]
@@ -156,7 +156,7 @@ def never_kept(masked: Tensor, options: MaskOptions) -> bool:
         torch.compiler.is_compiling()
         or (path := options.path) == "packed"
         or (
-            not (masked.numel() >= _LEAST and masked.is_cpu and masked.requires_grad)
+            not (masked.numel() >= LEAST and masked.is_cpu and masked.requires_grad)
             and path == "auto"
         )
     )
@@ -182,9 +182,9 @@ def multiply(
     if not never_kept(masked, options) and not (
         auto and known is not None and not known.keeps_at_most(_FEW * masked.numel())
     ):
-        most = _most(product, input, masked, geometry, options.path)
+        most = most_kept_of(product, input, masked, geometry, options.path)
         if known is None and most:
-            rows = _run(options.backend, "kept_rows", masked.detach(), most)
+            rows = run_op(options.backend, "kept_rows", masked.detach(), most)
         elif known is not None and most and (not auto or known.keeps_at_most(most)):
             rows = known.kept_rows(options.backend)
     if rows is None:
@@ -196,7 +196,9 @@ def multiply(
     return _KeptProduct.apply(input, masked, bias, rows, product, geometry, options.backend)
 
 
-def _most(product: type[Product], input: Tensor, masked: Tensor, geometry: tuple, path: str) -> int:
+def most_kept_of(
+    product: type[Product], input: Tensor, masked: Tensor, geometry: tuple, path: str
+) -> int:
     """Return how many weights may be kept for a product by kept rows; 0: torch multiplies."""
     if (
         not product.kept_forward

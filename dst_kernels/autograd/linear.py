@@ -21,6 +21,7 @@ class _Linear(Product):
     multiply = staticmethod(F.linear)
     forward = staticmethod(linear)
     kept_forward, kept_grad_input = "kept_linear", "kept_linear_grad_input"
+    kept_grad_weight = "kept_linear_grad_weight"
     fused_forward = ops.masked_linear
     fused_grad_input = ops.masked_linear_grad_input
     fused_grad_weight = ops.masked_linear_grad_weight

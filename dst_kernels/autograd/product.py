@@ -14,9 +14,10 @@ from .. import ops
 from ..backends import serving
 from ..plan import FUSED, PACKED, PLANS, Plan
 from ._function import MaskedFunction, cast_for_autocast, is_transformed, wanted
+from .fixed import fixed_product
 from .kept import multiply
 from .options import MaskOptions
-from .weight import FRESH, WeightSource, masked_weight, pack
+from .weight import FRESH, MADE, WeightSource, masked_weight, pack
 
 # A path of the weight's gradient: return G unchanged; the optimizer derives dW and dt.
 _RAW = "raw"
@@ -40,6 +41,7 @@ class Product:
     # By kept elements: names of the reference's functions; none where there are none.
     kept_forward: ClassVar[str] = ""
     kept_grad_input: ClassVar[str] = ""
+    kept_grad_weight: ClassVar[str] = ""  # (grad, input, places, *geometry) -> dW of kept elements
     # Fused: ops.
     fused_forward: ClassVar[OpOverload]
     fused_grad_input: ClassVar[OpOverload]
@@ -142,6 +144,10 @@ def masked_product(
     """
     input = cast_for_autocast(input, weight)
     plan = _plan(product, input, weight, geometry, options, source)
+    fixed = source.fixed
+    if fixed is not None and fixed.serves(product, input, weight, geometry, options):
+        output = fixed_product(product, input, weight, bias, geometry, fixed, options.backend)
+        return output, threshold
     if plan == PLANS["sparse"] and not source.keep:
         plan = PLANS["packed"]
     if plan in (PLANS["packed"], PLANS["sparse"]) and source.keep:
@@ -178,7 +184,7 @@ def _plan(
     # So does torch.func: its transforms handle torch's own products without a loop.
     if (
         not torch.compiler.is_compiling()
-        and not source.dense_gradient
+        and not (source.dense_gradient or source is MADE or source.fixed is not None)
         and "triton" in serving(options.backend, weight.device)
         and not is_transformed()
     ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from .. import ops
 from ..ops.checks import check_masked_weight
 from ._function import MaskedFunction
 from .options import MaskOptions
+
+if TYPE_CHECKING:
+    from .fixed import FixedMask
 
 
 class Packed(NamedTuple):
@@ -30,11 +33,13 @@ class WeightSource(NamedTuple):
             optimizer makes both from G.
         keep: whether W * M may be kept for the backward pass. FSDP2 frees the gathered weight
             until then to save memory; a kept copy would take that memory again.
+        fixed: the mask is this one, and `recall` is its.
     """
 
     recall: Callable[[Tensor, Tensor, MaskOptions, torch.dtype], Packed] | None = None
     dense_gradient: bool = False
     keep: bool = True
+    fixed: FixedMask | None = None
 
 
 FRESH = WeightSource()
@@ -104,7 +109,7 @@ def masked_weight(
     masked = effective = None
     if source.recall is not None:
         masked, effective = source.recall(weight, threshold, options, dtype)
-        if source is MADE:
+        if source is MADE or source.fixed is not None:
             return Packed(masked, effective)
     # One tuple, as each argument of a node costs the host time.
     how = (

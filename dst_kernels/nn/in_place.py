@@ -133,8 +133,8 @@ def unmask_module_(module: MaskedModule) -> nn.Module:
         del module._parameters[part.threshold_name]
         module._buffers.pop(part.fixed_mask_name, None)
     for name in (
-        "masking", "_deferral", "_sharded_thresholds", "_fixed", "_is_read", "_reads", "_layouts",
-        *LEAF,
+        "masking", "_deferral", "_known_mask", "_sharded_thresholds", "_fixed",
+        "_is_read", "_reads", "_layouts", *LEAF,
     ):  # fmt: skip
         module.__dict__.pop(name, None)
     dense = cast(nn.Module, module)

@@ -31,6 +31,7 @@ class MaskedLayer(MaskedModule):
     own_reads = ("weight",)
     weight = Readable("weight")
     _as_stored = True  # whether operations take the weight as it is stored
+    _keeps_rows = False  # whether they can take kept weights alone, under a fixed mask
     _deferral: Deferral | None = None
     _is_replica = False  # DataParallel sets it
 
@@ -99,12 +100,20 @@ class MaskedLayer(MaskedModule):
         return result
 
     def _under_fixed_mask(self, operation: Callable) -> Tensor:
-        """Return `operation` of the weight under its fixed mask, on the packed path."""
+        """Return `operation` of the weight under its fixed mask, on the packed or sparse path."""
         part = MaskedWeight(self)
-        weight, threshold = part.under_fixed_mask(part.weight), self.threshold
-        if not self._as_stored:
-            weight, threshold = self._rows(weight), self._rows(threshold)
-        return operation(weight, threshold, self.masking._replace(path="packed"), autograd.MADE)[0]
+        weight, threshold, options = part.weight, self.threshold, self.masking
+        known = part.known_mask(weight) if self._keeps_rows else None
+        source = autograd.MADE
+        if known is not None:
+            source = known.source
+        else:
+            weight = part.under_fixed_mask(weight)
+            if not self._as_stored:
+                weight, threshold = self._rows(weight), self._rows(threshold)
+        if options.path not in ("auto", "sparse"):
+            options = options._replace(path="packed")
+        return operation(weight, threshold, options, source)[0]
 
     def _slow_forward(self, *args, **kwargs):
         """Compute as a dense layer with W * M; torch calls this where torch.jit.trace records."""

@@ -32,6 +32,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
     """
 
     dense_type = nn.Linear
+    _keeps_rows = True
 
     def forward(self, input: Tensor) -> Tensor:
         bias = self._parameters.get("bias")

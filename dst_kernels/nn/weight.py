@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .. import functional as F
 from ..arguments import require, require_flag, require_tensors
-from ..autograd import fixed_weight
+from ..autograd import FixedMask, fixed_weight, may_keep_rows
 from ..ops.dtensor import full_tensor, is_dtensor
 from .reading import stored_weight
 from .sources.grouped import plan_again
@@ -164,6 +164,7 @@ class MaskedWeight:
         trained = fixed.pop(self.name).threshold_trained
         self.module.__dict__["_fixed"] = fixed
         del self.module._buffers[self.fixed_mask_name]
+        self.module.__dict__.pop("_known_mask", None)
         if trained and self.threshold.is_leaf:
             self.threshold.requires_grad_(True)
         plan_again()
@@ -172,6 +173,17 @@ class MaskedWeight:
         """Return the weight of a forward under its fixed mask."""
         mask = self.module._buffers[self.fixed_mask_name]
         return fixed_weight(weight, mask, self.module._fixed[self.name].dense_gradient)
+
+    def known_mask(self, weight: Tensor) -> FixedMask | None:
+        """Return where the fixed mask keeps weights, if a forward with `weight` may want that."""
+        module, fixed = self.module, self.module._fixed[self.name]
+        mask, options = module._buffers[self.fixed_mask_name], module.masking
+        if fixed.dense_gradient or not may_keep_rows(weight, mask, options.path):
+            return None
+        known: FixedMask | None = module.__dict__.get("_known_mask")
+        if known is None or not known.is_of(mask):
+            known = module.__dict__["_known_mask"] = FixedMask(mask, options.backend)
+        return known
 
     # -- thresholds and masks ------------------------------------------------------------------
 
