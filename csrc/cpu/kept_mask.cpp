@@ -86,12 +86,13 @@ void gather(const Places& p, const void* weight, void* values, int64_t row, int6
 }
 
 template <typename Real, typename Column>
-void spread(const Places& p, const void* values, void* dense, int64_t row, int64_t end) {
+void spread(const Places& p, const void* values, void* dense, bool clear, int64_t row,
+            int64_t end) {
   const Column* columns = static_cast<const Column*>(p.columns);
   for (; row < end; ++row) {
     const Real* from = static_cast<const Real*>(values);
     Real* to = static_cast<Real*>(dense) + row * p.row_size;
-    std::memset(to, 0, p.row_size * sizeof(Real));
+    if (clear) std::memset(to, 0, p.row_size * sizeof(Real));
     for (int64_t j = p.begin(row); j < p.end(row); ++j) to[columns[j]] = from[j];
   }
 }
@@ -142,13 +143,14 @@ void kept_values(const Tensor& weight, const Tensor& columns, const Tensor& plac
 }
 
 void kept_dense(const Tensor& values, const Tensor& columns, const Tensor& places,
-                const Tensor& dense) {
+                const Tensor& dense, bool clear) {
   check_run("kept_dense", values, "values", values.scalar_type(), values.numel());
   check_run("kept_dense", dense, "dense", values.scalar_type(), dense.numel());
   const Places p("kept_dense", dense.numel(), columns, places, values.numel());
   with_types(size_of("kept_dense", values), is_small(columns), [&](auto real, auto column) {
     p.run([&](int64_t row, int64_t end) {
-      spread<decltype(real), decltype(column)>(p, values.data_ptr(), dense.data_ptr(), row, end);
+      spread<decltype(real), decltype(column)>(p, values.data_ptr(), dense.data_ptr(), clear, row,
+                                               end);
     });
   });
 }

@@ -64,10 +64,12 @@ STABLE_TORCH_LIBRARY(dst_kernels_compiled, library) {
       "kept_linear_grad_input(Tensor grad, Tensor values, Tensor columns, Tensor places) -> "
       "Tensor");
   // Of a weight under a fixed mask: the rows of its kept weights (returned: how many), their values
-  // out of and into dense tensors, and their gradients.
+  // out of and into dense tensors (`clear`: which are 0 elsewhere), and their gradients.
   library.def("kept_columns(Tensor mask, Tensor(a!) columns, Tensor(b!) places) -> int");
   library.def("kept_values(Tensor weight, Tensor columns, Tensor places, Tensor(a!) values) -> ()");
-  library.def("kept_dense(Tensor values, Tensor columns, Tensor places, Tensor(a!) dense) -> ()");
+  library.def(
+      "kept_dense(Tensor values, Tensor columns, Tensor places, Tensor(a!) dense, bool clear) -> "
+      "()");
   library.def(
       "kept_linear_grad_weight(Tensor grad, Tensor input, Tensor columns, Tensor places, "
       "Tensor(a!) values) -> ()");

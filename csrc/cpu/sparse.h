@@ -264,7 +264,7 @@ int64_t kept_columns(const Tensor& mask, const Tensor& columns, const Tensor& pl
 void kept_values(const Tensor& weight, const Tensor& columns, const Tensor& places,
                  const Tensor& values);
 void kept_dense(const Tensor& values, const Tensor& columns, const Tensor& places,
-                const Tensor& dense);
+                const Tensor& dense, bool clear);
 bool kept_rows(const Tensor& masked, int64_t most, const Tensor& values, const Tensor& columns,
                const Tensor& places);
 Tensor sparse_conv(const Tensor& input, const Tensor& values, const Tensor& columns,

@@ -6,10 +6,11 @@ backward: a node takes them out of the weight, another one multiplies by them.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 
 from .. import reference
@@ -57,15 +58,20 @@ def fixed_weight(weight: Tensor, mask: Tensor, dense_gradient: bool) -> Tensor:
 class FixedMask:
     """Hold a fixed mask as one version of a tensor, and where it keeps weights.
 
-    Its `recall`, as a `WeightSource` has it, masks the weight.
+    Its `recall`, as a `WeightSource` has it, masks the weight. `receiver` is the parameter whose
+    optimizer takes a gradient of the kept weights alone, a sparse COO tensor, or None. What such an
+    optimizer's step writes is kept here too, so that it need not be read again.
     """
 
-    __slots__ = ("_state", "mask", "source", "where")
+    __slots__ = ("_indices", "_state", "_written", "backend", "mask", "receiver", "source", "where")
 
     def __init__(self, mask: Tensor, backend: str) -> None:
-        self.mask, self._state = mask, _state(mask)
+        self.mask, self.backend, self._state = mask, backend, _state(mask)
         self.where: KeptPlaces = implementation(backend, mask.device, "kept_places")(mask)
         self.source = WeightSource(self.recall, fixed=self)
+        self.receiver: Tensor | None = None
+        self._indices: Tensor | None = None
+        self._written: dict[int, tuple[Tensor, int, Tensor]] = {}
 
     def is_of(self, mask: Tensor) -> bool:
         """Return whether the mask is this one, unchanged, as far as PyTorch records it."""
@@ -76,6 +82,46 @@ class FixedMask:
     ) -> Packed:
         """Return the weight under the mask, with gradients."""
         return Packed(fixed_weight(weight, self.mask, False).to(dtype), threshold)
+
+    @property
+    def indices(self) -> Tensor:
+        """Return those of a sparse COO tensor of the kept weights: int64 [2, kept]."""
+        if self._indices is None:
+            columns = self.where.columns.shape[1]
+            flat = self.where.flat()
+            self._indices = torch.stack((flat // columns, flat % columns))
+        return self._indices
+
+    def has(self, indices: Tensor) -> bool:
+        """Return whether a sparse COO tensor has values for the kept weights, in their order."""
+        mine = self.indices
+        return indices.data_ptr() == mine.data_ptr() or torch.equal(indices, mine)
+
+    def values(self, which: int, dense: Tensor) -> Tensor:
+        """Return the kept elements of a tensor, not to be written to.
+
+        `which`: 0 for the weight, otherwise a number of its own for each tensor of its shape.
+        """
+        written, version, values = self._written.get(which, (None, 0, None))
+        if (
+            written is not None
+            and values is not None
+            and written.data_ptr() == dense.data_ptr()
+            and version == dense._version
+        ):
+            return values
+        run = implementation(self.backend, dense.device, "kept_values")
+        return run(dense.detach(), self.where)
+
+    def write(self, which: int, dense: Tensor, values: Tensor) -> None:
+        """Write kept elements into a tensor, whose version has been increased, and keep them."""
+        run = implementation(self.backend, dense.device, "kept_write_")
+        run(dense.detach(), values, self.where)
+        self._written[which] = dense.detach(), dense._version, values
+
+    def forget(self) -> None:
+        """Read everything again: something was written in a way that PyTorch does not record."""
+        self._written.clear()
 
     def serves(
         self,
@@ -121,19 +167,57 @@ class _Values(Function):
     """Return the kept weights, [kept]."""
 
     @staticmethod
-    def forward(ctx, weight, fixed, backend):
-        ctx.how = fixed.where, backend, weight.shape
+    def forward(ctx, weight, fixed):
+        ctx.fixed, ctx.shape = fixed, weight.shape
+        ctx.sparse = weight is fixed.receiver and _passes_as_it_is(weight)
         ctx.save_for_backward(fixed.mask)  # autograd checks that it is still the same
-        return implementation(backend, weight.device, "kept_values")(weight, fixed.where)
+        return fixed.values(0, weight).detach()  # a new tensor, since autograd changes what it gets
 
     @staticmethod
     def backward(ctx, grad) -> Any:
-        where, backend, shape = ctx.how
         ctx.saved_tensors  # noqa: B018 - the check
+        fixed, shape = ctx.fixed, ctx.shape
         if torch.is_grad_enabled() or is_batched(grad):
-            return reference.kept_dense(grad, where, shape), None, None
-        run = implementation(backend, grad.device, "kept_dense")
-        return run(grad, where, shape), None, None
+            return reference.kept_dense(grad, fixed.where, shape), None
+        if ctx.sparse and _accumulates(ctx.next_functions[0][0]):
+            sparse = torch.sparse_coo_tensor(
+                fixed.indices, grad, shape, check_invariants=False, is_coalesced=True
+            )
+            return sparse, None
+        run = implementation(fixed.backend, grad.device, "kept_dense")
+        return run(grad, fixed.where, shape), None
+
+
+def _passes_as_it_is(weight: Tensor) -> bool:
+    """Return whether nothing that expects a dense gradient sees that of a weight.
+
+    That is hooks, DistributedDataParallel (which a checkpoint that backward runs again may be part
+    of), and torch's norms where they know no sparse tensors.
+    """
+    return (
+        not weight._backward_hooks
+        and not getattr(weight, "_post_accumulate_grad_hooks", None)
+        and nn.parallel.DistributedDataParallel._active_ddp_module is None
+        and torch._C._current_graph_task_id() == -1
+        and _norms_of_sparse_tensors()
+    )
+
+
+@functools.cache
+def _norms_of_sparse_tensors() -> bool:
+    try:
+        torch.linalg.vector_norm(torch.eye(1, device="cpu").to_sparse())
+    except NotImplementedError:  # in older versions of torch
+        return False
+    return True
+
+
+def _accumulates(node: Any) -> bool:
+    """Return whether this backward adds to the `.grad` of a leaf; `autograd.grad` returns it."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        return False
 
 
 class _ProductWithValues(Function):
@@ -186,6 +270,6 @@ def fixed_product(
     backend: str,
 ) -> Tensor:
     """Return the product with the weights that a mask keeps, with gradients to these alone."""
-    values = _Values.apply(weight, fixed, backend)
+    values = _Values.apply(weight, fixed)
     how = fixed.where, weight.shape, product, geometry, backend
     return _ProductWithValues.apply(input, values, bias, *how)

@@ -111,8 +111,11 @@ def _as_it_was(model: nn.Module, parts: list[tuple[str, MaskedWeight]]) -> Itera
     grads = [(p, p.grad, p.grad_dtype) for p in model.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     thresholds = [(part.threshold, part.threshold.detach().clone()) for _, part in parts]
-    deferrals = [
-        (m, m.__dict__.pop("_deferral")) for m in model.modules() if "_deferral" in vars(m)
+    optimizers = [
+        (m, name, m.__dict__.pop(name))
+        for m in model.modules()
+        for name in ("_deferral", "_takes_kept")
+        if name in vars(m)
     ]
     devices = {p.device.index for p in model.parameters() if p.is_cuda}
     try:
@@ -125,8 +128,8 @@ def _as_it_was(model: nn.Module, parts: list[tuple[str, MaskedWeight]]) -> Itera
         with torch.no_grad():
             for tensor, value in (*buffers, *thresholds):
                 tensor.copy_(value)
-        for module, deferral in deferrals:
-            module.__dict__["_deferral"] = deferral
+        for module, name, value in optimizers:
+            module.__dict__[name] = value
         for parameter, grad, dtype in grads:
             parameter.grad = None
             parameter.grad_dtype = dtype

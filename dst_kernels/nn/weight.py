@@ -105,12 +105,13 @@ class MaskedWeight:
     def set_fixed_mask(self, mask: Tensor, dense_gradient: bool = False) -> None:
         """Compute with `mask` from now on, whatever the threshold, which no longer trains.
 
-        The layer uses the weight where the mask is True and 0 elsewhere, on the packed path. The
+        The layer uses the weight where the mask is True and 0 elsewhere, on the packed path or, on
+        CPUs, the sparse one, where linear layers also make gradients of the kept weights alone. The
         mask is copied into a buffer, `fixed_mask` for `threshold` (and so on), which is part of the
         state dict. Call it again to replace mask and `dense_gradient`: the buffer stays the same
-        tensor. An optimizer of `dst_kernels.optim` then updates the weight as any other parameter;
-        a dense gradient G that waits in its `.grad` for a step is dropped. Layers that share a
-        weight share its threshold: fix the mask of each.
+        tensor. An optimizer of `dst_kernels.optim` then updates the weight as any other parameter,
+        or where it is kept (see `DSTSGD`); a dense gradient G that waits in its `.grad` for a step
+        is dropped. Layers that share a weight share its threshold: fix the mask of each.
 
         Args:
             mask: boolean, of the weight's shape and on its device, True where a weight is kept.
@@ -183,6 +184,7 @@ class MaskedWeight:
         known: FixedMask | None = module.__dict__.get("_known_mask")
         if known is None or not known.is_of(mask):
             known = module.__dict__["_known_mask"] = FixedMask(mask, options.backend)
+        known.receiver = module._takes_kept
         return known
 
     # -- thresholds and masks ------------------------------------------------------------------

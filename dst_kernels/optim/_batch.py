@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..autograd import MaskedWeightInMemory
+from ..autograd import FixedMask, MaskedWeightInMemory
 from ..nn import MaskedLayer
 from ..nn.weight import MaskedWeight
 from ..ops.dtensor import is_dtensor
@@ -27,6 +27,7 @@ class Segment:
     pair: Pair | None = None
     threshold_hyper: int = -1  # -1: the threshold is not optimized
     masked: Sequence[MaskedWeight] = ()  # whose threshold the parameter is
+    receives: bool = False  # whether its gradient may be of kept weights alone
     threshold: nn.Parameter | None = field(init=False)
     layer: MaskedLayer | None = field(init=False)  # the first of the pair's layers
 
@@ -47,7 +48,9 @@ class Batch:
 
     All segments are on one device (and on one mesh if they are sharded), and all are float64 or
     none is. `state` and `threshold_state` have one list of tensors for each kind of state, such as
-    AdamW's averages; `kept` has one counter for each segment.
+    AdamW's averages; `kept` has one counter for each segment. Of segments in `fixed`, gradients are
+    of the weights alone that the mask keeps; the op gets these, one after the other, as a parameter
+    of its own.
     """
 
     device: torch.device
@@ -63,6 +66,7 @@ class Batch:
     threshold_grads: bool = False  # whether any threshold has a gradient
     first: bool = False  # whether this is the first step of any parameter here
     written: list[Tensor] = field(default_factory=list)  # all that a step may write, but W * M
+    fixed: dict[int, FixedMask] = field(default_factory=dict)  # by number of the segment
 
     def __post_init__(self) -> None:
         self.absent = torch.empty(0, dtype=torch.float32, device=self.device)
@@ -73,21 +77,29 @@ class Batch:
         The second list is empty if thresholds have none.
         """
         of_weights = [
-            self._grad(segment.parameter, own)
-            for segment, own in zip(self.segments, self.weights, strict=True)
+            self._grad(segment, segment.parameter, own, i in self.fixed)
+            for i, (segment, own) in enumerate(zip(self.segments, self.weights, strict=True))
         ]
         if not self.threshold_grads:
             return of_weights, []
         of_thresholds = [
-            self.absent if segment.threshold is None else self._grad(segment.threshold, own)
+            self.absent
+            if segment.threshold is None
+            else self._grad(segment, segment.threshold, own)
             for segment, own in zip(self.segments, self.thresholds, strict=True)
         ]
         return of_weights, of_thresholds
 
-    def _grad(self, parameter: Tensor, own: Tensor) -> Tensor:
+    def _grad(
+        self, segment: Segment, parameter: Tensor, own: Tensor, of_kept: bool = False
+    ) -> Tensor:
         grad = parameter.grad
         if grad is None:
             return self.absent
+        if of_kept:
+            return grad._values()
+        if segment.receives and grad.layout is torch.sparse_coo:
+            grad = grad.to_dense()  # a sum, or of a mask that was another one
         if grad.layout is not torch.strided:
             raise RuntimeError(
                 "sparse gradients are not supported (of a parameter of shape "
@@ -98,6 +110,25 @@ class Batch:
         if grad.stride() != own.stride():
             grad = torch.empty_like(own, dtype=grad.dtype).copy_(grad)
         return grad
+
+    def read(self) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """Return weights and state for the op: of `fixed` ones copies of what is kept."""
+        if not self.fixed:
+            return self.weights, self.state
+        weights, state = [*self.weights], [[*column] for column in self.state]
+        for i, mask in self.fixed.items():
+            for which, column in enumerate((weights, *state)):
+                if column[i].shape == self.weights[i].shape:  # neither absent nor AdamW's count
+                    column[i] = mask.values(which, column[i]).clone()
+        return weights, state
+
+    def write(self, weights: list[Tensor], state: list[list[Tensor]]) -> None:
+        """Write what the op has made of such copies."""
+        for i, mask in self.fixed.items():
+            dense = self.weights, *self.state
+            for which, (into, column) in enumerate(zip(dense, (weights, *state), strict=True)):
+                if column[i] is not into[i]:
+                    mask.write(which, into[i], column[i])
 
     def placed(
         self,
@@ -143,14 +174,17 @@ def collect(
     has_alpha: Sequence[bool],
     state_of: Callable[[nn.Parameter, int], tuple[list[Tensor], bool]],
     kinds: int,
+    fixed: Sequence[FixedMask | None],
 ) -> list[Batch]:
     """Return the batches of the segments that this step updates.
+
+    `fixed` has the masks of segments whose gradients are of kept weights alone.
 
     `state_of(parameter, row of hypers)` returns the parameter's `kinds` state tensors (none where
     the rule needs none) and whether this is their first step.
     """
     batches: dict[Any, Batch] = {}
-    for segment in segments:
+    for segment, mask in zip(segments, fixed, strict=True):
         weight, threshold = segment.parameter, segment.threshold
         has_grad = weight.grad is not None
         of_weight = has_grad or (
@@ -173,6 +207,8 @@ def collect(
         if not batch.state:
             batch.state = [[] for _ in range(kinds)]
             batch.threshold_state = [[] for _ in range(kinds)]
+        if mask is not None:
+            batch.fixed[len(batch.segments)] = mask
         batch.segments.append(segment)
         if segment.layer is not None:
             batch.layers.append(segment.layer)

@@ -32,11 +32,7 @@ def deferrable_pairs(model: nn.Module, optimized: Container[int]) -> list[Pair]:
     They also have one threshold per row, rows first in memory, and a weight whose id is in
     `optimized`. All other masked layers still compute dW and dt in their backward.
     """
-    users: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append(module)
+    users = _users(model)
     pairs: dict[int, Pair] = {}
     for layer in model.modules():
         if not isinstance(layer, MaskedLayer) or not layer._parameters.keys() >= _NAMES:
@@ -55,6 +51,34 @@ def deferrable_pairs(model: nn.Module, optimized: Container[int]) -> list[Pair]:
         ):
             pairs[id(weight)] = Pair(weight, threshold, tuple(layers))
     return list(pairs.values())
+
+
+def receivers(model: nn.Module, optimized: Container[int]) -> list[MaskedLayer]:
+    """Return the layers that can leave gradients of kept weights alone, if their mask is fixed.
+
+    No other module uses their weight, whose id is in `optimized`.
+    """
+    users = _users(model)
+    return [
+        layer
+        for layer in dict.fromkeys(model.modules())
+        if isinstance(layer, MaskedLayer)
+        and layer._keeps_rows
+        and (weight := layer._parameters.get("weight")) is not None
+        and id(weight) in optimized
+        and len(users[id(weight)]) == 1
+        and not is_dtensor(weight)
+    ]
+
+
+def _users(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """Return the modules that have each parameter, by its id."""
+    users: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append(module)
+    return users
 
 
 def _rows_are_contiguous(weight: Tensor) -> bool:

@@ -21,7 +21,7 @@ from ..nn.switches import group_, is_grouped
 from ..nn.weight import MaskedWeight
 from ..ops.dtensor import is_dtensor, norm_over_shards
 from ._batch import Batch, Segment, collect, local, on_device
-from ._pairs import Pair, deferrable_pairs
+from ._pairs import Pair, deferrable_pairs, receivers
 from .target import TargetRatio
 
 
@@ -89,11 +89,12 @@ class DeferredOptimizer(Optimizer):
         batches = self._current_batches()
         for batch in batches:
             grads, threshold_grads = batch.grads()
+            weights, state = batch.read()
             masked = self._deferral.fresh(batch.layers)
             may_skip = scales[1] is not None
             rows = {layer: each.targets(may_skip) for layer, each in masked.items()}
             self._implementation(self._op, batch)(
-                batch.weights, grads, *batch.state,
+                weights, grads, *state,
                 batch.thresholds, threshold_grads, *batch.threshold_state,
                 batch.placed(masked, rows),
                 batch.kept, batch.settings,
@@ -102,6 +103,7 @@ class DeferredOptimizer(Optimizer):
             written = [each.tensor for each in masked.values()]
             written += [tensor for each in rows.values() if each is not None for tensor in each]
             torch.autograd.graph.increment_version([*batch.written, *written])
+            batch.write(weights, state)
             self._deferral.renewed(masked)
             for layer, kept in batch.counted(masked, may_skip).items():
                 masked[layer].made_by_step(kept, rows[layer])
@@ -138,7 +140,7 @@ class DeferredOptimizer(Optimizer):
                 grads, threshold_grads = batch.grads()
                 norm = torch.zeros(1, dtype=torch.float32, device=batch.device)
                 self._implementation("grad_norm_", batch)(
-                    batch.weights, grads, batch.thresholds, threshold_grads, batch.settings,
+                    batch.read()[0], grads, batch.thresholds, threshold_grads, batch.settings,
                     hypers, batch.present(alphas), [], norm,
                 )  # fmt: skip
                 norms.append(norm_over_shards(norm, batch.segments[0].parameter))
@@ -176,7 +178,8 @@ class DeferredOptimizer(Optimizer):
                 f"model: {taken} of its layers belong to another optimizer of dst_kernels.optim; "
                 "call its release() first"
             )
-        self._deferral, self._pairs = Deferral(layers), pairs
+        self._deferral = Deferral(layers, receivers(self._model, optimized))
+        self._pairs = pairs
         self._deferral.regularizes = self._regularizes()
         weakref.finalize(self, self._deferral.release).atexit = False
         if before is not None:
@@ -283,7 +286,8 @@ class DeferredOptimizer(Optimizer):
                     segments.append(Segment(p, 2 * i, pair, row))
                 elif id(p) not in deferred:
                     of = masked.get(id(p), ())
-                    segments.append(Segment(p, 2 * i + bool(of), masked=of))
+                    receives = id(p) in self._deferral.receivers
+                    segments.append(Segment(p, 2 * i + bool(of), masked=of, receives=receives))
         return segments
 
     def _current_batches(self) -> list[Batch]:
@@ -302,6 +306,7 @@ class DeferredOptimizer(Optimizer):
         has_alpha = [
             flag for group in self.param_groups for flag in (False, group["alpha"] is not None)
         ]
+        known = [self._deferral.kept_of(segment.parameter) for segment in self._segments]
         own = [*map(local, self._tensors)] if self._sharded else self._tensors
         signature: list[Any] = [
             has_alpha,
@@ -311,9 +316,10 @@ class DeferredOptimizer(Optimizer):
             [tensor.data_ptr() for tensor in own],
             [part.frozen for part in self._masked],
             [layer.masking for layer in self._layers],
+            known,
         ]
         if [len(self.state), *signature] != self._signature:
-            self._batches = collect(self._segments, has_alpha, self._state_of, self._kinds)
+            self._batches = collect(self._segments, has_alpha, self._state_of, self._kinds, known)
             self._signature = [len(self.state), *signature]
         return self._batches
 

@@ -35,8 +35,15 @@ class DSTSGD(DeferredOptimizer):
     another granularity than "row", weights that dense layers use too, weights outside `params` and
     parameters that are replaced (`functional_call`, a parametrization) compute dW and dt in their
     backward; the step uses these as any optimizer does. Layers that FSDP2 shards, and compiled
-    ones, mask their weight in the forward. `release()`, or deleting this optimizer, makes all
-    layers usable by other optimizers.
+    ones, mask their weight in the forward.
+
+    Under a fixed mask a weight trains like any other parameter. Where its layer is linear and
+    computes with kept weights alone (path "sparse"), the step touches no others, nor their state:
+    `.grad` is a sparse COO tensor of the kept weights, as long as nothing but the layer reads the
+    weight, it has no hooks, and the model is not in DistributedDataParallel (where this torch has
+    no norms of sparse tensors, it is dense, too).
+
+    `release()`, or deleting this optimizer, makes all layers usable by other optimizers.
 
     Args:
         model: the model with the masked layers. Call this very module: its hooks attach the masked

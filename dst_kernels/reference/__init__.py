@@ -21,6 +21,7 @@ from .kept import (
     kept_places,
     kept_rows,
     kept_values,
+    kept_write_,
     new_kept_rows,
 )
 from .linear import masked_linear, masked_linear_grad_input, masked_linear_grad_weight
@@ -52,6 +53,7 @@ __all__ = [
     "kept_places",
     "kept_rows",
     "kept_values",
+    "kept_write_",
     "masked_conv",
     "masked_conv_grad_input",
     "masked_conv_grad_weight",

@@ -105,6 +105,11 @@ def kept_dense(values: Tensor, where: KeptPlaces, shape: Sequence[int]) -> Tenso
     return dense.index_copy(0, where.flat(), values).view(shape)
 
 
+def kept_write_(dense: Tensor, values: Tensor, where: KeptPlaces) -> None:
+    """Write kept elements, of the dtype of `dense`, into a contiguous weight."""
+    dense.view(-1).index_copy_(0, where.flat(), values)
+
+
 def dense_rows(rows: KeptRows) -> Tensor:
     """Return the weight, with 0 where nothing is kept."""
     return dense_weight(*_one_after_the_other(rows), rows.values.shape[1:])

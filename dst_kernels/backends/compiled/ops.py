@@ -11,6 +11,7 @@ from .sparse import (
     kept_places,
     kept_rows,
     kept_values,
+    kept_write_,
     sparse_conv,
     sparse_linear,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "kept_places",
     "kept_rows",
     "kept_values",
+    "kept_write_",
     "masked_weight",
     "masked_weight_backward",
     "masked_weights",

@@ -148,5 +148,14 @@ def kept_dense(values: Tensor, where: KeptPlaces, shape: Sequence[int]) -> Tenso
         return reference.kept_dense(values, where, shape)
     columns, places, _ = where
     dense = values.new_empty(shape)
-    _kept_dense(values.contiguous(), columns, places, dense)
+    _kept_dense(values.contiguous(), columns, places, dense, True)
     return dense
+
+
+def kept_write_(dense: Tensor, values: Tensor, where: KeptPlaces) -> None:
+    """Do as the reference does; it also writes what the library does not."""
+    if not values.is_cpu:
+        return reference.kept_write_(dense, values, where)
+    columns, places, _ = where
+    _kept_dense(values, columns, places, dense, False)
+    return None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ... import functional as F
-from ...autograd import MaskedWeightInMemory, pack_weights, with_dense_gradients
+from ...autograd import FixedMask, MaskedWeightInMemory, pack_weights, with_dense_gradients
 from .stamp import memory_of, stamp, stamp_after_writes
 
 if TYPE_CHECKING:
@@ -53,12 +53,18 @@ class Deferral:
     """Hold the masked weights that each step renews; layers that share a weight share W * M.
 
     It is for the parameters that the layers have when it is made, not for later replacements.
-    `regularizes` says whether the optimizer adds the gradient of the sparse regulariser.
+    `regularizes` says whether the optimizer adds the gradient of the sparse regulariser. From those
+    of `receivers` whose masks are fixed it takes gradients of the kept weights alone.
     """
 
     regularizes = False
 
-    def __init__(self, layers: Iterable[MaskedLayer]) -> None:
+    def __init__(
+        self, layers: Iterable[MaskedLayer], receivers: Iterable[MaskedLayer] = ()
+    ) -> None:
+        self.receivers = {id(layer._parameters["weight"]): layer for layer in receivers}
+        for layer in self.receivers.values():
+            layer.__dict__["_takes_kept"] = layer._parameters["weight"]
         self._layers = {
             layer: (layer._parameters["weight"], layer._parameters["threshold"]) for layer in layers
         }
@@ -93,6 +99,8 @@ class Deferral:
         Gradients then have the weight's dtype again. A G that waits in `.grad` for a step is
         dropped: another optimizer would mistake it for dW.
         """
+        if layers is None:
+            self._receive_nothing()
         chosen = list(self._layers if layers is None else layers)
         for layer in {tied: None for each in chosen for tied in self._tied.get(each, [each])}:
             if layer not in self._layers:
@@ -110,6 +118,25 @@ class Deferral:
                 grad, weight.grad = weight.grad, None
                 weight.grad_dtype = weight.dtype
                 weight.grad = None if grad is None else grad.to(weight.dtype)
+
+    def _receive_nothing(self) -> None:
+        for layer in self.receivers.values():
+            weight = layer.__dict__.pop("_takes_kept", None)
+            if weight is not None and weight.grad is not None and weight.grad.is_sparse:
+                weight.grad = weight.grad.to_dense()
+        self.receivers = {}
+
+    def kept_of(self, weight: Tensor) -> FixedMask | None:
+        """Return the fixed mask of a weight whose gradient is of its kept elements alone."""
+        grad = weight.grad
+        layer = self.receivers.get(id(weight))
+        if grad is None or layer is None or grad.layout is not torch.sparse_coo:
+            return None
+        known: FixedMask | None = layer.__dict__.get("_known_mask")
+        mask = layer._buffers.get("fixed_mask")
+        if known is None or mask is None or not known.is_of(mask):
+            return None
+        return known if known.has(grad._indices()) else None
 
     # -- what a step made, and what it is to renew ----------------------------------------------
 
@@ -153,6 +180,9 @@ class Deferral:
         """Mark every W * M as stale, and keep its memory."""
         for made in self._made.values():
             made.stamp, made.memory = None, ()
+        for layer in self.receivers.values():
+            if "_known_mask" in vars(layer):
+                layer.__dict__["_known_mask"].forget()
 
     def in_memory(self, layer: MaskedLayer, masked: Tensor) -> MaskedWeightInMemory | None:
         """Return what is known of a W * M that a group has attached, if it is the last step's."""
