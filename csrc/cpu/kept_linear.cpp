@@ -177,11 +177,11 @@ Tensor kept_linear_grad_input(const Tensor& grad, const Tensor& values, const Te
   SparseRows weight =
       SparseRows::scattered("kept_linear_grad_input", grad, values, columns, places, std::nullopt);
   std::vector<int64_t> shape(grad.sizes().begin(), grad.sizes().end());
-  STD_TORCH_CHECK(!shape.empty() && shape.back() == weight.rows && values.dim() == 2,
-                  "kept_linear_grad_input: grad must be [..., rows] for values [rows, columns]");
+  STD_TORCH_CHECK(!shape.empty() && shape.back() == weight.rows,
+                  "kept_linear_grad_input: grad must be [..., ", weight.rows, "]");
   int64_t inputs = 1;
   for (size_t i = 0; i + 1 < shape.size(); ++i) inputs *= shape[i];
-  const int64_t features = values.size(1);
+  const int64_t features = columns.size(1);
   shape.back() = features;
   Tensor result = new_contiguous(grad, shape);
   if (inputs == 0 || features == 0) return result;

@@ -145,8 +145,8 @@ Tensor sparse_linear(const Tensor& given, const Tensor& values, const Tensor& co
 Tensor kept_linear(const Tensor& input, const Tensor& values, const Tensor& columns,
                    const Tensor& places, const std::optional<Tensor>& bias) {
   SparseRows weight = SparseRows::scattered("kept_linear", input, values, columns, places, bias);
-  STD_TORCH_CHECK(input.dim() >= 1 && values.dim() == 2 && input.size(-1) == values.size(1),
-                  "kept_linear: input must be [..., columns] for values [rows, columns]");
+  STD_TORCH_CHECK(input.dim() >= 1 && input.size(-1) == columns.size(1),
+                  "kept_linear: input must be [..., ", columns.size(1), "]");
   return linear(weight, input);
 }
 

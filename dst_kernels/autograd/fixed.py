@@ -227,9 +227,10 @@ class _ProductWithValues(Function):
         ctx.how = where, shape, product, geometry, backend, None if bias is None else bias.dtype
         ctx.save_for_backward(input, values)
         rows = KeptRows(values, where.columns, where.places)
-        return implementation(backend, input.device, product.kept_forward)(
-            input, rows, bias, *geometry
-        )
+        run = implementation(backend, input.device, product.kept_forward)
+        output = run(input, rows, bias, *geometry)
+        # Autograd must not see a view here, so that callers may overwrite the result (`relu_`).
+        return output.clone() if output._is_view() else output
 
     @staticmethod
     def backward(ctx, grad) -> Any:

@@ -126,7 +126,7 @@ def test_a_step_writes_the_rows_of_what_it_would_write(rule, masked):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"places": torch.zeros(3, 2, dtype=torch.int32)}, "values must have 3 rows"),
+    ({"places": torch.zeros(3, 2, dtype=torch.int32)}, "columns must have 3 rows"),
     ({"places": torch.tensor([[0, 29]] * 4, dtype=torch.int32)}, r"places\[0\] are 0 and 29"),
     ({"places": torch.tensor([[2, 1]] * 4, dtype=torch.int32)}, r"places\[0\] are 2 and 1"),
     ({"columns": torch.zeros(4, 6, dtype=torch.int32)}, "columns has 24 elements, expected 28"),
