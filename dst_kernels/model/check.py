@@ -114,7 +114,7 @@ def _as_it_was(model: nn.Module, parts: list[tuple[str, MaskedWeight]]) -> Itera
     optimizers = [
         (m, name, m.__dict__.pop(name))
         for m in model.modules()
-        for name in ("_deferral", "_takes_kept")
+        for name in ("_deferral", "_taker")
         if name in vars(m)
     ]
     devices = {p.device.index for p in model.parameters() if p.is_cuda}

@@ -133,7 +133,7 @@ def unmask_module_(module: MaskedModule) -> nn.Module:
         del module._parameters[part.threshold_name]
         module._buffers.pop(part.fixed_mask_name, None)
     for name in (
-        "masking", "_deferral", "_known_mask", "_sharded_thresholds", "_fixed", "_takes_kept",
+        "masking", "_deferral", "_known_mask", "_sharded_thresholds", "_fixed", "_taker",
         "_is_read", "_reads", "_layouts", *LEAF,
     ):  # fmt: skip
         module.__dict__.pop(name, None)
@@ -230,6 +230,6 @@ def shallow_copy(module: _Module) -> _Module:
     new.__dict__.update(module.__dict__)
     for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         new.__dict__[name] = module.__dict__[name].copy()
-    for name in ("_deferral", "_takes_kept"):  # the optimizer knows the original only
+    for name in ("_deferral", "_taker"):  # the optimizer knows the original only
         new.__dict__.pop(name, None)
     return new

@@ -32,7 +32,7 @@ class MaskedLayer(MaskedModule):
     weight = Readable("weight")
     _as_stored = True  # whether operations take the weight as it is stored
     _keeps_rows = False  # whether they can take kept weights alone, under a fixed mask
-    _takes_kept: Tensor | None = None  # the weight, whose optimizer takes gradients of these alone
+    _taker: Deferral | None = None  # of an optimizer that takes gradients of these alone
     _deferral: Deferral | None = None
     _is_replica = False  # DataParallel sets it
 

@@ -184,7 +184,11 @@ class MaskedWeight:
         known: FixedMask | None = module.__dict__.get("_known_mask")
         if known is None or not known.is_of(mask):
             known = module.__dict__["_known_mask"] = FixedMask(mask, options.backend)
-        known.receiver = module._takes_kept
+        if not (module.training and torch.is_grad_enabled()):
+            known.forget()  # evaluation sees writes that PyTorch does not record
+        taker = module._taker
+        takes = taker is not None and taker.takes_kept(module, weight)
+        known.receiver = weight if takes else None
         return known
 
     # -- thresholds and masks ------------------------------------------------------------------

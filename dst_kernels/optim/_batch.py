@@ -174,17 +174,17 @@ def collect(
     has_alpha: Sequence[bool],
     state_of: Callable[[nn.Parameter, int], tuple[list[Tensor], bool]],
     kinds: int,
-    fixed: Sequence[FixedMask | None],
+    fixed: Mapping[int, FixedMask],
 ) -> list[Batch]:
     """Return the batches of the segments that this step updates.
 
-    `fixed` has the masks of segments whose gradients are of kept weights alone.
+    `fixed` has, by number, the masks of segments whose gradients are of kept weights alone.
 
     `state_of(parameter, row of hypers)` returns the parameter's `kinds` state tensors (none where
     the rule needs none) and whether this is their first step.
     """
     batches: dict[Any, Batch] = {}
-    for segment, mask in zip(segments, fixed, strict=True):
+    for number, segment in enumerate(segments):
         weight, threshold = segment.parameter, segment.threshold
         has_grad = weight.grad is not None
         of_weight = has_grad or (
@@ -207,8 +207,8 @@ def collect(
         if not batch.state:
             batch.state = [[] for _ in range(kinds)]
             batch.threshold_state = [[] for _ in range(kinds)]
-        if mask is not None:
-            batch.fixed[len(batch.segments)] = mask
+        if number in fixed:
+            batch.fixed[len(batch.segments)] = fixed[number]
         batch.segments.append(segment)
         if segment.layer is not None:
             batch.layers.append(segment.layer)

@@ -41,6 +41,7 @@ class DeferredOptimizer(Optimizer):
     _layers: list[MaskedLayer]  # of the pairs
     _segments: list[Segment]
     _tensors: list[Tensor]  # the segments' parameters and thresholds
+    _receiving: list[int]  # segments whose gradients may be of kept weights alone
     _masked: list[MaskedWeight]  # whose thresholds are segments by themselves
     _groups: list[list[int]] | None  # ids by param group, when the segments were collected
     _signature: list[Any] | None  # of the step for which the batches were collected
@@ -302,11 +303,16 @@ class DeferredOptimizer(Optimizer):
             self._tensors = [segment.parameter for segment in self._segments]
             self._tensors += [pair.threshold for pair in pairs]
             self._masked = [part for segment in self._segments for part in segment.masked]
+            self._receiving = [i for i, each in enumerate(self._segments) if each.receives]
             self._sharded = any(map(is_dtensor, self._tensors))
         has_alpha = [
             flag for group in self.param_groups for flag in (False, group["alpha"] is not None)
         ]
-        known = [self._deferral.kept_of(segment.parameter) for segment in self._segments]
+        fixed = {
+            i: mask
+            for i in self._receiving
+            if (mask := self._deferral.kept_of(self._segments[i].parameter)) is not None
+        }
         own = [*map(local, self._tensors)] if self._sharded else self._tensors
         signature: list[Any] = [
             has_alpha,
@@ -316,10 +322,10 @@ class DeferredOptimizer(Optimizer):
             [tensor.data_ptr() for tensor in own],
             [part.frozen for part in self._masked],
             [layer.masking for layer in self._layers],
-            known,
+            fixed,
         ]
         if [len(self.state), *signature] != self._signature:
-            self._batches = collect(self._segments, has_alpha, self._state_of, self._kinds, known)
+            self._batches = collect(self._segments, has_alpha, self._state_of, self._kinds, fixed)
             self._signature = [len(self.state), *signature]
         return self._batches
 

@@ -64,7 +64,7 @@ class Deferral:
     ) -> None:
         self.receivers = {id(layer._parameters["weight"]): layer for layer in receivers}
         for layer in self.receivers.values():
-            layer.__dict__["_takes_kept"] = layer._parameters["weight"]
+            layer._taker = self
         self._layers = {
             layer: (layer._parameters["weight"], layer._parameters["threshold"]) for layer in layers
         }
@@ -121,10 +121,17 @@ class Deferral:
 
     def _receive_nothing(self) -> None:
         for layer in self.receivers.values():
-            weight = layer.__dict__.pop("_takes_kept", None)
+            if layer._taker is not self:
+                continue
+            layer._taker = None
+            weight = layer._parameters.get("weight")
             if weight is not None and weight.grad is not None and weight.grad.is_sparse:
                 weight.grad = weight.grad.to_dense()
         self.receivers = {}
+
+    def takes_kept(self, layer: MaskedLayer, weight: Tensor) -> bool:
+        """Return whether the optimizer takes a gradient of this weight's kept elements alone."""
+        return self.receivers.get(id(weight)) is layer
 
     def kept_of(self, weight: Tensor) -> FixedMask | None:
         """Return the fixed mask of a weight whose gradient is of its kept elements alone."""
