@@ -145,21 +145,17 @@ def _state(mask: Tensor) -> tuple[int, int]:
 
 def may_keep_rows(weight: Tensor, mask: Tensor, path: str) -> bool:
     """Return whether a product with a weight under a fixed mask might be one with kept rows."""
+    if path == "auto":
+        wanted = weight.is_cpu and weight.numel() >= LEAST and weight.requires_grad
+        wanted = wanted and torch.is_grad_enabled()
+    else:
+        wanted = path == "sparse"
     return (
-        path in ("auto", "sparse")
+        wanted
         and not torch.compiler.is_compiling()
         and weight.is_contiguous()
         and weight.numel() <= MOST
         and not (is_watched() or is_transformed() or mask.is_inference() or is_dtensor(weight))
-        and (
-            path == "sparse"
-            or (
-                weight.numel() >= LEAST
-                and weight.is_cpu
-                and weight.requires_grad
-                and torch.is_grad_enabled()
-            )
-        )
     )
 
 

@@ -124,6 +124,7 @@ class Deferral:
             if layer._taker is not self:
                 continue
             layer._taker = None
+            _forget_kept(layer)
             weight = layer._parameters.get("weight")
             if weight is not None and weight.grad is not None and weight.grad.is_sparse:
                 weight.grad = weight.grad.to_dense()
@@ -188,8 +189,7 @@ class Deferral:
         for made in self._made.values():
             made.stamp, made.memory = None, ()
         for layer in self.receivers.values():
-            if "_known_mask" in vars(layer):
-                layer.__dict__["_known_mask"].forget()
+            _forget_kept(layer)
 
     def in_memory(self, layer: MaskedLayer, masked: Tensor) -> MaskedWeightInMemory | None:
         """Return what is known of a W * M that a group has attached, if it is the last step's."""
@@ -262,6 +262,13 @@ class Deferral:
                 weight.grad_dtype = wanted
         waited_for = thresholds if parallel else ()
         return with_dense_gradients(masked, weights, waited_for)  # type: ignore[arg-type]
+
+
+def _forget_kept(layer: MaskedLayer) -> None:
+    """Let a layer with a fixed mask read its weight anew."""
+    known: FixedMask | None = layer.__dict__.get("_known_mask")
+    if known is not None:
+        known.forget()
 
 
 def _layout(tensor: Tensor) -> tuple:
