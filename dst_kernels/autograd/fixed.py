@@ -19,7 +19,7 @@ from ..ops import is_batched, is_watched
 from ..ops.dtensor import is_dtensor
 from ..reference.kept import KeptPlaces, KeptRows
 from ._function import is_transformed
-from .kept import LEAST, MOST, most_kept_of
+from .kept import MOST, most_kept_of, never_kept, run_op
 from .options import MaskOptions
 from .weight import Packed, WeightSource
 
@@ -143,16 +143,11 @@ def _state(mask: Tensor) -> tuple[int, int]:
     return mask._version, mask.data_ptr()
 
 
-def may_keep_rows(weight: Tensor, mask: Tensor, path: str) -> bool:
+def may_keep_rows(weight: Tensor, mask: Tensor, options: MaskOptions) -> bool:
     """Return whether a product with a weight under a fixed mask might be one with kept rows."""
-    if path == "auto":
-        wanted = weight.is_cpu and weight.numel() >= LEAST and weight.requires_grad
-        wanted = wanted and torch.is_grad_enabled()
-    else:
-        wanted = path == "sparse"
     return (
-        wanted
-        and not torch.compiler.is_compiling()
+        not never_kept(weight, options)
+        and (options.path == "sparse" or (options.path == "auto" and torch.is_grad_enabled()))
         and weight.is_contiguous()
         and weight.numel() <= MOST
         and not (is_watched() or is_transformed() or mask.is_inference() or is_dtensor(weight))
@@ -223,8 +218,7 @@ class _ProductWithValues(Function):
         ctx.how = where, shape, product, geometry, backend, None if bias is None else bias.dtype
         ctx.save_for_backward(input, values)
         rows = KeptRows(values, where.columns, where.places)
-        run = implementation(backend, input.device, product.kept_forward)
-        output = run(input, rows, bias, *geometry)
+        output = run_op(backend, product.kept_forward, input, rows, bias, *geometry)
         # Autograd must not see a view here, so that callers may overwrite the result (`relu_`).
         return output.clone() if output._is_view() else output
 
@@ -246,12 +240,11 @@ class _ProductWithValues(Function):
                 grad_input = product.grad_input(grad, input, masked, *geometry)
         else:
             if of_values:
-                run = implementation(backend, grad.device, product.kept_grad_weight)
-                grad_values = run(grad, input, where, *geometry)
+                op = product.kept_grad_weight
+                grad_values = run_op(backend, op, grad, input, where, *geometry)
             if of_input:
-                run = implementation(backend, grad.device, product.kept_grad_input)
                 rows = KeptRows(values, where.columns, where.places)
-                grad_input = run(grad, rows, *geometry)
+                grad_input = run_op(backend, product.kept_grad_input, grad, rows, *geometry)
         if of_bias:
             grad_bias = product.grad_bias(grad, bias_dtype)
         return grad_input, grad_values, grad_bias, None, None, None, None, None
@@ -268,5 +261,7 @@ def fixed_product(
 ) -> Tensor:
     """Return the product with the weights that a mask keeps, with gradients to these alone."""
     values = _Values.apply(weight, fixed)
+    if bias is not None and bias.dtype != input.dtype:
+        bias = bias.to(input.dtype)
     how = fixed.where, weight.shape, product, geometry, backend
     return _ProductWithValues.apply(input, values, bias, *how)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .product import Product
 
 _SPARSE_DTYPES = (torch.float32, torch.bfloat16)
-LEAST = 1 << 13  # elements of a weight for which the choice is worth its time
+_LEAST = 1 << 13  # elements of a weight for which the choice is worth its time
 MOST = (1 << 31) - 1  # elements that places can say
 _FEW = 0.5  # of the weights: where more are kept, the planner's answer is no
 
@@ -156,7 +156,7 @@ def never_kept(masked: Tensor, options: MaskOptions) -> bool:
         torch.compiler.is_compiling()
         or (path := options.path) == "packed"
         or (
-            not (masked.numel() >= LEAST and masked.is_cpu and masked.requires_grad)
+            not (masked.numel() >= _LEAST and masked.is_cpu and masked.requires_grad)
             and path == "auto"
         )
     )

@@ -179,7 +179,7 @@ class MaskedWeight:
         """Return where the fixed mask keeps weights, if a forward with `weight` may want that."""
         module, fixed = self.module, self.module._fixed[self.name]
         mask, options = module._buffers[self.fixed_mask_name], module.masking
-        if fixed.dense_gradient or not may_keep_rows(weight, mask, options.path):
+        if fixed.dense_gradient or not may_keep_rows(weight, mask, options):
             return None
         known: FixedMask | None = module.__dict__.get("_known_mask")
         if known is None or not known.is_of(mask):
