@@ -63,11 +63,19 @@ class FixedMask:
     optimizer's step writes is kept here too, so that it need not be read again.
     """
 
-    __slots__ = ("_indices", "_state", "_written", "backend", "mask", "receiver", "source", "where")
+    __slots__ = (
+        "_indices", "_read", "_state", "_write", "_written",
+        "dense", "mask", "receiver", "source", "where",
+    )  # fmt: skip
 
     def __init__(self, mask: Tensor, backend: str) -> None:
-        self.mask, self.backend, self._state = mask, backend, _state(mask)
-        self.where: KeptPlaces = implementation(backend, mask.device, "kept_places")(mask)
+        self.mask, self._state = mask, _state(mask)
+        # Looked up once: each time takes as long as these do for a small layer.
+        self._read, self._write, self.dense, places = (
+            implementation(backend, mask.device, op)
+            for op in ("kept_values", "kept_write_", "kept_dense", "kept_places")
+        )
+        self.where: KeptPlaces = places(mask)
         self.source = WeightSource(self.recall, fixed=self)
         self.receiver: Tensor | None = None
         self._indices: Tensor | None = None
@@ -110,14 +118,13 @@ class FixedMask:
             and version == dense._version
         ):
             return values
-        run = implementation(self.backend, dense.device, "kept_values")
-        return run(dense.detach(), self.where)
+        return self._read(dense.detach(), self.where)
 
     def write(self, which: int, dense: Tensor, values: Tensor) -> None:
         """Write kept elements into a tensor, whose version has been increased, and keep them."""
-        run = implementation(self.backend, dense.device, "kept_write_")
-        run(dense.detach(), values, self.where)
-        self._written[which] = dense.detach(), dense._version, values
+        dense = dense.detach()
+        self._write(dense, values, self.where)
+        self._written[which] = dense, dense._version, values
 
     def forget(self) -> None:
         """Read everything again: something was written in a way that PyTorch does not record."""
@@ -175,8 +182,7 @@ class _Values(Function):
                 fixed.indices, grad, shape, check_invariants=False, is_coalesced=True
             )
             return sparse, None
-        run = implementation(fixed.backend, grad.device, "kept_dense")
-        return run(grad, fixed.where, shape), None
+        return fixed.dense(grad, fixed.where, shape), None
 
 
 def _passes_as_it_is(weight: Tensor) -> bool:
