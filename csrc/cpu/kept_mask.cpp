@@ -32,10 +32,12 @@ struct Places {
     }
   }
 
+  // f(row, end of rows), shared among threads. Of `elements` elements one after the other; an
+  // element anywhere takes as long as several of those.
   template <typename F>
-  void run(const F& f) const {
+  void run(int64_t elements, const F& f) const {
     constexpr int64_t kGrain = 32768;  // fewer elements are not worth a thread
-    torch::stable::parallel_for(0, rows, kGrain / std::max<int64_t>(row_size, 1) + 1, f);
+    torch::stable::parallel_for(0, rows, kGrain * rows / std::max<int64_t>(elements, 1) + 1, f);
   }
 };
 
@@ -135,8 +137,9 @@ void kept_values(const Tensor& weight, const Tensor& columns, const Tensor& plac
   check_run("kept_values", weight, "weight", weight.scalar_type(), weight.numel());
   check_run("kept_values", values, "values", weight.scalar_type(), values.numel());
   const Places p("kept_values", weight.numel(), columns, places, values.numel());
+  const int64_t elements = 4 * values.numel();
   with_types(size_of("kept_values", weight), is_small(columns), [&](auto real, auto column) {
-    p.run([&](int64_t row, int64_t end) {
+    p.run(elements, [&](int64_t row, int64_t end) {
       gather<decltype(real), decltype(column)>(p, weight.data_ptr(), values.data_ptr(), row, end);
     });
   });
@@ -147,8 +150,9 @@ void kept_dense(const Tensor& values, const Tensor& columns, const Tensor& place
   check_run("kept_dense", values, "values", values.scalar_type(), values.numel());
   check_run("kept_dense", dense, "dense", values.scalar_type(), dense.numel());
   const Places p("kept_dense", dense.numel(), columns, places, values.numel());
+  const int64_t elements = 4 * values.numel() + (clear ? dense.numel() : 0);
   with_types(size_of("kept_dense", values), is_small(columns), [&](auto real, auto column) {
-    p.run([&](int64_t row, int64_t end) {
+    p.run(elements, [&](int64_t row, int64_t end) {
       spread<decltype(real), decltype(column)>(p, values.data_ptr(), dense.data_ptr(), clear, row,
                                                end);
     });
