@@ -18,7 +18,7 @@ from .results import CPU, Environment
 
 _SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
 _WORTH = 0.98  # of the packed step's time
-_SECONDS = 0.02  # of one path, before the other has its turn
+_SECONDS = 0.002  # of one path, before the other has its turn
 _LINEAR = (
     (100, 300),
     (300, 784),
