@@ -14,7 +14,7 @@ from dst_kernels.training.errors import require_one_of
 
 from .. import networks
 from ..cases import Mode, ModelCase, TrainingCase
-from ..networks import ADAMW, SGD
+from ..networks import ADAMW, SGD, image_layout
 from . import authors
 from .peers import fix_, sparselab, sparseprop
 from .work import STEPS, Contender, Data, Prepared, Work, thresholds_for
@@ -50,7 +50,7 @@ class Setup(Data):
         with torch.random.fork_rng([self.device] * (self.device.type == "cuda")), self.device:
             torch.manual_seed(0)
             model = self.about.network()
-        model.to(dtype=self.mode.weight, memory_format=torch.channels_last)
+        model.to(dtype=self.mode.weight, memory_format=image_layout(self.device))
         model = convert(model).train()
         with torch.no_grad():
             for name, threshold in model.named_parameters():
