@@ -13,7 +13,10 @@ from ..arguments import described
 
 
 class Example:
-    """An input of a model, and what the model returned for it when this object was made."""
+    """An input of a model, and what the model returned for it when this object was made.
+
+    `positions`: how many each convolution over one or two dimensions then computed of an image.
+    """
 
     def __init__(self, model: nn.Module, example_input: object) -> None:
         self.kwargs: dict[str, Any] = {}
@@ -28,13 +31,24 @@ class Example:
                 f"example_input needs a model in evaluation mode, but {training[0]} is in training "
                 "mode: call model.eval() first"
             )
-        output = self.run(model)
+        self.positions: dict[nn.Module, int] = {}
+        convolutions = [m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d))]
+        hooks = [each.register_forward_hook(self._count) for each in convolutions]
+        try:
+            output = self.run(model)
+        finally:
+            for hook in hooks:
+                hook.remove()
         self._before = _tensors(output)
         if not self._before:
             raise TypeError(
                 "for example_input the model must return a tensor, or tensors in tuples, lists, "
                 f"dictionaries or what torch's pytrees know, but returned {described(output)}"
             )
+
+    def _count(self, module: Any, args: object, output: Any) -> None:
+        if isinstance(output, Tensor):
+            self.positions[module] = output.shape[-len(module.kernel_size) :].numel()
 
     def require_same(self, model: nn.Module, format: str) -> None:
         """Raise RuntimeError unless the model returns the same as before, to rounding."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -38,12 +38,14 @@ def sparse_(
     model: nn.Module,
     layers: Iterable[nn.Module],
     everywhere: bool,
+    positions: Mapping[nn.Module, int],
     lines: list[str],
     undo: list[Undo],
 ) -> None:
     """Store the weights of layers without zeros, in place, `everywhere` or where that is faster.
 
-    Add a line on each, and what undoes it.
+    `positions`: how many convolutions compute of one image, as far as it is known. Add a line on
+    each layer, and what undoes it.
     """
     names = {module: name for name, module in model.named_modules()}
     for layer in layers:
@@ -51,7 +53,8 @@ def sparse_(
         weight: Any = layer.weight
         rows, columns = weight.flatten(1).shape
         kept = int(weight.count_nonzero())
-        if everywhere or wins(rows, columns, kept, weight.device, weight.dtype, kind):
+        sizes = rows, columns, kept, weight.device, weight.dtype
+        if everywhere or wins(*sizes, kind, positions.get(layer)):
             undo.append(become_(layer, sparse.from_dense(layer)))
             lines.append(f"{names[layer]}: {sparse.__name__}, {kept} of {weight.numel()} weights")
 

@@ -76,7 +76,8 @@ def finalize_(model: nn.Module, format: str = "dense", example_input: object = N
     try:
         if example is not None and format in ("compact", "auto"):
             compact_(model, example, lines, undo)
-        sparse_(model, sparse, format == "csr", lines, undo)
+        positions = {} if example is None else example.positions
+        sparse_(model, sparse, format == "csr", positions, lines, undo)
         avoid_fast_path(model)
         if example is not None:
             example.require_same(model, format)

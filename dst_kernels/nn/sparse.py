@@ -344,13 +344,15 @@ def wins(
     device: torch.device | str,
     dtype: torch.dtype,
     kind: str = "linear",
+    positions: int | None = None,
 ) -> bool:
     """Return whether a sparse layer is known to be at least as fast as the dense one.
 
     The weight, as `values` sees it, is [rows, columns] with `kept` elements; `kind` is "linear",
-    "conv1d" or "conv2d". Holds for any number of inputs, and for images of at least 64 pixels:
-    on smaller ones a small convolution can be slower. Measured on a CPU with AVX-512, one thread;
-    nothing is known of other devices. Raises ValueError for another kind.
+    "conv1d" or "conv2d". `positions`: how many a convolution computes of one image; None: at least
+    49 (7 x 7), since with fewer a small convolution can be slower. Holds for any number of inputs.
+    Measured on a CPU with AVX-512, one thread; nothing is known of other devices. Raises ValueError
+    for another kind.
     """
     if kind not in ("linear", "conv1d", "conv2d"):
         raise ValueError(f"kind must be 'linear', 'conv1d' or 'conv2d', but is {kind!r}")
@@ -358,9 +360,14 @@ def wins(
     limits = _LIMITS.get((library, kind == "linear", dtype))
     if limits is None or torch.device(device).type != "cpu":
         return False
+    if kind != "linear" and positions is not None and positions < _FEWEST_POSITIONS:
+        return False
     size = rows * columns
     most = min(limits.share * size + limits.spare - limits.per_row * rows, limits.most * size)
     return size >= limits.size and min(rows, columns) >= limits.side and kept < most
+
+
+_FEWEST_POSITIONS = 49
 
 
 class _Limits(NamedTuple):

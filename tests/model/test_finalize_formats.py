@@ -12,6 +12,7 @@ from torch import nn
 from zoo import EXAMPLES, outputs, prune_below, settle, short_resnet50
 
 from dst_kernels import finalize_, sparsify_
+from dst_kernels.backends import unavailable
 from dst_kernels.nn import SparseConv1d, SparseConv2d, SparseLinear
 from dst_kernels.nn.sparse import SparseLayer
 
@@ -79,11 +80,24 @@ def test_auto_compacts_and_then_takes_what_wins(monkeypatch):
     input = torch.randn(5, 4)
     finalize_(sparsify_(small), "auto", input)
     cpu, dtype = torch.device("cpu"), torch.float32
-    assert asked == [(4, 4, 16, cpu, dtype, "linear"), (3, 4, 8, cpu, dtype, "linear")]
+    sizes = (4, 4, 16), (3, 4, 8)
+    assert asked == [(*each, cpu, dtype, "linear", None) for each in sizes]
     assert [type(small[0]), type(small[2])] == [nn.Linear, SparseLinear]
     torch.testing.assert_close(small(input), model(input))
     finalize_(sparsify_(model), "auto")
     assert [type(each) for each in model] == [nn.Linear, nn.ReLU, nn.Linear], "nothing won"
+
+
+@pytest.mark.parametrize(("side", "batched"), [(4, True), (4, False), (8, True)])
+def test_convolutions_of_few_positions_stay_dense(side, batched):
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 1)).eval()
+    with torch.no_grad():
+        for layer in model[::2]:
+            layer.weight *= torch.rand_like(layer.weight) < 0.03
+    input = torch.randn(*[1] * batched, 64, side, side)
+    finalize_(sparsify_(model), "auto", input)
+    library = unavailable("cpu") is None
+    assert isinstance(model[0], SparseConv2d) == (side == 8 and library)
 
 
 def test_a_failed_check_leaves_no_sparse_layer():

@@ -233,12 +233,15 @@ def test_a_state_dict_that_is_no_weight_is_refused(name, spoil, said):
 
 @pytest.mark.skipif(unavailable("cpu") is not None, reason="the CPU library was not built")
 def test_where_sparse_wins():
-    def said(kept, rows=1024, columns=1024, device="cpu", dtype=torch.float32, kind="linear"):
-        return wins(rows, columns, int(kept * rows * columns), device, dtype, kind)
+    def said(
+        kept, rows=1024, columns=1024, device="cpu", dtype=torch.float32, kind="linear", **more
+    ):
+        return wins(rows, columns, int(kept * rows * columns), device, dtype, kind, **more)
 
     assert said(0.19) and not said(0.22)
     assert said(0.09, dtype=torch.bfloat16) and not said(0.11, dtype=torch.bfloat16)
     assert said(0.07, kind="conv2d") and not said(0.09, kind="conv1d")
+    assert said(0.07, kind="conv2d", positions=49) and not said(0.07, kind="conv2d", positions=48)
     assert said(0.31, rows=27, columns=784), "the digits' first layer, compacted"
     assert not said(0.33, rows=27, columns=784) and not said(0.31, rows=100, columns=300)
     assert not said(0.01, rows=8, columns=4096), "three inputs are transposed for too few rows"
