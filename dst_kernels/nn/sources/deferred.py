@@ -121,7 +121,7 @@ class Deferral:
 
     def _receive_nothing(self) -> None:
         for layer in self.receivers.values():
-            if layer._taker is not self:
+            if layer.__dict__.get("_taker") is not self:  # it may be dense now
                 continue
             layer._taker = None
             _forget_kept(layer)
