@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..backends import implementation
+from ..backends import implementation, serving
 from ..ops import is_batched, is_watched, without_autograd_and_autocast
 from ..plan import most_kept
 from ..reference.kept import KeptRows, dense_rows, new_kept_rows
@@ -182,7 +182,7 @@ def multiply(
     if not never_kept(masked, options) and not (
         auto and known is not None and not known.keeps_at_most(_FEW * masked.numel())
     ):
-        most = most_kept_of(product, input, masked, geometry, options.path)
+        most = most_kept_of(product, input, masked, geometry, options)
         if known is None and most:
             rows = run_op(options.backend, "kept_rows", masked.detach(), most)
         elif known is not None and most and (not auto or known.keeps_at_most(most)):
@@ -197,7 +197,7 @@ def multiply(
 
 
 def most_kept_of(
-    product: type[Product], input: Tensor, masked: Tensor, geometry: tuple, path: str
+    product: type[Product], input: Tensor, masked: Tensor, geometry: tuple, options: MaskOptions
 ) -> int:
     """Return how many weights may be kept for a product by kept rows; 0: torch multiplies."""
     if (
@@ -208,8 +208,10 @@ def most_kept_of(
         or is_transformed()
     ):
         return 0
-    if path == "sparse":
+    if options.path == "sparse":
         return masked.numel()
     if masked.dtype not in _SPARSE_DTYPES or input.numel() == 0:
+        return 0
+    if "cpu" not in serving(options.backend, masked.device):  # the table is of its kernels
         return 0
     return most_kept(*product.sizes(input, masked, *geometry), masked.dtype)

@@ -2,9 +2,10 @@
 
 Single runs scatter: over 24 seeds the final test accuracy had a mean of 96.5 %, a standard
 deviation of 0.69 points and a lowest value of 93.9 % (on the packed path alone 96.6 %, 0.67 and
-94.4 %), the remaining ratio a mean of 3.49 % and a deviation of 0.31; another rounding of the same sums (other kernels, other numbers of threads) is as
-good as another seed. The bounds leave three deviations around the means, and four below a single
-accuracy, so that they fail for a wrong method and not for a new kernel.
+94.4 %), the remaining ratio a mean of 3.49 % and a deviation of 0.31; another rounding of the same
+sums (other kernels, other numbers of threads) is as good as another seed. The bounds leave three
+deviations around the means, and four below a single accuracy, so that they fail for a wrong method
+and not for a new kernel.
 """
 
 from __future__ import annotations
