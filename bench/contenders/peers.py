@@ -32,7 +32,8 @@ def fix_(model: nn.Module, input: Tensor, peer: Callable | None = None) -> nn.Mo
     """
     kinds, shapes = (MaskedLinear, MaskedConv2d), {}
     layers = {name: one for name, one in model.named_modules() if isinstance(one, kinds)}
-    for layer in dst_kernels.freeze_masks_(model) and layers.values():
+    dst_kernels.freeze_masks_(model)
+    for layer in layers.values():
         layer.dense_weight = lambda layer=layer: layer.weight * layer.mask()
     if peer is None:
         return model

@@ -1,3 +1,4 @@
+// pack_run by AVX-512, by AVX2 and in plain C++: which one is chosen when the library is loaded.
 #include <array>
 #include <bit>
 #include <cmath>

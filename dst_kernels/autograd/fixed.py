@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from .. import reference
-from ..backends import implementation
+from ..backends import implementation, serving
 from ..ops import is_batched, is_watched
 from ..ops.dtensor import is_dtensor
 from ..reference.kept import KeptPlaces, KeptRows
 from ._function import is_transformed
-from .kept import MOST, most_kept_of, never_kept, run_op
+from .kept import MOST, forward_by, most_kept_of, never_kept, run_op
 from .options import MaskOptions
 from .weight import Packed, WeightSource
 
@@ -154,10 +154,18 @@ def may_keep_rows(weight: Tensor, mask: Tensor, options: MaskOptions) -> bool:
     """Return whether a product with a weight under a fixed mask might be one with kept rows."""
     return (
         not never_kept(weight, options)
-        and (options.path == "sparse" or (options.path == "auto" and torch.is_grad_enabled()))
+        and (options.path == "sparse" or _auto_may(weight, options))
         and weight.is_contiguous()
         and weight.numel() <= MOST
         and not (is_watched() or is_transformed() or mask.is_inference() or is_dtensor(weight))
+    )
+
+
+def _auto_may(weight: Tensor, options: MaskOptions) -> bool:
+    return (
+        options.path == "auto"
+        and torch.is_grad_enabled()
+        and "cpu" in serving(options.backend, weight.device)
     )
 
 
@@ -224,9 +232,7 @@ class _ProductWithValues(Function):
         ctx.how = where, shape, product, geometry, backend, None if bias is None else bias.dtype
         ctx.save_for_backward(input, values)
         rows = KeptRows(values, where.columns, where.places)
-        output = run_op(backend, product.kept_forward, input, rows, bias, *geometry)
-        # Autograd must not see a view here, so that callers may overwrite the result (`relu_`).
-        return output.clone() if output._is_view() else output
+        return forward_by(rows, backend, product, input, bias, geometry)
 
     @staticmethod
     def backward(ctx, grad) -> Any:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _SPARSE_DTYPES = (torch.float32, torch.bfloat16)
 _LEAST = 1 << 13  # elements of a weight for which the choice is worth its time
 MOST = (1 << 31) - 1  # elements that places can say
+_LONGEST = 1 << 15  # elements of a row that a step writes as a kept one: threads share longer rows
 _FEW = 0.5  # of the weights: where more are kept, the planner's answer is no
 
 
@@ -37,9 +38,7 @@ class _KeptProduct(Function):
         # Whatever writes the rows anew also writes `masked`, whose version autograd checks.
         ctx.rows = rows
         ctx.save_for_backward(input, masked)
-        output = run_op(backend, product.kept_forward, input, rows, bias, *geometry)
-        # Autograd must not see a view here, so that callers may overwrite the result (`relu_`).
-        return output.clone() if output._is_view() else output
+        return forward_by(rows, backend, product, input, bias, geometry)
 
     @staticmethod
     def backward(ctx, grad) -> Any:
@@ -70,6 +69,20 @@ def run_op(backend: str, op: str, tensor: Tensor, *args: Any) -> Any:
         return run(tensor, *args)
     with without_autograd_and_autocast(tensor.device.type):
         return run(tensor, *args)
+
+
+def forward_by(
+    rows: KeptRows,
+    backend: str,
+    product: type[Product],
+    input: Tensor,
+    bias: Tensor | None,
+    geometry: tuple,
+) -> Tensor:
+    """Return the product by kept rows, for the forward of a node."""
+    output = run_op(backend, product.kept_forward, input, rows, bias, *geometry)
+    # Autograd must not see a view here, so that callers may overwrite the result (`relu_`).
+    return output.clone() if output._is_view() else output
 
 
 class MaskedWeightInMemory:
@@ -131,10 +144,13 @@ class MaskedWeightInMemory:
         """
         if may_skip:
             return None if self.rows is None else self.rows[1:]
-        if not (self._by_rows and self.tensor.is_cpu and self.tensor.numel() <= MOST):
+        tensor = self.tensor
+        if not (self._by_rows and tensor.is_cpu and tensor.numel() <= MOST):
+            return None
+        if tensor[:1].numel() > _LONGEST:
             return None
         if self._spare is None:
-            self._spare = new_kept_rows(self.tensor)[1:]
+            self._spare = new_kept_rows(tensor)[1:]
         return self._spare
 
 

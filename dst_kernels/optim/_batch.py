@@ -154,7 +154,11 @@ class Batch:
         if may_skip or self.device.type != "cpu":
             return dict.fromkeys(masked)
         counts = zip(self.segments, self.kept.tolist(), strict=True)
-        return {each.layer: kept for each, kept in counts if each.layer and each.layer in masked}
+        return {
+            each.layer: kept
+            for each, kept in counts
+            if each.layer is not None and each.layer in masked
+        }
 
     def present(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         """Return one float32 element on the device for each tensor, no element for None.

@@ -90,13 +90,13 @@ def test_a_step_has_the_packed_paths_gradients(way, dtype, products):
         F.cross_entropy(model(input.requires_grad_()).float(), target).backward()
         gradients.append([input.grad, *(p.grad for p in model.parameters())])
     assert len(products) == 12
-    wide = {"rtol": 0.1, "atol": 0.01}
-    tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else wide
+    most = 1e-5 if dtype == torch.float32 else 0.03  # of each gradient's norm
     for one, two in zip(*gradients, strict=True):
         assert (one is None) == (two is None)
         if one is not None:
             assert one.dtype == two.dtype
-            torch.testing.assert_close(one, two, **tolerance)
+            one, two = one.float(), two.float()
+            assert (one - two).norm() <= most * one.norm() > 0
 
 
 def test_auto_takes_kept_rows_where_they_are_few(products):
@@ -251,4 +251,33 @@ def test_under_autocast_products_are_those_of_the_packed_path(backend):
                 loss.backward()  # under autocast, too
             optimizer.step()
         found.append(output.float())
-    torch.testing.assert_close(*found, rtol=0.05, atol=0.02)
+    assert (found[0] - found[1]).norm() <= 0.03 * found[0].norm() > 0
+
+
+def test_rows_that_a_step_shares_among_threads_are_taken_from_the_dense_weight():
+    found = []
+    for path in ("packed", "sparse"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(33_000, 3))
+        dst_kernels.sparsify_(model)
+        model[0].path = path
+        model[0].threshold.data.fill_(0.95 * model[0].weight.detach().abs().max())
+        optimizer = DSTSGD(model, lr=1e-3, momentum=0.9)
+        for _ in range(3):
+            optimizer.zero_grad()
+            output = model(torch.randn(4, 33_000))
+            output.square().mean().backward()
+            optimizer.step()
+        found.append(output)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_a_backend_without_kept_rows_serves_fixed_masks(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("DST_KERNELS_BACKEND", "triton")
+    model = network("auto", kept_share=0.05)
+    dst_kernels.freeze_masks_(model)
+    F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+    for layer in model[::2]:
+        assert bool((layer.weight.grad[~layer.mask()] == 0).all())
+        assert bool((layer.weight.grad != 0).any())
