@@ -51,7 +51,7 @@ def _tiles(rows, product):
 def test_every_tile_of_every_product_is_timed_once(sweep, device, tmp_path, monkeypatch):
     rows = sweep("linear|grad_input|pack")
     traits = linear.traits_of(torch.empty(0, device=device))
-    chosen = tiles.product_tile(20, 24, 40, traits)
+    chosen = tiles.product_tile(20, 24, 40, traits, False)
     every = dict.fromkeys((chosen, *tiles.product_candidates(chosen, traits)))
     names = [tune.Task(LINEAR, "forward", tile).key[1] for tile in every]
     mine = [row for row in rows if row.case == LINEAR.name]

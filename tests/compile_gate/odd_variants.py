@@ -37,7 +37,8 @@ def odd_variants() -> list[Variant]:
             tile, rule = given.get("TILE"), given.get("RULE")
             axis = rule.axis if rule else given.get("THRESHOLD")
             purpose = variant.kernel.__name__, *(given.get(name, "") is None for name in PURPOSE)
-            purpose += (tile.transposed, tile.pieces) if tile else ()
+            by_input = given.get("stride_w", ())[:1] == (1,)
+            purpose += (by_input, tile.pieces) if tile else ()
             found.setdefault(purpose, {}).setdefault(axis, variant)
     variants = []
     for by_threshold in found.values():

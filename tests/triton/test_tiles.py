@@ -71,7 +71,9 @@ GRADIENTS = [
 
 @in_tiles(PRODUCTS)
 def test_products(tile, shape, of_input, dtype, granularity, device, monkeypatch):
+    """Also where a program of the second launch takes several tiles."""
     monkeypatch.setattr(linear, "product_tile", lambda *_, **__: tile)
+    monkeypatch.setattr("dst_kernels.backends.triton.product.MULTIPROCESSORS", 2)
     M, N, K = shape
     weight = normal(N, K, dtype=dtype, device=device)
     threshold = thresholds((N, K), granularity, device=device)
@@ -140,9 +142,9 @@ TRAITS = [
 
 def product_choices():
     """((M, R, C), traits, the tile) for many sizes."""
-    for traits in TRAITS:
+    for traits, element_wise in itertools.product(TRAITS, (True, False)):
         for sizes in itertools.product((*SIZES, 65536), SIZES, SIZES):
-            yield sizes, traits, product_tile(*sizes, traits)
+            yield sizes, traits, product_tile(*sizes, traits, element_wise)
 
 
 def gradient_choices():
@@ -201,6 +203,15 @@ def test_chunks_cover_all_columns_once():
             chunk, chunks = tile.chunk(-(-rows // tile.rows), columns)
             assert chunk % tile.block == 0
             assert chunk * (chunks - 1) < columns <= chunk * chunks
+
+
+def test_the_largest_tiles_are_for_many_tokens():
+    traits = Traits(F16, False, True)
+    for M, tokens, columns in ((16, 16, 128), (512, 128, 128), (513, 256, 256), (4096, 256, 256)):
+        assert product_tile(M, 4096, 4096, traits, False).block_m == tokens
+        assert grad_weight_tile(M, 4096, 4096, traits, False).block_c == columns
+    assert product_tile(4096, 4096, 4096, traits, True).block_m == 128
+    assert product_tile(4096, 4096, 4096, Traits(F32, True, True), False).block_m == 128
 
 
 def test_splits_leave_every_program_some_work():

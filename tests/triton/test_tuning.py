@@ -139,7 +139,7 @@ def test_candidates_are_tiles_the_gate_knows():
         return type(tile)(**{**vars(tile), "split": 1})
 
     for size in (16, 300, 5000):
-        product = product_tile(size, 1024, 4096, TRAITS)
+        product = product_tile(size, 1024, 4096, TRAITS, False)
         for tile in product_candidates(product, TRAITS):
             assert isinstance(tile, ProductTile) and tile.split >= 1
             assert whole(tile) in products
@@ -158,7 +158,7 @@ def test_only_16_bit_products_on_hopper_have_more_candidates():
         (torch.float32, False, True),
     ):
         traits = Traits(dtype, tf32, hopper)
-        product = product_tile(16, 1024, 4096, traits)
+        product = product_tile(16, 1024, 4096, traits, False)
         gradient = grad_weight_tile(300, 1024, 1024, traits, False)
         products = set(product_candidates(product, traits))
         gradients = set(grad_weight_candidates(gradient, traits, False))

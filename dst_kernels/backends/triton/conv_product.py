@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import OPTIONS, CompiledTile, cdiv, index_dtype, on_device_of
-from .masking import ALONG_C, ALONG_R, ELEMENT, load_threshold, masked, transposed_axis
+from .masking import ALONG_C, ALONG_R, ELEMENT, load_threshold, nan_of, operand
 from .matrix import Strided
 from .product import tile_of_program
 from .tiles import ProductTile
@@ -130,9 +130,13 @@ def conv_product_kernel(
     w0 = u_w * geometry.scale_w + geometry.origin_w
     x_start = x.start + image * x.n + group * C * x.c
     x_positions = n.to(INDEX) * x.n + h0.to(INDEX) * x.h + w0.to(INDEX) * x.w
-    w_rows = rows.to(INDEX) * weight.row
     w_start = weight.start + group * weight.group + tile_r.to(tl.int64) * BLOCK_R * weight.row
     t_start = threshold.start + group * threshold.group
+    of_rows = tl.zeros((BLOCK_R, 1), tl.float32)
+    if THRESHOLD == ALONG_R:
+        of_rows = load_threshold(
+            Strided(t_start, threshold.row, 0), r, columns, in_r, in_r, ALONG_R, tl.float32
+        )
     steps_c = tl.cdiv(C, BLOCK_C)
     accumulator = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
     steps = geometry.taps_h * geometry.taps_w * steps_c
@@ -155,23 +159,18 @@ def conv_product_kernel(
         t_tap = t_start
         if THRESHOLD == ELEMENT:
             t_tap += tl.cast(kh, tl.int64) * threshold.h + tl.cast(kw, tl.int64) * threshold.w
-        w_columns = c.to(INDEX) * weight.column
-        # Load the tile in memory order: [C, R] where neighbouring rows of A are closer in memory.
-        if TILE.transposed:
-            tile = w_columns[:, None] + w_rows[None, :]
-            inside = in_c[:, None] & in_r[None, :]
-            of_tap = Strided(t_tap, threshold.column, threshold.row)
-            t = load_threshold(of_tap, c, r, in_c, in_r, transposed_axis(THRESHOLD), tl.float32)
-        else:
-            tile = w_rows[:, None] + w_columns[None, :]
-            inside = in_r[:, None] & in_c[None, :]
+        tile = rows.to(INDEX)[:, None] * weight.row + c.to(INDEX)[None, :] * weight.column
+        inside = in_r[:, None] & in_c[None, :]
+        w_tile = tl.load(w_start + w_tap + tile, mask=inside, other=0.0).to(tl.float32)
+        t = of_rows
+        if THRESHOLD != ALONG_R:
             of_tap = Strided(t_tap, threshold.row, threshold.column)
             t = load_threshold(of_tap, r, c, in_r, in_c, THRESHOLD, tl.float32)
-        stored = tl.load(w_start + w_tap + tile, mask=inside, other=0.0).to(tl.float32)
-        left = masked(stored, t).to(x.start.dtype.element_ty)
-        if TILE.transposed:
-            left = tl.trans(left)
+        left = operand(w_tile, t, THRESHOLD).to(x.start.dtype.element_ty)
         accumulator = tl.dot(left, xt, accumulator, input_precision=TILE.precision)
+    if THRESHOLD != ELEMENT:
+        of_columns = Strided(t_start, threshold.row, threshold.column)
+        accumulator += nan_of(of_columns, of_rows, 0, C, THRESHOLD)
     if bias is not None:
         of_rows = tl.load(bias + group * R + r, mask=in_r, other=0.0)
         accumulator += of_rows.to(tl.float32)[:, None]
@@ -228,7 +227,7 @@ def conv_product(
             out.stride(), THRESHOLD=axis.value,
             TILE=CompiledTile(
                 precision, index, tile.block_m, tile.block_r, tile.block_c, tile.group,
-                unroll=tile.unroll, transposed=strides[0] < strides[1],
+                unroll=tile.unroll,
             ),
             num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
         )  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...reference.linear import flatten_batch
 from ..device import capability, tf32_allowed
 from .grad_weight import dense_slabs, fused_grad_weight
+from .masking import ELEMENT
 from .matrix import Matrix, as_threshold, matrices_of
 from .post import finish_threshold_gradient, post
 from .product import masked_product
@@ -69,7 +70,7 @@ def _product(
         )  # fmt: skip
 
     M, R, C = x.shape[0], weight.rows, weight.columns
-    tile = product_tile(M, R, C, traits)
+    tile = product_tile(M, R, C, traits, threshold.axis == ELEMENT.value)
     if tuning_is_on():
         purpose = f"product guard={reset_ratio is not None} axis={threshold.axis}"
         problem = f"{purpose} {token_bucket(M)}x{R}x{C} {weight.tensor.dtype} {traits}"

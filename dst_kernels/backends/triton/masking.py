@@ -28,12 +28,6 @@ class Rule(NamedTuple):
     structure_gradient: bool
 
 
-@triton.constexpr_function
-def transposed_axis(axis):
-    """Return the axis along which the same thresholds vary in a transposed tile."""
-    return {1: 2, 2: 1}.get(axis, axis)
-
-
 @triton.jit
 def elements(matrix, r, c):
     """Return pointers to the elements of rows r and columns c."""
@@ -64,6 +58,37 @@ def masked(weight, threshold):
     """Return W * M; NaN where W or t is NaN, since a weight is pruned only if |W| <= t."""
     nan_or_zero = tl.where(threshold != threshold, threshold, 0.0)
     return tl.where(tl.abs(weight) <= threshold, 0.0, weight + nan_or_zero)
+
+
+@triton.jit
+def operand(weight, threshold, THRESHOLD: tl.constexpr):
+    """Return W * M as the left operand of a product, to whose sum `nan_of` is added.
+
+    A threshold that is NaN makes all of its row or column NaN. In the loop of a product that would
+    be one more instruction for each weight; on the sum it is one for each result.
+    """
+    if THRESHOLD == ELEMENT:
+        return masked(weight, threshold)
+    else:
+        return tl.where(tl.abs(weight) <= threshold, 0.0, weight)
+
+
+@triton.jit
+def nan_of(threshold, of_rows, begin, end, THRESHOLD: tl.constexpr):
+    """Return NaN where a threshold of the sum over columns begin to end is NaN, else 0.0.
+
+    For thresholds along R, which are given as `of_rows` [R, 1], or along C.
+    """
+    if THRESHOLD == ALONG_R:
+        return tl.where(of_rows != of_rows, of_rows, 0.0)
+    else:
+        SIZE: tl.constexpr = 1024
+        nans = tl.zeros((SIZE,), tl.int32)
+        for start in range(begin, end, SIZE):
+            c = start + tl.arange(0, SIZE)
+            t = tl.load(threshold.start + c * threshold.column, mask=c < end, other=0.0)
+            nans += (t != t).to(tl.int32)
+        return tl.where(tl.sum(nans, axis=0) > 0, float("nan"), 0.0)
 
 
 @triton.jit

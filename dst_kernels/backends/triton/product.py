@@ -20,39 +20,35 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import OPTIONS, CompiledTile, cdiv, index_dtype, least_pruned, on_device_of
-from .masking import ALONG_R, LAYER, load_threshold, masked, transposed_axis
+from .masking import ALONG_R, ELEMENT, LAYER, load_threshold, nan_of, operand
 from .matrix import Matrix, Strided
 from .pack import COUNTS, has_collapsed
-from .tiles import ProductTile
-
-
-class Sizes(NamedTuple):
-    """Hold the sizes of a product; its sum over C is split into parts of `part`."""
-
-    M: int
-    R: int
-    C: int
-    part: int
+from .tiles import MULTIPROCESSORS, ProductTile
 
 
 class Guard(NamedTuple):
     """Hold what decides whether a layer has collapsed, and the thresholds to zero if it has."""
 
     pruned_counts: Tensor
-    number_of_counts: int
     least_pruned: int
     effective: Tensor
     number_of_thresholds: int
 
 
 @triton.jit
-def tile_of_program(outer_tiles, inner_tiles, GROUP: tl.constexpr):
-    """Return a program's (outer, inner) tile, in bands of GROUP outer tiles, which share L2."""
-    program = tl.program_id(0)
+def tile_at(index, outer_tiles, inner_tiles, GROUP: tl.constexpr):
+    """Return the (outer, inner) tile number `index`, in bands of GROUP outer tiles: in one band
+    programs share L2."""
     band = GROUP * inner_tiles
-    first = (program // band) * GROUP
+    first = (index // band) * GROUP
     height = tl.minimum(outer_tiles - first, GROUP)
-    return first + (program % band) % height, (program % band) // height
+    return first + (index % band) % height, (index % band) // height
+
+
+@triton.jit
+def tile_of_program(outer_tiles, inner_tiles, GROUP: tl.constexpr):
+    """Return this program's (outer, inner) tile."""
+    return tile_at(tl.program_id(0), outer_tiles, inner_tiles, GROUP)
 
 
 @triton.jit
@@ -60,7 +56,7 @@ def _accumulate(
     x, weight, threshold, tile_r, tile_m, in_r, in_m, begin, end,
     THRESHOLD: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Return A in^T over columns begin to end, and how many weights it pruned.
+    """Return A in^T over columns begin to end, and how many weights it pruned, if they COUNT.
 
     Without a `threshold`, t = 0. Offsets inside a tile are int32 where they fit, to save registers.
     Weights are counted by a second product, of the mask of pruned ones with a tile of ones: a sum
@@ -79,54 +75,45 @@ def _accumulate(
     x_start += tl.cast(begin, tl.int64) * x.column
     w_step = tl.cast(weight.column, tl.int64) * BLOCK_C
     x_step = tl.cast(x.column, tl.int64) * BLOCK_C
-    w_rows = rows.to(INDEX) * weight.row
-    w_columns = columns.to(INDEX) * weight.column
+    w_tile = rows.to(INDEX)[:, None] * weight.row + columns.to(INDEX)[None, :] * weight.column
     tokens = tl.arange(0, BLOCK_M).to(INDEX)
     x_tile = tokens[None, :] * x.row + columns.to(INDEX)[:, None] * x.column
     accumulator = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
     pruned = tl.zeros((BLOCK_R, 16), tl.float32)
     x_dtype: tl.constexpr = x.start.dtype.element_ty
     ones = tl.full((BLOCK_C, 16), 1.0, x_dtype)
+    of_rows = tl.zeros((BLOCK_R, 1), tl.float32)
+    if threshold is not None and THRESHOLD == ALONG_R:
+        of_rows = load_threshold(threshold, r, columns, in_r, in_r, ALONG_R, tl.float32)
     for start in tl.range(begin, end, BLOCK_C, loop_unroll_factor=TILE.unroll):
         c = start + columns
         in_c = c < end
-        # Load the tile in memory order: [C, R] where neighbouring rows of A are adjacent.
-        if TILE.transposed:
-            w_tile = w_columns[:, None] + w_rows[None, :]
-            inside = in_c[:, None] & in_r[None, :]
-        else:
-            w_tile = w_rows[:, None] + w_columns[None, :]
-            inside = in_r[:, None] & in_c[None, :]
+        inside = in_r[:, None] & in_c[None, :]
         w = tl.load(w_start + w_tile, mask=inside, other=0.0).to(tl.float32)
         xt = tl.load(x_start + x_tile, mask=in_m[None, :] & in_c[:, None], other=0.0)
-        if threshold is None:
-            t = tl.zeros((), tl.float32)
-        elif TILE.transposed:
-            stored = Strided(threshold.start, threshold.column, threshold.row)
-            t = load_threshold(stored, c, r, in_c, in_r, transposed_axis(THRESHOLD), tl.float32)
+        if threshold is None or THRESHOLD == ALONG_R:
+            t = of_rows
         else:
             t = load_threshold(threshold, r, c, in_r, in_c, THRESHOLD, tl.float32)
-        left = masked(w, t).to(x_dtype)
-        if TILE.transposed:
-            left = tl.trans(left)
+        left = operand(w, t, THRESHOLD).to(x_dtype)
         accumulator = tl.dot(left, xt, accumulator, input_precision=TILE.precision)
         if COUNT:
             small = tl.where(tl.abs(w) <= t, 1.0, 0.0).to(x_dtype)
-            if TILE.transposed:
-                small = tl.trans(small)
             pruned = tl.dot(small, ones, pruned, input_precision="tf32")
         w_start += w_step
         x_start += x_step
+    if threshold is not None and THRESHOLD != ELEMENT:
+        accumulator += nan_of(threshold, of_rows, begin, end, THRESHOLD)
+    if not COUNT:
+        return accumulator, 0
     # Exact: whole numbers up to 2^24 in each row, the same in all 16 columns. Zeros loaded beyond
     # the last column count too, unless their threshold is negative.
-    of_rows = tl.max(pruned, axis=1).to(tl.int32)
-    padding = tl.cdiv(end - begin, BLOCK_C) * BLOCK_C - (end - begin)
-    of_padding = tl.zeros((BLOCK_R,), tl.int32) + padding
-    if COUNT and THRESHOLD == ALONG_R:
-        limit = tl.load(threshold.start + r * threshold.row, mask=in_r, other=0.0)
-        of_padding = tl.where(limit >= 0, of_padding, 0)
-    of_rows = tl.where(in_r, of_rows - of_padding, 0)
-    return accumulator, tl.sum(of_rows, axis=0)
+    of_padding = tl.zeros((BLOCK_R,), tl.int32) + tl.cdiv(end - begin, BLOCK_C) * BLOCK_C
+    of_padding -= end - begin
+    if THRESHOLD == ALONG_R:
+        of_padding = tl.where(tl.reshape(of_rows, (BLOCK_R,)) >= 0, of_padding, 0)
+    counted = tl.max(pruned, axis=1).to(tl.int32) - of_padding
+    return accumulator, tl.sum(tl.where(in_r, counted, 0), axis=0)
 
 
 @triton.jit
@@ -141,16 +128,17 @@ def _store(out, accumulator, bias, r, m, in_r, in_m, R):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "steps"))
 def product_kernel(
-    x, weight, threshold, bias, out, pruned_counts, sizes, stride_x, stride_w, stride_t,
+    x, weight, threshold, bias, out, pruned_counts, M, sizes, steps, stride_x, stride_w, stride_t,
     THRESHOLD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile of out [M, R], over `part` columns from program_id(1) * part on.
+    """Compute one tile of out [M, R] over `steps` tiles of columns from program_id(1) * steps on.
 
-    With several parts, `out` is float32 slabs [parts, M, R] and gets no bias.
+    `sizes` are (R, C). With several parts, `out` is float32 slabs [parts, M, R] and gets no bias.
     """
-    M, R, C, part = sizes
+    R, C = sizes
+    part = steps * TILE.block_c
     tiles_r = tl.cdiv(R, TILE.block_r)
     tile_r, tile_m = tile_of_program(tiles_r, tl.cdiv(M, TILE.block_m), TILE.group)
     r = tile_r.to(tl.int64) * TILE.block_r + tl.arange(0, TILE.block_r)
@@ -159,46 +147,64 @@ def product_kernel(
     split = tl.program_id(1)
     begin = split * part
     end = tl.minimum(begin + part, C)
-    accumulator, pruned = _accumulate(
-        Strided(x, *stride_x), Strided(weight, *stride_w), Strided(threshold, *stride_t),
-        tile_r, tile_m, in_r, in_m, begin, end, THRESHOLD, pruned_counts is not None, TILE,
+    x, weight, threshold = (
+        Strided(x, *stride_x), Strided(weight, *stride_w), Strided(threshold, *stride_t)
     )  # fmt: skip
-    if pruned_counts is not None:
-        # All tiles over these rows find the same count; one of them writes it.
-        where = pruned_counts + split * tiles_r + tile_r
-        tl.store(where, pruned, mask=tile_m == 0)
+    if pruned_counts is None:
+        accumulator, _ = _accumulate(
+            x, weight, threshold, tile_r, tile_m, in_r, in_m, begin, end, THRESHOLD, False, TILE
+        )
+    elif tile_m == 0:
+        # All tiles over these rows would find the same count: one counts.
+        accumulator, pruned = _accumulate(
+            x, weight, threshold, tile_r, tile_m, in_r, in_m, begin, end, THRESHOLD, True, TILE
+        )
+        tl.store(pruned_counts + split * tiles_r + tile_r, pruned)
+    else:
+        accumulator, _ = _accumulate(
+            x, weight, threshold, tile_r, tile_m, in_r, in_m, begin, end, THRESHOLD, False, TILE
+        )
     slab = out + split.to(tl.int64) * M * R
     _store(slab, accumulator, bias, r, m, in_r, in_m, R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("number_of_counts", "M", "parts"))
 def finish_kernel(
-    x, weight, slabs, bias, out, guard, M, R, C, parts, TILE: tl.constexpr
+    x, weight, slabs, bias, out, guard, number_of_counts, M, sizes, parts, TILE: tl.constexpr
 ):  # fmt: skip
-    """Sum the slabs in order, or start over with t = 0 in a collapsed layer: the second launch."""
-    tile_r, tile_m = tile_of_program(tl.cdiv(R, TILE.block_r), tl.cdiv(M, TILE.block_m), TILE.group)
-    r = tile_r.to(tl.int64) * TILE.block_r + tl.arange(0, TILE.block_r)
-    m = tile_m.to(tl.int64) * TILE.block_m + tl.arange(0, TILE.block_m)
-    in_r, in_m = r < R, m < M
-    if guard is not None and has_collapsed(
-        guard.pruned_counts, guard.number_of_counts, guard.least_pruned
-    ):
-        accumulator, _ = _accumulate(
-            x, weight, None, tile_r, tile_m, in_r, in_m, 0, C, ALONG_R, False, TILE
-        )
-        _store(out, accumulator, bias, r, m, in_r, in_m, R)
-        step = tl.num_programs(0) * COUNTS
-        for start in range(tl.program_id(0) * COUNTS, guard.number_of_thresholds, step):
-            i = start + tl.arange(0, COUNTS)
-            zero = tl.zeros((COUNTS,), guard.effective.dtype.element_ty)
-            tl.store(guard.effective + i, zero, mask=i < guard.number_of_thresholds)
-    elif slabs is not None:
-        accumulator = tl.full((TILE.block_r, TILE.block_m), 0.0, tl.float32)
-        from_slab = slabs + m[None, :] * R + r[:, None]
-        for _ in range(parts):
-            accumulator += tl.load(from_slab, mask=in_m[None, :] & in_r[:, None], other=0.0)
-            from_slab += tl.cast(M, tl.int64) * R
-        _store(out, accumulator, bias, r, m, in_r, in_m, R)
+    """Sum the slabs in order, or start over with t = 0 in a collapsed layer: the second launch.
+
+    Nearly always there is next to nothing to do, so that few programs start; each takes tiles.
+    """
+    R, C = sizes
+    tiles_r, tiles_m = tl.cdiv(R, TILE.block_r), tl.cdiv(M, TILE.block_m)
+    collapsed = False
+    if guard is not None:
+        collapsed = has_collapsed(guard.pruned_counts, number_of_counts, guard.least_pruned)
+        if collapsed:
+            step = tl.num_programs(0) * COUNTS
+            for start in range(tl.program_id(0) * COUNTS, guard.number_of_thresholds, step):
+                i = start + tl.arange(0, COUNTS)
+                zero = tl.zeros((COUNTS,), guard.effective.dtype.element_ty)
+                tl.store(guard.effective + i, zero, mask=i < guard.number_of_thresholds)
+    if collapsed or slabs is not None:
+        for tile in range(tl.program_id(0), tiles_r * tiles_m, tl.num_programs(0)):
+            tile_r, tile_m = tile_at(tile, tiles_r, tiles_m, TILE.group)
+            r = tile_r.to(tl.int64) * TILE.block_r + tl.arange(0, TILE.block_r)
+            m = tile_m.to(tl.int64) * TILE.block_m + tl.arange(0, TILE.block_m)
+            in_r, in_m = r < R, m < M
+            if collapsed:
+                accumulator, _ = _accumulate(
+                    x, weight, None, tile_r, tile_m, in_r, in_m, 0, C, LAYER, False, TILE
+                )
+            else:
+                accumulator = tl.full((TILE.block_r, TILE.block_m), 0.0, tl.float32)
+                from_slab = slabs + m[None, :] * R + r[:, None]
+                for _ in range(parts):
+                    inside = in_m[None, :] & in_r[:, None]
+                    accumulator += tl.load(from_slab, mask=inside, other=0.0)
+                    from_slab += tl.cast(M, tl.int64) * R
+            _store(out, accumulator, bias, r, m, in_r, in_m, R)
 
 
 def masked_product(
@@ -220,8 +226,8 @@ def masked_product(
     M, R, C = x.shape[0], weight.rows, weight.columns
     # A single threshold is read as one for each row: a scalar in the loop serialises wgmma.
     axis = ALONG_R.value if threshold.axis == LAYER.value else threshold.axis
-    part = cdiv(cdiv(C, tile.split), tile.block_c) * tile.block_c
-    parts = cdiv(C, part)
+    steps = cdiv(cdiv(C, tile.split), tile.block_c)
+    parts = cdiv(C, steps * tile.block_c)
     out = x.new_empty((M, R))
     slabs = x.new_empty((parts, M, R), dtype=torch.float32) if parts > 1 else None
     tiles_r = cdiv(R, tile.block_r)
@@ -229,8 +235,7 @@ def masked_product(
     counts = guard = None
     if reset_ratio is not None and effective is not None:
         counts = x.new_empty(parts * tiles_r, dtype=torch.int32)
-        least = least_pruned(R * C, reset_ratio)
-        guard = Guard(counts, parts * tiles_r, least, effective, effective.numel())
+        guard = Guard(counts, least_pruned(R * C, reset_ratio), effective, effective.numel())
     index = index_dtype(
         tile.block_r * weight.row_stride, tile.block_c * weight.column_stride,
         tile.block_m * x.stride(0), tile.block_c * x.stride(1),
@@ -238,7 +243,7 @@ def masked_product(
     constants = {
         "TILE": CompiledTile(
             precision, index, tile.block_m, tile.block_r, tile.block_c, tile.group,
-            unroll=tile.unroll, transposed=weight.column_stride != 1,
+            unroll=tile.unroll,
         ),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
@@ -247,10 +252,12 @@ def masked_product(
     with on_device_of(x):
         product_kernel[(tiles, parts)](
             x, weight.tensor, threshold.tensor, bias if parts == 1 else None,
-            out if slabs is None else slabs, counts, Sizes(M, R, C, part),
+            out if slabs is None else slabs, counts, M, (R, C), steps,
             x.stride(), weight.strided[1:], threshold.strided[1:], THRESHOLD=axis, **constants,
         )  # fmt: skip
         if guard is not None or parts > 1:
-            operands = Strided(x, *x.stride()), weight.strided
-            finish_kernel[(tiles,)](*operands, slabs, bias, out, guard, M, R, C, parts, **constants)
+            finish_kernel[(min(tiles, MULTIPROCESSORS),)](
+                Strided(x, *x.stride()), weight.strided, slabs, bias, out, guard, parts * tiles_r,
+                M, (R, C), parts, **constants,
+            )  # fmt: skip
     return out

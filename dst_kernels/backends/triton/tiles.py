@@ -142,6 +142,9 @@ def stream_candidates(default: StreamTile) -> list[StreamTile]:
 # takes one step and has fewer shapes: others spill registers.
 _HOPPER = {m: ProductTile(m, 128, 32, 8, 3, unroll=2) for m in (16, 32, 64, 128)}
 _AMPERE = {m: ProductTile(m, 128, 32, 8, 3) for m in (16, 64)}
+# For many tokens, 16-bit products on Hopper, and thresholds that are not element-wise; not split.
+# Each masked weight is multiplied with twice as many tokens.
+_MANY_TOKENS = ProductTile(256, 128, 32, 8, 3)
 # Exact float32 runs on the ordinary cores.
 _FLOAT32 = {m: ProductTile(m, 64, 16, 4, 2) for m in (16, 32)}
 
@@ -149,15 +152,18 @@ _FLOAT32 = {m: ProductTile(m, 64, 16, 4, 2) for m in (16, 32)}
 # compile without spills, for float32 and 16-bit weights. Those in _MORE may be split; those in
 # _MORE_WHOLE may not: split, they spill or wait for each wgmma. With a threshold for each weight
 # the largest spill, or do not fit in shared memory, and tuning skips them. A step of 64 without
-# unrolling is left out: with 16-bit weights ptxas then runs wgmma one instruction at a time.
+# unrolling is left out: with 16-bit weights ptxas then runs wgmma one instruction at a time. One of
+# 32 needs so little that two blocks share a multiprocessor.
 _MORE = (
     ProductTile(16, 128, 32, 8, 4, unroll=2),
+    ProductTile(128, 128, 32, 8, 3),
     ProductTile(16, 64, 64, 4, 4, unroll=2),
     ProductTile(128, 128, 32, 8, 4, unroll=2),
 )
 _MORE_WHOLE = (
+    _MANY_TOKENS,
     ProductTile(64, 64, 32, 4, 4, unroll=2),
-    ProductTile(256, 128, 32, 8, 3, unroll=2),
+    ProductTile(256, 128, 32, 8, 4),
 )
 
 _SMALL, _MIDDLE, _LARGE = (
@@ -179,11 +185,17 @@ _GRAD_FLOAT32 = GradWeightTile(64, 64, 16, 4, 2)
 
 
 @functools.lru_cache(maxsize=4096)
-def product_tile(M: int, R: int, C: int, traits: Traits) -> ProductTile:
+def product_tile(M: int, R: int, C: int, traits: Traits, element_wise: bool) -> ProductTile:
     """Return the default tile for M tokens, R outputs and a sum over C."""
     tile = _least_covering(M, tuple(_product_tiles(traits).values()))
-    # If tiles are too few to fill the GPU, programs share each sum, with a few steps for each.
     programs = -(-R // tile.block_r) * -(-M // tile.block_m)
+    if tile.block_m == 128 and _takes_more(traits) and not element_wise:
+        # Shared memory limits both: for 64 columns of the sum it takes 896 clocks for 128 tokens,
+        # 1280 for 256 (the weight is written and read once; activations twice, by each warp group).
+        twice = -(-R // _MANY_TOKENS.block_r) * -(-M // _MANY_TOKENS.block_m)
+        if 1280 * -(-twice // MULTIPROCESSORS) < 896 * -(-programs // MULTIPROCESSORS):
+            return _MANY_TOKENS
+    # If tiles are too few to fill the GPU, programs share each sum, with a few steps for each.
     steps = C // (4 * tile.block_c * tile.unroll)
     return _split(tile, programs, steps, most=16)
 
@@ -236,8 +248,8 @@ def grad_weight_tile(M: int, R: int, C: int, traits: Traits, element_wise: bool)
     programs = -(-R // middle.block_r) * -(-C // middle.block_c)
     if 2 * programs < MULTIPROCESSORS and M // middle.block_m < 8:
         return small  # too few weights and tokens for larger tiles
-    if large and programs >= 4 * MULTIPROCESSORS:
-        return large[0]
+    if large and programs >= 4 * MULTIPROCESSORS and M > 512:
+        return large[0]  # with few tokens its epilogue is most of the work: two middle ones overlap
     # A split sum is also more accurate: each part is a shorter chain of additions.
     return _split(middle, programs, M // (8 * middle.block_m), most=8)
 
@@ -301,6 +313,7 @@ GRAD_WEIGHT_TILES = {90: (_SMALL, _MIDDLE, _LARGE), 80: (_SMALL, _MIDDLE)}
 TF32_GRAD_WEIGHT_TILES = (_SMALL_TF32, _MIDDLE_TF32)
 FLOAT32_GRAD_WEIGHT_TILES = (_GRAD_FLOAT32,)
 SLAB_TILE, TF32_SLAB_TILE = _MIDDLE, _MIDDLE_TF32
+MANY_TOKENS_TILE = _MANY_TOKENS
 # What tuning can also choose, on Hopper.
 MORE_PRODUCT_TILES = (*_MORE, *_MORE_WHOLE)
 MORE_GRAD_WEIGHT_TILES = _MORE_GRAD_WEIGHT

@@ -75,9 +75,9 @@ def matrix(dtype: str, *, transposed: bool = False) -> Strided:
 PARTIAL_SUMS = Strided(pointer("fp32"), "i32:16", "i32:16")
 
 
-def product_tile(tile: ProductTile, precision: str, *, transposed: bool) -> CompiledTile:
+def product_tile(tile: ProductTile, precision: str) -> CompiledTile:
     blocks = tile.block_m, tile.block_r, tile.block_c, tile.group
-    return CompiledTile(precision, tl.int32, *blocks, unroll=tile.unroll, transposed=transposed)
+    return CompiledTile(precision, tl.int32, *blocks, unroll=tile.unroll)
 
 
 def grad_weight_tile(tile: GradWeightTile, precision: str) -> CompiledTile:

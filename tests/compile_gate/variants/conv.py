@@ -101,7 +101,7 @@ def _products(architecture: int) -> Iterator[Variant]:
                         "stride_t": _filters(threshold)[1:],
                         "stride_o": _image(x)[1:],
                         "THRESHOLD": axis,
-                        "TILE": product_tile(tile, precision, transposed=by_input),
+                        "TILE": product_tile(tile, precision),
                     },
                     tile.warps,
                     tile.stages,

@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 from dst_kernels.backends.triton.grad_weight import grad_weight_kernel, slabs_kernel
 from dst_kernels.backends.triton.masking import ELEMENT, SURROGATE_CODES, Rule
-from dst_kernels.backends.triton.product import Guard, Sizes, finish_kernel, product_kernel
+from dst_kernels.backends.triton.product import Guard, finish_kernel, product_kernel
 from dst_kernels.backends.triton.tiles import (
     FLOAT32_GRAD_WEIGHT_TILES,
     FLOAT32_PRODUCT_TILES,
     GRAD_WEIGHT_TILES,
+    MANY_TOKENS_TILE,
     MORE_GRAD_WEIGHT_TILES,
     MORE_PRODUCT_TILES,
     PRODUCT_TILES,
@@ -62,6 +63,9 @@ class _ProductCase(NamedTuple):
 
 
 def _product_cases(architecture: int) -> Iterator[_ProductCase]:
+    if architecture == 90:
+        for weight, x in (*AUTOCAST, *SIXTEEN_BIT):
+            yield _ProductCase(MANY_TOKENS_TILE, weight, x, "ieee", True, largest=False)
     for tiles, dtypes, precision in (
         (PRODUCT_TILES[architecture], (*AUTOCAST, *SIXTEEN_BIT), "ieee"),
         (PRODUCT_TILES[architecture], FLOAT32, "tf32"),
@@ -103,7 +107,7 @@ def _products(cases: Iterable[_ProductCase]) -> Iterator[Variant]:
     """Forward with and without the guard's count, and dX; whole sums and split ones."""
     for tile, weight, x, precision, tensor_cores, largest in cases:
         for purpose in ("forward", "unguarded", "grad_input"):
-            if purpose == "unguarded" and not largest:
+            if purpose == "unguarded" and not (largest or tile is MANY_TOKENS_TILE):
                 continue
             transposed = purpose == "grad_input"
             for granularity, (axis, threshold) in granularities(transposed).items():
@@ -126,12 +130,14 @@ def _products(cases: Iterable[_ProductCase]) -> Iterator[Variant]:
                             "bias": None if transposed or split else pointer("fp32"),
                             "out": pointer("fp32" if split else x),
                             "pruned_counts": pointer("i32") if purpose == "forward" else None,
-                            "sizes": Sizes(**SIZES, part="i32:16"),
+                            "M": "i32",
+                            "sizes": ("i32:16", "i32:16"),
+                            "steps": "i32",
                             "stride_x": matrix(x)[1:],
                             "stride_w": matrix(weight, transposed=transposed)[1:],
                             "stride_t": threshold[1:],
                             "THRESHOLD": axis,
-                            "TILE": product_tile(tile, precision, transposed=transposed),
+                            "TILE": product_tile(tile, precision),
                         },
                         tile.warps,
                         tile.stages,
@@ -141,7 +147,7 @@ def _products(cases: Iterable[_ProductCase]) -> Iterator[Variant]:
 
 
 # At least how many are pruned may exceed 32 bits.
-_GUARD = Guard(pointer("i32"), "i32", "i64", pointer("fp32"), "i32")
+_GUARD = Guard(pointer("i32"), "i64", pointer("fp32"), "i32")
 
 
 def _finishes(architecture: int) -> Iterator[Variant]:
@@ -158,7 +164,9 @@ def _finishes(architecture: int) -> Iterator[Variant]:
                 f"{purpose} {weight}->{x} {precision} {tile}",
                 finish_kernel,
                 {
-                    **SIZES,
+                    "M": "i32",
+                    "sizes": ("i32:16", "i32:16"),
+                    "number_of_counts": "i32",
                     "x": matrix(x),
                     "weight": matrix(weight),
                     "slabs": "*fp32" if split else None,
@@ -166,7 +174,7 @@ def _finishes(architecture: int) -> Iterator[Variant]:
                     "out": pointer(x),
                     "guard": _GUARD if guard else None,
                     "parts": "i32",
-                    "TILE": product_tile(tile, precision, transposed=False),
+                    "TILE": product_tile(tile, precision),
                 },
                 tile.warps,
                 tile.stages,
