@@ -117,6 +117,14 @@ def _accumulate(
 
 
 @triton.jit
+def _indices(tile_r, tile_m, M, R, TILE: tl.constexpr):
+    """Return a tile's rows r and tokens m, and which of them there are."""
+    r = tile_r.to(tl.int64) * TILE.block_r + tl.arange(0, TILE.block_r)
+    m = tile_m.to(tl.int64) * TILE.block_m + tl.arange(0, TILE.block_m)
+    return r, m, r < R, m < M
+
+
+@triton.jit
 def _store(out, accumulator, bias, r, m, in_r, in_m, R):
     """Write out [M, R], contiguous, from its transpose."""
     if bias is not None:
@@ -126,6 +134,33 @@ def _store(out, accumulator, bias, r, m, in_r, in_m, R):
         tl.trans(accumulator.to(out.dtype.element_ty)),
         mask=in_m[:, None] & in_r[None, :],
     )
+
+
+@triton.jit
+def _multiply_unmasked(x, weight, bias, out, tile_r, tile_m, M, R, C, TILE: tl.constexpr):
+    """Write a tile of out with t = 0."""
+    r, m, in_r, in_m = _indices(tile_r, tile_m, M, R, TILE)
+    accumulator, _ = _accumulate(
+        x, weight, None, tile_r, tile_m, in_r, in_m, 0, C, LAYER, False, TILE
+    )
+    _store(out, accumulator, bias, r, m, in_r, in_m, R)
+
+
+@triton.jit
+def _add_slabs(slabs, bias, out, tile_r, tile_m, M, R, parts, TILE: tl.constexpr):
+    """Write a tile of out, the sum of the slabs in order."""
+    r, _, in_r, in_m = _indices(tile_r, tile_m, M, R, TILE)
+    inside = in_m[:, None] & in_r[None, :]
+    total = tl.zeros((TILE.block_m, TILE.block_r), tl.float32)
+    start = tile_m.to(tl.int64) * TILE.block_m * R + tile_r * TILE.block_r
+    tokens = tl.arange(0, TILE.block_m).to(TILE.index)
+    tile = tokens[:, None] * R + tl.arange(0, TILE.block_r)[None, :]
+    for _ in range(parts):
+        total += tl.load(slabs + start + tile, mask=inside, other=0.0)
+        slabs += tl.cast(M, tl.int64) * R
+    if bias is not None:
+        total += tl.load(bias + r, mask=in_r, other=0.0).to(tl.float32)[None, :]
+    tl.store(out + start + tile, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=("M", "steps"))
@@ -141,9 +176,7 @@ def product_kernel(
     part = steps * TILE.block_c
     tiles_r = tl.cdiv(R, TILE.block_r)
     tile_r, tile_m = tile_of_program(tiles_r, tl.cdiv(M, TILE.block_m), TILE.group)
-    r = tile_r.to(tl.int64) * TILE.block_r + tl.arange(0, TILE.block_r)
-    m = tile_m.to(tl.int64) * TILE.block_m + tl.arange(0, TILE.block_m)
-    in_r, in_m = r < R, m < M
+    r, m, in_r, in_m = _indices(tile_r, tile_m, M, R, TILE)
     split = tl.program_id(1)
     begin = split * part
     end = tl.minimum(begin + part, C)
@@ -174,7 +207,8 @@ def finish_kernel(
 ):  # fmt: skip
     """Sum the slabs in order, or start over with t = 0 in a collapsed layer: the second launch.
 
-    Nearly always there is next to nothing to do, so that few programs start; each takes tiles.
+    Nearly always there is little to do, so that no more programs start than run at once, and the
+    launcher asks for no pipeline, which would need shared memory.
     """
     R, C = sizes
     tiles_r, tiles_m = tl.cdiv(R, TILE.block_r), tl.cdiv(M, TILE.block_m)
@@ -190,21 +224,10 @@ def finish_kernel(
     if collapsed or slabs is not None:
         for tile in range(tl.program_id(0), tiles_r * tiles_m, tl.num_programs(0)):
             tile_r, tile_m = tile_at(tile, tiles_r, tiles_m, TILE.group)
-            r = tile_r.to(tl.int64) * TILE.block_r + tl.arange(0, TILE.block_r)
-            m = tile_m.to(tl.int64) * TILE.block_m + tl.arange(0, TILE.block_m)
-            in_r, in_m = r < R, m < M
             if collapsed:
-                accumulator, _ = _accumulate(
-                    x, weight, None, tile_r, tile_m, in_r, in_m, 0, C, LAYER, False, TILE
-                )
-            else:
-                accumulator = tl.full((TILE.block_r, TILE.block_m), 0.0, tl.float32)
-                from_slab = slabs + m[None, :] * R + r[:, None]
-                for _ in range(parts):
-                    inside = in_m[None, :] & in_r[:, None]
-                    accumulator += tl.load(from_slab, mask=inside, other=0.0)
-                    from_slab += tl.cast(M, tl.int64) * R
-            _store(out, accumulator, bias, r, m, in_r, in_m, R)
+                _multiply_unmasked(x, weight, bias, out, tile_r, tile_m, M, R, C, TILE)
+            elif slabs is not None:
+                _add_slabs(slabs, bias, out, tile_r, tile_m, M, R, parts, TILE)
 
 
 def masked_product(
@@ -238,7 +261,7 @@ def masked_product(
         guard = Guard(counts, least_pruned(R * C, reset_ratio), effective, effective.numel())
     index = index_dtype(
         tile.block_r * weight.row_stride, tile.block_c * weight.column_stride,
-        tile.block_m * x.stride(0), tile.block_c * x.stride(1),
+        tile.block_m * x.stride(0), tile.block_c * x.stride(1), tile.block_m * R,
     )  # fmt: skip
     constants = {
         "TILE": CompiledTile(
@@ -258,6 +281,6 @@ def masked_product(
         if guard is not None or parts > 1:
             finish_kernel[(min(tiles, MULTIPROCESSORS),)](
                 Strided(x, *x.stride()), weight.strided, slabs, bias, out, guard, parts * tiles_r,
-                M, (R, C), parts, **constants,
+                M, (R, C), parts, **{**constants, "num_stages": 1},
             )  # fmt: skip
     return out

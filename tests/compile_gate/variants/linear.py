@@ -169,7 +169,7 @@ def _finishes(architecture: int) -> Iterator[Variant]:
                     "number_of_counts": "i32",
                     "x": matrix(x),
                     "weight": matrix(weight),
-                    "slabs": "*fp32" if split else None,
+                    "slabs": pointer("fp32") if split else None,
                     "bias": pointer("fp32") if guard else None,
                     "out": pointer(x),
                     "guard": _GUARD if guard else None,
@@ -177,7 +177,7 @@ def _finishes(architecture: int) -> Iterator[Variant]:
                     "TILE": product_tile(tile, precision),
                 },
                 tile.warps,
-                tile.stages,
+                1,
                 tensor_cores=tensor_cores and guard,
                 operand_a_in_registers=tensor_cores and guard,
             )
