@@ -109,6 +109,24 @@ MUTANTS = {
         "tl.abs(w) < t",
         "special_values::test_the_guard_counts_whatever_the_threshold_is[row]",
     ),
+    "a threshold of a row that is NaN is lost in a product": (
+        "masking.py",
+        r"return tl\.where\(of_rows != of_rows, of_rows, 0\.0\)",
+        "return tl.zeros_like(of_rows)",
+        "special_values::test_products_with_nan[row]",
+    ),
+    "a threshold of a column that is NaN is lost in a product": (
+        "masking.py",
+        r"nans \+= \(t != t\)",
+        "nans += (t < t)",
+        "special_values::test_products_with_nan[row]",
+    ),
+    "each program of the second launch takes one tile alone": (
+        "product.py",
+        r"tiles_r \* tiles_m, tl\.num_programs\(0\)\)",
+        "tl.program_id(0) + 1)",
+        "tiles::test_products",
+    ),
     "pack counts ties as kept": (
         "pack.py",
         r"tl\.abs\(w\) <= t",

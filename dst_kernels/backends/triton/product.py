@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import OPTIONS, CompiledTile, cdiv, index_dtype, least_pruned, on_device_of
 from .masking import ALONG_R, ELEMENT, LAYER, load_threshold, nan_of, operand
@@ -59,6 +60,7 @@ def _accumulate(
     """Return A in^T over columns begin to end, and how many weights it pruned, if they COUNT.
 
     Without a `threshold`, t = 0. Offsets inside a tile are int32 where they fit, to save registers.
+    In a TILE with a `descriptor` x is that of its memory, which reads as zero beyond the edges.
     Weights are counted by a second product, of the mask of pruned ones with a tile of ones: a sum
     across threads in the loop would make the tensor cores wait.
     """
@@ -70,17 +72,20 @@ def _accumulate(
     columns = tl.arange(0, BLOCK_C)
     r = tile_r.to(tl.int64) * BLOCK_R + rows
     w_start = weight.start + tile_r.to(tl.int64) * BLOCK_R * weight.row
-    x_start = x.start + tile_m.to(tl.int64) * BLOCK_M * x.row
     w_start += tl.cast(begin, tl.int64) * weight.column
-    x_start += tl.cast(begin, tl.int64) * x.column
     w_step = tl.cast(weight.column, tl.int64) * BLOCK_C
-    x_step = tl.cast(x.column, tl.int64) * BLOCK_C
     w_tile = rows.to(INDEX)[:, None] * weight.row + columns.to(INDEX)[None, :] * weight.column
-    tokens = tl.arange(0, BLOCK_M).to(INDEX)
-    x_tile = tokens[None, :] * x.row + columns.to(INDEX)[:, None] * x.column
+    if TILE.descriptor:
+        x_dtype: tl.constexpr = x.dtype
+    else:
+        x_dtype: tl.constexpr = x.start.dtype.element_ty
+        x_start = x.start + tile_m.to(tl.int64) * BLOCK_M * x.row
+        x_start += tl.cast(begin, tl.int64) * x.column
+        x_step = tl.cast(x.column, tl.int64) * BLOCK_C
+        tokens = tl.arange(0, BLOCK_M).to(INDEX)
+        x_tile = tokens[None, :] * x.row + columns.to(INDEX)[:, None] * x.column
     accumulator = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
     pruned = tl.zeros((BLOCK_R, 16), tl.float32)
-    x_dtype: tl.constexpr = x.start.dtype.element_ty
     ones = tl.full((BLOCK_C, 16), 1.0, x_dtype)
     of_rows = tl.zeros((BLOCK_R, 1), tl.float32)
     if threshold is not None and THRESHOLD == ALONG_R:
@@ -90,7 +95,11 @@ def _accumulate(
         in_c = c < end
         inside = in_r[:, None] & in_c[None, :]
         w = tl.load(w_start + w_tile, mask=inside, other=0.0).to(tl.float32)
-        xt = tl.load(x_start + x_tile, mask=in_m[None, :] & in_c[:, None], other=0.0)
+        if TILE.descriptor:
+            xt = x.load([tile_m * BLOCK_M, start]).T
+        else:
+            xt = tl.load(x_start + x_tile, mask=in_m[None, :] & in_c[:, None], other=0.0)
+            x_start += x_step
         if threshold is None or THRESHOLD == ALONG_R:
             t = of_rows
         else:
@@ -101,7 +110,6 @@ def _accumulate(
             small = tl.where(tl.abs(w) <= t, 1.0, 0.0).to(x_dtype)
             pruned = tl.dot(small, ones, pruned, input_precision="tf32")
         w_start += w_step
-        x_start += x_step
     if threshold is not None and THRESHOLD != ELEMENT:
         accumulator += nan_of(threshold, of_rows, begin, end, THRESHOLD)
     if not COUNT:
@@ -180,9 +188,9 @@ def product_kernel(
     split = tl.program_id(1)
     begin = split * part
     end = tl.minimum(begin + part, C)
-    x, weight, threshold = (
-        Strided(x, *stride_x), Strided(weight, *stride_w), Strided(threshold, *stride_t)
-    )  # fmt: skip
+    weight, threshold = Strided(weight, *stride_w), Strided(threshold, *stride_t)
+    if not TILE.descriptor:
+        x = Strided(x, *stride_x)
     if pruned_counts is None:
         accumulator, _ = _accumulate(
             x, weight, threshold, tile_r, tile_m, in_r, in_m, begin, end, THRESHOLD, False, TILE
@@ -230,6 +238,12 @@ def finish_kernel(
                 _add_slabs(slabs, bias, out, tile_r, tile_m, M, R, parts, TILE)
 
 
+def has_descriptor(x: Tensor) -> bool:
+    """Return whether a matrix's memory can be described to the GPU's copy engine."""
+    row = x.stride(0) * x.element_size()
+    return x.stride(1) == 1 and row % 16 == 0 and x.data_ptr() % 16 == 0
+
+
 def masked_product(
     x: Tensor,
     weight: Matrix,
@@ -263,24 +277,25 @@ def masked_product(
         tile.block_r * weight.row_stride, tile.block_c * weight.column_stride,
         tile.block_m * x.stride(0), tile.block_c * x.stride(1), tile.block_m * R,
     )  # fmt: skip
-    constants = {
-        "TILE": CompiledTile(
-            precision, index, tile.block_m, tile.block_r, tile.block_c, tile.group,
-            unroll=tile.unroll,
-        ),
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-        **OPTIONS,
-    }  # fmt: skip
+    compiled = CompiledTile(
+        precision, index, tile.block_m, tile.block_r, tile.block_c, tile.group, unroll=tile.unroll,
+    )  # fmt: skip
+    options = {"num_warps": tile.warps, **OPTIONS}
+    tokens: Tensor | TensorDescriptor = x
+    described = compiled
+    if tile.descriptor and has_descriptor(x):
+        tokens = TensorDescriptor(x, x.shape, x.stride(), [tile.block_m, tile.block_c])
+        described = compiled._replace(descriptor=True)
     with on_device_of(x):
         product_kernel[(tiles, parts)](
-            x, weight.tensor, threshold.tensor, bias if parts == 1 else None,
+            tokens, weight.tensor, threshold.tensor, bias if parts == 1 else None,
             out if slabs is None else slabs, counts, M, (R, C), steps,
-            x.stride(), weight.strided[1:], threshold.strided[1:], THRESHOLD=axis, **constants,
+            x.stride(), weight.strided[1:], threshold.strided[1:], THRESHOLD=axis,
+            TILE=described, num_stages=tile.stages, **options,
         )  # fmt: skip
         if guard is not None or parts > 1:
             finish_kernel[(min(tiles, MULTIPROCESSORS),)](
                 Strided(x, *x.stride()), weight.strided, slabs, bias, out, guard, parts * tiles_r,
-                M, (R, C), parts, **{**constants, "num_stages": 1},
+                M, (R, C), parts, TILE=compiled, num_stages=1, **options,
             )  # fmt: skip
     return out

@@ -41,7 +41,7 @@ class ProductTile:
 
     `unroll` steps of the sum are one iteration (with one alone, ptxas may run the tensor cores one
     instruction at a time). `split` programs share the sum of one tile; `group` outer tiles run
-    together to share L2.
+    together to share L2. With a `descriptor` the GPU's copy engine loads tiles of activations.
     """
 
     block_m: int
@@ -52,10 +52,11 @@ class ProductTile:
     unroll: int = 1
     split: int = 1
     group: int = 8
+    descriptor: bool = False
 
     def __str__(self) -> str:
         blocks = f"{self.block_m}x{self.block_r}x{self.block_c}"
-        return f"{blocks} w{self.warps} s{self.stages} u{self.unroll}"
+        return f"{blocks} w{self.warps} s{self.stages} u{self.unroll}{' d' * self.descriptor}"
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,9 @@ _MORE_WHOLE = (
     _MANY_TOKENS,
     ProductTile(64, 64, 32, 4, 4, unroll=2),
     ProductTile(256, 128, 32, 8, 4),
+    ProductTile(128, 128, 32, 8, 3, descriptor=True),
+    ProductTile(128, 128, 64, 8, 3, descriptor=True),
+    ProductTile(256, 128, 32, 8, 4, descriptor=True),
 )
 
 _SMALL, _MIDDLE, _LARGE = (

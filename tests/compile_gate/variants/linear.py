@@ -110,6 +110,7 @@ def _products(cases: Iterable[_ProductCase]) -> Iterator[Variant]:
             if purpose == "unguarded" and not (largest or tile is MANY_TOKENS_TILE):
                 continue
             transposed = purpose == "grad_input"
+            descriptor = f"tensordesc<{x}[{tile.block_m}, {tile.block_c}]>"
             for granularity, (axis, threshold) in granularities(transposed).items():
                 if granularity == "layer":
                     continue  # its threshold is read as one for each row
@@ -124,7 +125,7 @@ def _products(cases: Iterable[_ProductCase]) -> Iterator[Variant]:
                         f"{granularity} {tile}",
                         product_kernel,
                         {
-                            "x": pointer(x),
+                            "x": descriptor if tile.descriptor else pointer(x),
                             "weight": pointer(weight),
                             "threshold": pointer("fp32"),
                             "bias": None if transposed or split else pointer("fp32"),
