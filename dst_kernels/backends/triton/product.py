@@ -75,10 +75,8 @@ def _accumulate(
     w_start += tl.cast(begin, tl.int64) * weight.column
     w_step = tl.cast(weight.column, tl.int64) * BLOCK_C
     w_tile = rows.to(INDEX)[:, None] * weight.row + columns.to(INDEX)[None, :] * weight.column
-    if TILE.descriptor:
-        x_dtype: tl.constexpr = x.dtype
-    else:
-        x_dtype: tl.constexpr = x.start.dtype.element_ty
+    x_dtype: tl.constexpr = x.dtype if TILE.descriptor else x.start.dtype.element_ty
+    if not TILE.descriptor:
         x_start = x.start + tile_m.to(tl.int64) * BLOCK_M * x.row
         x_start += tl.cast(begin, tl.int64) * x.column
         x_step = tl.cast(x.column, tl.int64) * BLOCK_C
