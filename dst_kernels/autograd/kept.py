@@ -1,7 +1,7 @@
 """Multiply by a masked weight through its kept elements alone, forward and for dX.
 
 W * M is the same node as on the packed path, and its gradient is the dense G: whether a product
-reads all of W * M or its kept elements is a choice of each call.
+reads all of W * M or its kept elements, and by which library, is a choice of each call.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from ..backends import implementation, serving
 from ..ops import is_batched, is_watched, without_autograd_and_autocast
 from ..plan import most_kept
 from ..reference.kept import KeptRows, dense_rows, new_kept_rows
+from ..reference.linear import flatten_batch
 from ..reference.weight import threshold_mask
+from . import onednn
 from ._function import is_transformed
 from .options import MaskOptions
 
@@ -30,36 +32,47 @@ _LONGEST = 1 << 15  # elements of a row that a step writes as a kept one: thread
 _FEW = 0.5  # of the weights: where more are kept, the planner's answer is no
 
 
-class _KeptProduct(Function):
+class _Product(Function):
+    """Multiply by kept rows, or, where these are None, by oneDNN."""
+
     @staticmethod
-    def forward(ctx, input, masked, bias, rows, product, geometry, backend):
+    def forward(ctx, input, masked, bias, rows, product, geometry, backend, memory):
         ctx.set_materialize_grads(False)
         ctx.how = product, geometry, backend, None if bias is None else bias.dtype
         # Whatever writes the rows anew also writes `masked`, whose version autograd checks.
-        ctx.rows = rows
+        ctx.rows, ctx.memory = rows, memory
         ctx.save_for_backward(input, masked)
+        if rows is None:
+            return onednn.linear(input, masked, bias)
         return forward_by(rows, backend, product, input, bias, geometry)
 
     @staticmethod
     def backward(ctx, grad) -> Any:
         if grad is None:
-            return (None,) * 7
+            return (None,) * 8
         input, masked = ctx.saved_tensors
         product, geometry, backend, bias_dtype = ctx.how
         of_input, of_masked, of_bias, *_ = ctx.needs_input_grad
         grad_input = grad_masked = grad_bias = None
+        # torch's products can be differentiated again, and take many gradients at a time.
+        by_torch = torch.is_grad_enabled() or is_batched(grad)
         if of_masked:  # first: an optimizer's hook may free it before the input's is made
-            grad_masked = product.dense_gradient(grad, input, masked, *geometry)
-        if of_input and (torch.is_grad_enabled() or is_batched(grad)):
-            # torch's product can be differentiated again, and takes many gradients at a time.
-            dense = _Dense.apply(masked, ctx.rows)
+            if by_torch or geometry or not onednn.outruns_blas(input, masked):
+                grad_masked = product.dense_gradient(grad, input, masked, *geometry)
+            else:
+                operands = flatten_batch(grad), flatten_batch(input)
+                grad_masked = onednn.weight_gradient(*operands, ctx.memory)
+        if of_input and by_torch:
+            dense = masked if ctx.rows is None else _Dense.apply(masked, ctx.rows)
             grad_input = product.grad_input(grad, input, dense, *geometry)
+        elif of_input and ctx.rows is None:
+            grad_input = onednn.linear(grad, masked.t())
         elif of_input:
             like = (input,) if geometry else ()
             grad_input = run_op(backend, product.kept_grad_input, grad, *like, ctx.rows, *geometry)
         if of_bias:
             grad_bias = product.grad_bias(grad, bias_dtype)
-        return grad_input, grad_masked, grad_bias, None, None, None, None
+        return grad_input, grad_masked, grad_bias, None, None, None, None, None
 
 
 def run_op(backend: str, op: str, tensor: Tensor, *args: Any) -> Any:
@@ -92,11 +105,12 @@ class MaskedWeightInMemory:
     these.
     """
 
-    __slots__ = ("_by_rows", "_made_from", "_number", "_spare", "rows", "tensor")
+    __slots__ = ("_by_rows", "_made_from", "_number", "_spare", "gradient", "rows", "tensor")
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         self.rows: KeptRows | None = None
+        self.gradient = onednn.GradientMemory()
         self._by_rows = False  # whether the last product took kept rows
         self._number: int | None = None  # of kept weights, if it is known
         self._made_from: tuple[Tensor, Tensor] | None = None  # weight and effective threshold
@@ -206,10 +220,20 @@ def multiply(
     if rows is None:
         if known is not None:
             masked = known.dense(masked)
-        return product.multiply(input, masked, bias, *geometry)
-    if input.dtype is not masked.dtype:  # torch's product would do it, under autocast
+        if (
+            geometry
+            or not onednn.outruns_blas(input, masked, bias)
+            or not masked.requires_grad
+            or torch.compiler.is_compiling()
+            or is_watched()
+            or is_transformed()
+        ):
+            return product.multiply(input, masked, bias, *geometry)
+    elif input.dtype is not masked.dtype:  # torch's product would do it, under autocast
         input = input.to(masked.dtype)
-    return _KeptProduct.apply(input, masked, bias, rows, product, geometry, options.backend)
+    memory = None if known is None else known.gradient
+    how = rows, product, geometry, options.backend, memory
+    return _Product.apply(input, masked, bias, *how)
 
 
 def most_kept_of(
