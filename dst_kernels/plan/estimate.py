@@ -179,20 +179,33 @@ def _conv_costs(
 
 # -- the estimate ----------------------------------------------------------------------------------
 
-# A Hopper GPU's order of magnitude. Only ratios matter for the choice, and those differ little
-# between GPUs: what decides is how many times a weight is read and written.
-_BYTES_PER_SECOND = 4.3e12
-_SIXTEEN_BIT_FLOPS = 790e12
+# An H100, whose kernels stream at nine tenths of its 3.35 TB/s. Only ratios matter for the choice,
+# and those differ little between GPUs: what decides is how many times a weight is read and written.
+_BYTES_PER_SECOND = 3.0e12
+_SIXTEEN_BIT_FLOPS = 790e12  # of the vendor's library
 _TF32_FLOPS = 390e12
 _FLOAT32_FLOPS = 50e12
 _LAUNCH = 2e-6
+_PACK_LAUNCHES = 1
+_FUSED_FORWARD_LAUNCHES = 2  # the product, and what applies the guard
 
-# Shares of the library's speed. The masked product converts and masks its left operand in
-# registers before every multiplication; the gradient's product is dense until its epilogue.
-_MASKED_PRODUCT = 0.65
-_MASKED_PRODUCT_NO_CAST = 0.7
-_GRADIENT_PRODUCT = 0.9
-_FLOAT32_PRODUCT = 0.5  # without tensor cores Triton's products are far behind
+
+class _Shares(NamedTuple):
+    """Hold which shares of the library's speed the fused products reach."""
+
+    forward: float
+    grad_input: float
+    grad_weight: float = 0.9  # dense until its epilogue
+
+
+# Not measured. Weights pass through registers, which convert and mask them before each product: by
+# the instructions and the traffic to shared memory of the compiled loops (tile 128 x 128), tensor
+# cores can be busy at most 57 % of the time where float32 weights meet 16-bit activations, 75 % in
+# 16 bits alone and 80 % in TF32. dX reads the weight across its rows and needs more instructions.
+_CAST = _Shares(forward=0.55, grad_input=0.48)
+_SIXTEEN_BIT = _Shares(forward=0.7, grad_input=0.6)
+_TF32 = _Shares(forward=0.75, grad_input=0.75)
+_FLOAT32 = _Shares(0.5, 0.5, 0.5)  # without tensor cores Triton's products are far behind
 
 
 def _estimated_costs(
@@ -205,31 +218,32 @@ def _estimated_costs(
 ) -> Costs:
     """Return roofline costs: the longer of arithmetic and memory traffic, plus a launch, each."""
     if exact_float32:
-        flops, masked_share, gradient_share = _FLOAT32_FLOPS, _FLOAT32_PRODUCT, _FLOAT32_PRODUCT
+        flops, shares = _FLOAT32_FLOPS, _FLOAT32
+    elif input_dtype.itemsize == 2:
+        flops = _SIXTEEN_BIT_FLOPS
+        shares = _SIXTEEN_BIT if weight_dtype.itemsize == 2 else _CAST
     else:
-        flops = _SIXTEEN_BIT_FLOPS if input_dtype.itemsize == 2 else _TF32_FLOPS
-        same = input_dtype == weight_dtype
-        masked_share = _MASKED_PRODUCT_NO_CAST if same else _MASKED_PRODUCT
-        gradient_share = _GRADIENT_PRODUCT
+        flops, shares = _TF32_FLOPS, _TF32
     weights = N * K
     activations = M * (N + K) * input_dtype.itemsize
     compute, stored = weights * input_dtype.itemsize, weights * weight_dtype.itemsize
     arithmetic = 2 * M * weights / flops
 
-    def kernel(arithmetic: float, traffic: float) -> float:
-        return max(arithmetic, traffic / _BYTES_PER_SECOND) + _LAUNCH
+    def kernel(arithmetic: float, traffic: float, launches: int = 1) -> float:
+        return max(arithmetic, traffic / _BYTES_PER_SECOND) + launches * _LAUNCH
+
+    def masked_product(share: float, launches: int = 1) -> float:
+        return kernel(arithmetic / share, activations + stored, launches)
 
     product = kernel(arithmetic, activations + compute)
-    pack = kernel(0, stored + compute) + _LAUNCH  # the second launch applies the guard
-    post = kernel(0, compute + 2 * stored)
-    masked_product = kernel(arithmetic / masked_share, activations + stored)
+    grad_weight = kernel(arithmetic / shares.grad_weight, activations + 2 * stored)
     # The fused epilogue overlaps with nothing in its own tile.
     epilogue = 2 * stored / _BYTES_PER_SECOND / 4
     return Costs(
-        fused_forward=masked_product + _LAUNCH,
-        packed_forward=pack + product,
-        fused_grad_input=masked_product,
+        fused_forward=masked_product(shares.forward, _FUSED_FORWARD_LAUNCHES),
+        packed_forward=kernel(0, stored + compute, _PACK_LAUNCHES) + product,
+        fused_grad_input=masked_product(shares.grad_input),
         packed_grad_input=product,
-        fused_grad_weight=kernel(arithmetic / gradient_share, activations + 2 * stored) + epilogue,
-        packed_grad_weight=product + post,
+        fused_grad_weight=grad_weight + epilogue,
+        packed_grad_weight=product + kernel(0, compute + 2 * stored),
     )

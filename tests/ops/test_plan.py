@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from dst_kernels.plan import PATHS, PLANS, Plan, estimate, most_kept, plan_linear
+from dst_kernels.plan import PACKED, PATHS, PLANS, Plan, estimate, most_kept, plan_linear
 from dst_kernels.plan import table as plan_table
 from dst_kernels.plan.table import measured_costs
 
@@ -103,6 +103,27 @@ def test_one_crossover_from_fused_to_packed(weight):
         for product in ("forward", "grad_input"):
             choices = [getattr(plan, product) == "packed" for plan in plans]
             assert choices == sorted(choices), product
+
+
+@pytest.mark.parametrize(
+    "tokens, fused, packed",
+    [(16, 51, 64), (256, 55, 67), (384, 74, 74), (512, 96, 85), (768, 143, 106)],
+)
+def test_estimated_forward_and_input_s_gradient(tokens, fused, packed):
+    """Microseconds on an H100 from counts of instructions, bytes and launches; not measured."""
+    costs = estimate._costs(tokens, 4096, 4096, BF16, F32, None, False)
+    of_fused = costs.fused_forward + costs.fused_grad_input
+    assert 1e6 * of_fused == pytest.approx(fused, rel=0.1)
+    assert 1e6 * (costs.packed_forward + costs.packed_grad_input) == pytest.approx(packed, rel=0.1)
+
+
+@pytest.mark.parametrize("size, near", [(4096, 400), (1024, 450), (512, 700)])
+def test_estimated_crossover_from_fused_to_packed(size, near):
+    """Where launches weigh more, extra arithmetic pays up to more tokens than the pass it saves."""
+    crossover = next(
+        M for M in itertools.count(1) if plan_linear(M, size, size, BF16, F32).forward == PACKED
+    )
+    assert crossover == pytest.approx(near, rel=0.1)
 
 
 def test_what_the_input_s_gradient_saves_counts():
