@@ -31,6 +31,14 @@ from .suites import SUITES
 WRONG, USAGE = 1, 2  # exit codes: something is wrong, missed or failed; unusable input
 
 
+def _device_of(name: str) -> torch.device:
+    """Return the device of --device; raise UsageError unless figures can be taken there."""
+    device = select_device(name)
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name!r} has no timers here. Accepted: auto, cpu or cuda.")
+    return device
+
+
 class _Commands(typer.core.TyperGroup):
     def invoke(self, context: typer.Context) -> object:
         """Show unusable input as a message."""
@@ -83,7 +91,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
     """Measure a suite into OUT/results.csv; fails where a contender computes something wrong."""
-    deadline, where = time.monotonic() + 60 * minutes, select_device(device)
+    deadline, where = time.monotonic() + 60 * minutes, _device_of(device)
     require_one_of("--suite", suite, SUITES)
     here = Environment.now(where, commit)
     with ResultsFile(out / "results.csv", here) as file:
@@ -178,7 +186,7 @@ def tune(
     again: Again = False,
 ) -> None:
     """Time every tile of our fused products; writes OUT/tiles.csv and OUT/tiles/report.md."""
-    deadline, where = time.monotonic() + 60 * minutes, select_device(device)
+    deadline, where = time.monotonic() + 60 * minutes, _device_of(device)
     here = Environment.now(where, commit)
     with ResultsFile(out / "tiles.csv", here) as file:
         known = [] if again else [row for row in _rows(file.path) if here.made(row)]
@@ -195,7 +203,7 @@ def gpu(
     keep_going: Annotated[bool, typer.Option("--keep-going", help="Even if tests fail.")] = False,
 ) -> None:
     """Nine minutes of a GPU: tests, figures, the planner's table; call it again to go on."""
-    _fail_if(not run_everything(out, select_device(device), minutes, commit, keep_going), WRONG)
+    _fail_if(not run_everything(out, _device_of(device), minutes, commit, keep_going), WRONG)
 
 
 for _command in (run, report, check, plan, plan_cpu, profile, tune, gpu):

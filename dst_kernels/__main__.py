@@ -22,7 +22,7 @@ def main() -> None:
     rows = [
         ("dst_kernels", __version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
-        ("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'not built in'})"),
+        ("torch", f"{torch.__version__} ({_toolkit()})"),
         ("triton", _installed("triton")),
         ("device", _device()),
         ("CPU threads", str(torch.get_num_threads())),
@@ -30,7 +30,8 @@ def main() -> None:
     ]
     for name in ("cpu", "cuda"):
         rows.append((f"library {name}", _library(name)))
-    best = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = torch.accelerator.current_accelerator(check_available=True)
+    best = torch.device("cpu") if found is None else found
     for backend in BACKENDS[1:]:
         reason = unavailable(backend, torch.device("cpu") if backend == "cpu" else best)
         rows.append((f"backend {backend}", "available" if reason is None else f"no: {reason}"))
@@ -50,10 +51,21 @@ def _library(name: str) -> str:
     return f"no: {reason}" if reason else f"{library.path(name)} ({library.describe(name)})"
 
 
+def _toolkit() -> str:
+    if torch.version.hip is not None:
+        return f"ROCm {torch.version.hip}"
+    return f"CUDA {torch.version.cuda or 'not built in'}"
+
+
 def _device() -> str:
-    if not torch.cuda.is_available():
-        return "no CUDA device"
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        return "no GPU"
+    if found.type != "cuda":
+        return f"{torch.accelerator.device_count()} of {found.type}, which the reference serves"
     names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    if torch.version.hip is not None:
+        return ", ".join(f"{p.name} ({p.gcnArchName}), which the reference serves" for p in names)
     return ", ".join(f"{p.name} (sm_{p.major}{p.minor})" for p in names)
 
 

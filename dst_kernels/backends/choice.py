@@ -3,6 +3,9 @@
 "auto" takes the best available backend for each op; the environment variable DST_KERNELS_BACKEND
 can name another one in its place. A backend asked for by name is used, or the call fails: it is
 never replaced silently.
+
+Kernels are for CPUs and NVIDIA's GPUs. On all other devices (AMD's GPUs, which torch also calls
+"cuda", Intel's "xpu", Apple's "mps") "auto" is the reference.
 """
 
 from __future__ import annotations

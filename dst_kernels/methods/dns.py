@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..arguments import require, require_integer, require_number
+from ..reference.wide import wide_dtype
 from .method import Method, require_density, require_share
 
 
@@ -103,7 +104,7 @@ class DynamicNetworkSurgery(Method):
             layer.set_mask(stays | ~(size <= 1.1 * threshold))  # a NaN is kept
 
     def _find_thresholds(self) -> list[float]:
-        sizes = [layer.weight.abs().double() for layer in self.layers]
+        sizes = [layer.weight.abs().to(wide_dtype(layer.weight.device)) for layer in self.layers]
         means = [size.mean().item() for size in sizes]
         spreads = [size.std(correction=0).item() for size in sizes]
         c = self.c

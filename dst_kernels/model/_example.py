@@ -94,6 +94,7 @@ def _worst(old: Tensor, new: Tensor) -> float:
         return torch.inf
     if not finite.any():
         return 0.0
-    difference = (old[finite].double() - new[finite].double()).abs().max().item()
+    before, after = (each[finite].cpu().double() for each in (old, new))
+    difference = (before - after).abs().max().item()
     eps = torch.finfo(old.dtype).eps
-    return difference / (eps**0.5 * old[finite].double().abs().max().item() + eps)
+    return difference / (eps**0.5 * before.abs().max().item() + eps)

@@ -117,12 +117,15 @@ def _as_it_was(model: nn.Module, parts: list[tuple[str, MaskedWeight]]) -> Itera
         for name in ("_deferral", "_taker")
         if name in vars(m)
     ]
-    devices = {p.device.index for p in model.parameters() if p.is_cuda}
+    devices = {p.device for p in model.parameters()}
     try:
         for parameter, _, _ in grads:
             parameter.grad = None
             parameter.grad_dtype = parameter.dtype
-        with torch.random.fork_rng(devices=[index for index in devices if index is not None]):
+        with contextlib.ExitStack() as stack:
+            for kind in {"cpu", *(device.type for device in devices)}:
+                indices = [d.index for d in devices if d.type == kind and d.index is not None]
+                stack.enter_context(torch.random.fork_rng(indices, device_type=kind))
             yield
     finally:
         with torch.no_grad():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..reference.wide import wide_dtype
 from ._channels import Channels, bound, call_on, channels_after
 from ._example import Example
 from ._recording import Call, Recording, Value, record, tensors_in
@@ -195,9 +196,10 @@ class _Network:
         if weight.shape[1] != 1:
             return None
         self._apart.append((layer, known))
-        kernel = weight.flatten(1).double().sum(1)
+        wide = wide_dtype(weight.device)
+        kernel = weight.flatten(1).sum(1, dtype=wide)
         foldable = _foldable(known.constant, padded)
-        outputs = _bias(layer) + kernel * known.constant.where(foldable, 0).double()
+        outputs = _bias(layer) + kernel * known.constant.where(foldable, 0).to(wide)
         outputs[~foldable & weight.flatten(1).any(1)] = torch.nan
         return dataclasses.replace(known, constant=outputs.to(known.constant.dtype))
 
@@ -245,15 +247,16 @@ def _foldable(constant: Tensor, padded: bool) -> Tensor:
 def _bias(layer: Any) -> Tensor:
     weight = layer.weight
     bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias
-    return bias.detach().double().clone()
+    return bias.detach().to(wide_dtype(bias.device), copy=True)
 
 
 def _folded(weight: Tensor, inputs: Channels, foldable: Tensor) -> Tensor:
-    """Return what these constant inputs contribute to each output [out], float64."""
-    chosen = weight[:, foldable].double()
+    """Return what these constant inputs contribute to each output [out], in the widest dtype."""
+    wide = wide_dtype(weight.device)
+    chosen = weight[:, foldable].to(wide)
     if weight.dim() > 2:
         chosen = chosen.flatten(2).sum(2)
-    return chosen @ inputs.constant[foldable].double()
+    return chosen @ inputs.constant[foldable].to(wide)
 
 
 def _shrink_product_(product: _Product) -> list[Undo]:

@@ -13,6 +13,7 @@ from ..nn.weight import MaskedWeight
 from ..ops.dtensor import is_dtensor, rows_are_whole, sum_over_shards
 from ..reference import threshold_mask
 from ..reference.weight import largest_collapsed_count
+from ..reference.wide import wide_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +133,7 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
 
 
 def _measure(part: MaskedWeight) -> Tensor:
-    """Return [kept, dead rows, dead columns, threshold min, mean, max] in (exact) float64."""
+    """Return [kept, dead rows, dead columns, threshold min, mean, max] in the widest dtype."""
     if part.fixed_mask is None:
         weight, effective = part.effective()
         rows = threshold_mask(weight, part.each_row(effective))
@@ -143,10 +144,11 @@ def _measure(part: MaskedWeight) -> Tensor:
     dead_rows = rows.shape[0] - rows.flatten(1).any(1).sum()
     alive_columns = columns.transpose(1, 2).flatten(2).any(2)
     dead_columns = alive_columns.numel() - alive_columns.sum()
-    counts = torch.stack([rows.sum(), dead_rows, dead_columns]).double()
+    wide = wide_dtype(rows.device)
+    counts = torch.stack([rows.sum(), dead_rows, dead_columns]).to(wide)
     if effective.numel() == 0:
         return torch.cat([counts, counts.new_full((3,), float("nan"))])
-    spread = torch.stack([effective.amin(), effective.mean(), effective.amax()]).double()
+    spread = torch.stack([effective.amin(), effective.mean(), effective.amax()]).to(wide)
     return torch.cat([counts, spread])
 
 

@@ -20,7 +20,7 @@ def empty_parameters(
     They share one buffer if cuDNN will use them, but are not views of each other for autograd.
     Their contents are undefined.
     """
-    if not cudnn_takes(dtype, device):
+    if not (torch._use_cudnn_rnn_flatten_weight() and cudnn_takes(dtype, device)):
         return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
     names = "mode", "input_size", "hidden_size", "proj_size", "num_layers", "bidirectional"
     kind = tuple(getattr(module, name) for name in names)
@@ -32,7 +32,10 @@ def empty_parameters(
 
 
 def cudnn_takes(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether torch flattens parameters of this dtype on this device for cuDNN."""
+    """Return whether torch gives recurrent layers of this dtype on this device to cuDNN (MIOpen).
+
+    MIOpen, on AMD's GPUs, takes parameters that lie apart.
+    """
     if device.type != "cuda":
         return False
     return torch.backends.cudnn.is_acceptable(torch.empty(0, dtype=dtype, device=device))

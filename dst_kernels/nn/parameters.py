@@ -58,7 +58,7 @@ class MaskedParameters(MaskedModule):
         if (
             part.matrices > 1
             and type(weight) in (Tensor, Parameter)
-            and weight.device.type in ("cpu", "cuda")
+            and not weight.is_meta
             and not is_watched()
             and not self._sharded_thresholds
             and limits.data_ptr() == threshold.data_ptr()  # a view: a reset reaches the threshold

@@ -159,7 +159,7 @@ def _is_plain(parameters: Sequence[Tensor]) -> bool:
     return not (
         is_watched()
         or any(type(each) not in (Tensor, nn.Parameter) for each in parameters)
-        or parameters[0].device.type not in ("cpu", "cuda")
+        or parameters[0].is_meta
     )
 
 

@@ -271,7 +271,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def on_device(value: float | Tensor | None) -> Tensor | None:
     """Return `value` if it is on a GPU, else None; a captured CUDA graph then sees its changes."""
-    return value if isinstance(value, Tensor) and value.is_cuda else None
+    return value if isinstance(value, Tensor) and not value.is_cpu else None
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -56,8 +56,10 @@ def effective_threshold(weight: Tensor, threshold: Tensor, reset_ratio: float | 
     if reset_ratio is None or weight.numel() == 0:
         return threshold.clone()
     pruned = weight.abs().le_(broadcast_threshold(threshold, weight))  # 0 or 1, in W's dtype
-    exact = torch.float32 if weight.numel() <= 2**24 else torch.float64
-    kept = weight.numel() - pruned.sum(dtype=torch.promote_types(pruned.dtype, exact))
+    exact = torch.promote_types(pruned.dtype, torch.float32)
+    if exact is torch.float32 and weight.numel() > 2**24:
+        exact = torch.int64
+    kept = weight.numel() - pruned.sum(dtype=exact)
     collapsed = kept <= largest_collapsed_count(weight.numel(), reset_ratio)
     return threshold.clone().masked_fill_(collapsed, 0)
 

@@ -48,12 +48,13 @@ _CONTENTS: dict[str, Form] = {
     "optimizer": {"state": _MAPPING, "param_groups": Rule("a list", lambda v: isinstance(v, list))},
     "rng": _MAPPING,
 }
+_GPU_GENERATOR = Rule(
+    "the state of a generator on a GPU",
+    lambda value: isinstance(value, Tensor) and value.dtype == torch.uint8 and value.ndim == 1,
+)
 _RNG = {
     "cpu": Rule("the state of a generator of torch", _is_generator_state),
-    "cuda": Rule(
-        "the state of a generator on a GPU",
-        lambda value: isinstance(value, Tensor) and value.dtype == torch.uint8 and value.ndim == 1,
-    ),
+    **dict.fromkeys(("cuda", "xpu", "mps"), _GPU_GENERATOR),
 }
 
 
@@ -128,7 +129,8 @@ def load_checkpoint(path: Path, argument: str = "--resume") -> dict[str, Any]:
     task = task_of(contents["config"].get("dataset"))
     check_history(f"{argument}: {path}:", contents["history"], task)
     rng = contents["rng"]
-    check(f"{argument}: {path}: rng", rng, _RNG if "cuda" in rng else {"cpu": _RNG["cpu"]})
+    expected = {kind: rule for kind, rule in _RNG.items() if kind in ("cpu", *rng)}
+    check(f"{argument}: {path}: rng", rng, expected)
     if contents["format"] == _UNCHECKED_FORMAT:
         warnings.warn(
             f"{path} is from an earlier version, without a checksum: "

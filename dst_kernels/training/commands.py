@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .config import ONLY_DST, RunConfig, not_of_rival, option
+from .device import ACCEPTED
 from .errors import UsageError
 from .options import RUN, WHAT, SweepOptions, TrainOptions, opt, signature
 from .presets import DATASET_PRESETS
@@ -185,9 +186,7 @@ def evaluate(
     data_dir: Annotated[
         str | None, opt("data_dir", WHAT, "Where the data set is now.", "that of the run")
     ] = None,
-    device: Annotated[
-        str | None, opt("device", RUN, "auto, cpu, cuda or cuda:N.", "that of the run")
-    ] = None,
+    device: Annotated[str | None, opt("device", RUN, ACCEPTED, "that of the run")] = None,
 ) -> None:
     """Evaluate a run, as it was after its last epoch, or an exported model on the test set."""
     given = {"data_dir": data_dir, "device": device}

@@ -148,7 +148,7 @@ class FolderBatches:
             generator=generator or torch.Generator(),  # not the global one, which training uses
             worker_init_fn=functools.partial(_seed_worker, share.first),
             num_workers=self.workers,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=self.device.type in ("cuda", "xpu"),
         )
         sizes = [
             min(self.batch_size, len(images) - i * self.batch_size) for i in range(len(batches))

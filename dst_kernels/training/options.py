@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from .config import RULES, RunConfig, option
+from .device import ACCEPTED
 from .presets import DATASET_PRESETS, PRESETS
 from .rivals import RIVALS
 from .rules import FLAG
@@ -278,7 +279,7 @@ class TrainOptions:
         str | None,
         opt("seed", RUN, "Seed of weights and data order; on a CPU equal seeds give equal runs."),
     ] = None
-    device: Annotated[str | None, opt("device", RUN, "auto, cpu, cuda or cuda:N.")] = None
+    device: Annotated[str | None, opt("device", RUN, ACCEPTED)] = None
     amp: Annotated[
         str | None, opt("amp", RUN, "Mixed precision: none, or bf16 for bfloat16 products.")
     ] = None

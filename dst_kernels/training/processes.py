@@ -55,8 +55,10 @@ def together() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    # Objects and plain numbers go through gloo, gradients through NCCL where they are on a GPU.
+    # Objects and plain numbers go through gloo, gradients through NCCL (RCCL) or XCCL on GPUs.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if torch.xpu.is_available():
+        backend = "cpu:gloo,xpu:xccl"
     try:
         store, rank, count = next(dist.rendezvous("env://"))
         # Of torchrun's restarts all have one store, with the addresses of processes that are gone.

@@ -171,6 +171,6 @@ def load(config: RunConfig, download: bool = False) -> Data:
     if config.graph and (device.type != "cuda" or least > 2):
         raise UsageError(
             f"--graph with {processes.count()} processes on {device.type}, --accumulate "
-            f"{config.accumulate}. Accepted: one process on a GPU, and --accumulate 1."
+            f"{config.accumulate}. Accepted: one process on a CUDA device, and --accumulate 1."
         )
     return first_before_others(lambda: load_data(config, device, channels, download))

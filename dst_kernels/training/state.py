@@ -78,7 +78,7 @@ def new_state(
     if initial and config.init is not None:
         load_weights(model, Path(config.init))
     model = model.to(device)
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.version.hip is None:
         model = model.to(memory_format=torch.channels_last)  # cuDNN's fastest
     _check_amp(model, config, data, device)
     controller = None
@@ -278,13 +278,14 @@ def precision(config: RunConfig, device: torch.device) -> torch.autocast:
 def rng_states(device: torch.device) -> dict[str, Tensor]:
     """Return the states of torch's global generators, of the CPU and of the device."""
     states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state(device)
     return states
 
 
 def set_rng_states(states: dict[str, Tensor]) -> None:
     """Give torch's global generators the states that `rng_states` returned."""
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    for kind, state in states.items():
+        module = torch if kind == "cpu" else torch.get_device_module(kind)
+        if kind == "cpu" or module.is_available():
+            module.set_rng_state(state)

@@ -261,6 +261,7 @@ def test_masked_weights_go_straight_into_one_buffer(monkeypatch, options):
         return seen[-1][1]
 
     made = cudnn_buffer._tensors_in
+    monkeypatch.setattr(torch, "_use_cudnn_rnn_flatten_weight", lambda: True)
     monkeypatch.setattr(cudnn_buffer, "cudnn_takes", lambda dtype, device: True)
     monkeypatch.setattr(cudnn_buffer, "_cudnn_layout", layout)
     monkeypatch.setattr(cudnn_buffer, "_tensors_in", tensors_in)

@@ -190,8 +190,6 @@ class Group:
     def _current_buckets(self) -> list[_Bucket]:
         """Return the buckets; make new ones if anything has changed that they depend on."""
         signature: list[Any] = []
-        if torch._C._is_any_autocast_enabled():
-            signature += _autocast("cpu"), _autocast("cuda")
         for layer in self._layers:
             own = layer._parameters
             weight, threshold = own.get("weight"), own.get("threshold")
@@ -202,6 +200,8 @@ class Group:
                 id(weight), id(threshold), weight.dtype, weight.device, weight.requires_grad,
                 layer.masking, layer._deferral,
             ))  # fmt: skip
+        if torch._C._is_any_autocast_enabled():
+            signature += map(_autocast, sorted({each[3].type for each in signature if each}))
         if open_scopes:
             signature += map(copies_of, self._layers)
         known, buckets = self._plan
@@ -243,7 +243,7 @@ def _can_be_grouped(layer: MaskedLayer) -> bool:
     return (
         type(weight) is nn.Parameter is type(threshold)
         and weight.device == threshold.device
-        and weight.device.type in ("cpu", "cuda")
+        and not weight.is_meta
         and weight.numel() > 0
         and (weight.dim() < 4 or torch_reads(weight))
         and layer.masking.path != "fused"
