@@ -68,7 +68,7 @@ class _Conv(Product):
             ConvKind(tuple(kernel), tuple(stride), groups, pointwise),
             channels_last=input.movedim(1, -1).is_contiguous(),
             gpu=gpu_name(weight.device),
-            tf32=tf32_allowed(convolution=True),
+            tf32=input.dtype is torch.float32 and tf32_allowed(convolution=True),
             needs_grad_input=input.requires_grad and torch.is_grad_enabled(),
             packed_available=packed_available,
         )

@@ -57,7 +57,7 @@ class _Linear(Product):
             input.dtype,
             weight.dtype,
             gpu=gpu_name(weight.device),
-            tf32=tf32_allowed(),
+            tf32=input.dtype is torch.float32 and tf32_allowed(),
             needs_grad_input=input.requires_grad and torch.is_grad_enabled(),
             packed_available=packed_available,
         )

@@ -13,21 +13,18 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable
 
 import torch
 
 from .. import reference
 from .compiled import library
-from .device import capability, variable
+from .device import capability, encoded, environment, variable
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "DST_KERNELS_BACKEND"
 
-# Where os.environ keeps its variables: its own `get` raises and catches for one that is not set.
-_environment = getattr(os.environ, "_data", os.environ)
-_encoded_variable = os.environ.encodekey(ENVIRONMENT_VARIABLE)
+_encoded_variable = encoded(ENVIRONMENT_VARIABLE)
 
 # Best first; the reference has every op and comes last. Only Triton has fused products.
 _PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
@@ -177,7 +174,7 @@ def direct(op: str, device: torch.device, dtype: torch.dtype) -> Callable:
     The library's own op takes them on a CPU as its Python function does. Raises what
     `implementation` does.
     """
-    return _direct(op, device, dtype, _environment.get(_encoded_variable))
+    return _direct(op, device, dtype, environment.get(_encoded_variable))
 
 
 @functools.cache

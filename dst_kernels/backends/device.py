@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import Any
 
 import torch
 
@@ -29,14 +30,13 @@ def _properties(device: torch.device):
 
 def variable(name: str) -> str | None:
     """Return `os.environ.get(name)`, but without its slow exceptions for a variable not set."""
-    known = getattr(os.environ, "_data", None)
-    if known is None:
-        return os.environ.get(name)
-    value = known.get(_encoded(name))
+    value = environment.get(encoded(name))
     return None if value is None else os.environ.decodevalue(value)
 
 
-_encoded = functools.cache(os.environ.encodekey)
+# Where os.environ keeps its variables: its own `get` raises and catches for one that is not set.
+environment = getattr(os.environ, "_data", os.environ)
+encoded = functools.cache(os.environ.encodekey)
 
 
 def tf32_allowed(*, convolution: bool = False) -> bool:
@@ -44,10 +44,10 @@ def tf32_allowed(*, convolution: bool = False) -> bool:
 
     By default it does so for convolutions, not for matrix products.
     """
-    of_matmul = (torch.backends.cuda.matmul,)
-    # torch puts a class in the place of the module `cudnn`, which mypy does not see.
-    of_conv = (torch.backends.cudnn.conv, torch.backends.cudnn)  # type: ignore[attr-defined]
-    for settings in (*(of_conv if convolution else of_matmul), torch.backends):
-        if settings.fp32_precision != "none":  # "none": the next, more general setting decides
-            return settings.fp32_precision == "tf32"
-    return False
+    settings: Any = torch.backends  # it and `cudnn` have more than mypy sees
+    precision = (settings.cudnn.conv if convolution else settings.cuda.matmul).fp32_precision
+    if precision == "none" and convolution:  # "none": the next, more general setting decides
+        precision = settings.cudnn.fp32_precision
+    if precision == "none":
+        precision = settings.fp32_precision
+    return precision == "tf32"

@@ -77,6 +77,7 @@ def check_path(path: str, paths: Sequence[str] = PATHS) -> None:
     raise ValueError(f"path must be one of {', '.join(paths)}, but is {path!r}{why}")
 
 
+@functools.lru_cache(maxsize=4096)
 def plan_linear(
     M: int,
     N: int,
@@ -100,6 +101,7 @@ def plan_linear(
     return _cheapest(costs, needs_grad_input, packed_available)
 
 
+@functools.lru_cache(maxsize=4096)
 def plan_conv(
     M: int,
     N: int,
@@ -141,7 +143,6 @@ def _cheapest(costs: Costs, needs_grad_input: bool, packed_available: bool) -> P
     return Plan(*min(candidates, key=lambda paths: candidates[paths]), grad_weight)
 
 
-@functools.lru_cache(maxsize=4096)
 def _costs(
     M: int,
     N: int,
@@ -159,7 +160,6 @@ def _costs(
     return _estimated_costs(M, N, K, input_dtype, weight_dtype, exact_float32)
 
 
-@functools.lru_cache(maxsize=4096)
 def _conv_costs(
     M: int,
     N: int,

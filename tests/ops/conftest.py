@@ -11,7 +11,7 @@ from hypothesis import settings
 
 from dst_kernels.backends import ENVIRONMENT_VARIABLE
 from dst_kernels.backends.compiled import library
-from dst_kernels.plan import estimate
+from dst_kernels.plan import plan_conv, plan_linear
 from dst_kernels.plan import table as plan_table
 
 from .plan_tables import GPU
@@ -31,8 +31,8 @@ def each_backend(request):
 
 
 def forget_costs():
-    estimate._costs.cache_clear()
-    estimate._conv_costs.cache_clear()
+    plan_linear.cache_clear()
+    plan_conv.cache_clear()
 
 
 @pytest.fixture

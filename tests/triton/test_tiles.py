@@ -221,3 +221,10 @@ def test_splits_leave_every_program_some_work():
         assert 1 <= tile.split <= max(1, C // tile.block_c)
     for (M, _, _), _, tile in gradient_choices():
         assert 1 <= tile.split <= max(1, M // tile.block_m)
+
+
+def test_only_float32_products_are_compiled_for_tf32(float32_products):
+    """In 16 bits the setting changes nothing, and must not make another binary."""
+    float32_products(torch.backends.cuda.matmul, "tf32")
+    for dtype in (F16, torch.bfloat16, F32):
+        assert linear.traits_of(torch.empty(0, dtype=dtype)).tf32 == (dtype is F32)

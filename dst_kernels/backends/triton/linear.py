@@ -150,16 +150,18 @@ def _operands(weight: Tensor, threshold: Tensor) -> tuple[Matrix, Matrix]:
 def traits_of(activation: Tensor, *, convolution: bool = False) -> Traits:
     found = capability(activation.device)
     hopper = found is None or found[0] == 9  # the interpreter runs the tiles for Hopper
-    return _traits(activation.dtype, tf32_allowed(convolution=convolution), hopper)
+    tf32 = activation.dtype is torch.float32 and tf32_allowed(convolution=convolution)
+    return _traits(activation.dtype, tf32, hopper)
 
 
 _traits = functools.cache(Traits)
 
 
 def refuse_float64(activation: Tensor, weight: Tensor, threshold: Tensor) -> None:
-    for name, tensor in ("input", activation), ("weight", weight), ("threshold", threshold):
-        if tensor.dtype is torch.float64:
-            raise TypeError(
-                f"{name} must be float16, bfloat16 or float32 for Triton's fused products, but its "
-                "dtype is torch.float64. Use path='packed' or 'auto', or backend='reference'."
-            )
+    dtypes = activation.dtype, weight.dtype, threshold.dtype
+    if torch.float64 in dtypes:
+        name = ("input", "weight", "threshold")[dtypes.index(torch.float64)]
+        raise TypeError(
+            f"{name} must be float16, bfloat16 or float32 for Triton's fused products, but its "
+            "dtype is torch.float64. Use path='packed' or 'auto', or backend='reference'."
+        )

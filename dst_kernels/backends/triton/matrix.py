@@ -53,6 +53,8 @@ def as_matrices(*tensors: Tensor) -> list[Matrix] | None:
     Return None if that is impossible: see `matrix_strides`.
     """
     shape = tensors[0].shape
+    if len(shape) == 2:
+        return [Matrix(tensor, *shape, *tensor.stride()) for tensor in tensors]
     found = matrix_strides(shape, *[tensor.stride() for tensor in tensors])
     if found is None:
         return None
