@@ -5,6 +5,7 @@ that fails, is decided when a kernel is compiled: registers spilled, shared memo
 tensor cores left out, `wgmma` serialised, narrow memory accesses.
 
 * `binary.py`: from a variant to its binary, and what the binary is made of
+* `sass.py`, `hazards.py`: its instructions, and accesses to registers that a wgmma may still use
 * `widths.py`: the width of the global accesses behind each load and store of a kernel
 * `rules.py`: what a shipped variant must fulfil
 * `baseline.py`: what it needed last time

@@ -139,13 +139,17 @@ def _judge(
     return measured, wrong
 
 
-COLUMNS = ("regs", "spill", "shared", "hgmma", "A-reg", "hmma", "tma", "loads", "stores", "s", "")
-WIDTHS = (4, 5, 7, 5, 5, 5, 3, 14, 14, 4, 4)
+# Each with its width. `loop` is an iteration of the main loop, of which `mma` on tensor cores.
+COLUMNS = {
+    "regs": 4, "spill": 5, "shared": 7, "hgmma": 5, "A-reg": 5, "hmma": 5, "loop": 5, "mma": 4,
+    "tma": 3, "loads": 14, "stores": 14, "s": 4, "": 4,
+}  # fmt: skip
 
 
 def _cells(found: Measurement) -> list[str]:
     counts = (found.registers, found.spilled, found.shared, found.hgmma)
-    counts += (found.hgmma_a_in_registers, found.hmma, found.tma)
+    counts += (found.hgmma_a_in_registers, found.hmma, found.loop, found.loop_mma)
+    counts += (found.tma,)
     widths = (
         " ".join(f"{bits}x{n}" for bits, n in accesses.items()) or "-"
         for accesses in (found.loads, found.stores)
@@ -154,7 +158,7 @@ def _cells(found: Measurement) -> list[str]:
 
 
 def _row(width: int, name: str, arch: str, *cells: str) -> str:
-    columns = (cell.rjust(size) for cell, size in zip(cells, WIDTHS, strict=True))
+    columns = (cell.rjust(size) for cell, size in zip(cells, COLUMNS.values(), strict=True))
     return f"{name.ljust(width)} {arch.rjust(2)} {' '.join(columns)}".rstrip()
 
 

@@ -11,11 +11,14 @@ from .binary import Measurement
 REGISTER_SLACK = 8
 """Registers are allocated in eights; a smaller difference is the noise of instruction order."""
 
+LOOP_SLACK = 1.1
+"""How many times as many instructions an iteration may have."""
+
 HINT = "run with --update-baseline if that is intended"
 
 
 class Baseline:
-    """A JSON file: Triton version -> architecture -> variant -> registers, shared memory, MMAs."""
+    """A JSON file: Triton version -> architecture -> variant -> what it needs."""
 
     def __init__(self, path: Path, triton_version: str):
         self.path = path
@@ -43,6 +46,11 @@ class Baseline:
             )
         if before["mma"] and not found.mma:
             wrong.append(f"no tensor-core instruction, {before['mma']} before; {HINT}")
+        if found.loop > LOOP_SLACK * before["loop"]:
+            wrong.append(
+                f"{found.loop} instructions per iteration ({found.loop_mma} on tensor cores), "
+                f"{before['loop']} before ({before['loop_mma']}); {HINT}"
+            )
         return wrong
 
     def gone(self, names: set[str]) -> list[str]:
@@ -54,7 +62,13 @@ class Baseline:
         """Write what was measured; where that is everything, in place of all entries so far."""
         for arch in {arch for _, arch in found}:
             new = {
-                name: {"registers": m.registers, "shared": m.shared, "mma": m.mma}
+                name: {
+                    "registers": m.registers,
+                    "shared": m.shared,
+                    "mma": m.mma,
+                    "loop": m.loop,
+                    "loop_mma": m.loop_mma,
+                }
                 for (name, measured_arch), m in found.items()
                 if measured_arch == arch
             }

@@ -10,18 +10,17 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .hazards import hazards
+from .sass import Instruction, instructions_of, main_loop
 from .widths import Access, tile_accesses
 
 if TYPE_CHECKING:
     from .variants import Variant
 
-# One SASS instruction as cuobjdump prints it: address, predicate, opcode with modifiers, operands.
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
-# wgmma with operand A in registers: `HGMMA.64x128x16.F32.BF16 R24, R96, gdesc[UR20], R24`.
-_A_IN_REGISTERS = re.compile(r"\s*R\w+,\s*R\w+,")
 # C7510 to C7520 say for one reason or another that ptxas waits after every single wgmma.
 _SERIALISED = re.compile(
     r"\((C75\d\d)\) (?:Potential Performance Loss: )?(.*?)(?: in the function|$)", re.M
@@ -41,12 +40,18 @@ class Measurement:
     hgmma: int
     hgmma_a_in_registers: int
     hmma: int
+    loop: int
+    """Instructions in an iteration of the main loop, the one with most on tensor cores."""
+    loop_mma: int
+    """How many of them are on tensor cores."""
     tma: int
     loads: dict[int, int]
     """Global load instructions by width in bits, asynchronous copies included."""
     stores: dict[int, int]
     serialised: tuple[str, ...]
     """What ptxas says where it serialises wgmma."""
+    hazards: tuple[str, ...]
+    """What touches registers that a wgmma may still use, or why that is not known."""
     accesses: tuple[Access, ...]
     """The loads and stores of the kernel's source."""
     threads: int
@@ -99,7 +104,9 @@ def measure(variant: Variant, arch: int) -> Measurement:
     """Build and inspect the result."""
     start = time.perf_counter()
     compiled, log = build(variant, arch)
-    opcodes, a_in_registers = _instructions(compiled.asm["cubin"])
+    instructions = instructions_of(_disassembled(compiled.asm["cubin"]))
+    opcodes = Counter(instruction.opcode for instruction in instructions)
+    loop, loop_mma = main_loop(instructions)
     return Measurement(
         registers=_number(r"Used (\d+) registers", log),
         spilled=_number(r"(\d+) bytes spill stores", log)
@@ -107,12 +114,15 @@ def measure(variant: Variant, arch: int) -> Measurement:
         local=_count(opcodes, "LDL", "STL"),
         shared=compiled.metadata.shared,
         hgmma=_count(opcodes, "HGMMA"),
-        hgmma_a_in_registers=a_in_registers,
+        hgmma_a_in_registers=sum(each.has_a_in_registers for each in instructions),
         hmma=_count(opcodes, "HMMA"),
+        loop=loop,
+        loop_mma=loop_mma,
         tma=_count(opcodes, "UTMALDG", "UTMASTG"),
         loads=_by_width(opcodes, "LDG", "LDGSTS"),
         stores=_by_width(opcodes, "STG"),
         serialised=tuple(sorted({" ".join(found) for found in _SERIALISED.findall(log)})),
+        hazards=_hazards(instructions),
         accesses=tile_accesses(compiled.asm["ttgir"], compiled.asm["ptx"]),
         threads=32 * variant.warps,
         seconds=time.perf_counter() - start,
@@ -155,23 +165,21 @@ def _specialisation(variant: Variant) -> tuple[dict[str, Any], dict[tuple, Any],
     return signature, constants, attributes
 
 
-def _instructions(cubin: bytes) -> tuple[Counter[str], int]:
-    """SASS opcodes with their modifiers, and how many wgmma take operand A from registers."""
+def _disassembled(cubin: bytes) -> str:
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = _INSTRUCTION.findall(sass)
-    if not found:
-        raise RuntimeError(f"no instruction in what {command[0]} printed:\n{sass[:1000]}")
-    a_in_registers = sum(
-        opcode.startswith("HGMMA") and _A_IN_REGISTERS.match(operands) is not None
-        for opcode, operands in found
-    )
-    return Counter(opcode for opcode, _ in found), a_in_registers
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _hazards(instructions: Sequence[Instruction]) -> tuple[str, ...]:
+    try:
+        return tuple(hazards(instructions))
+    except ValueError as error:
+        return (str(error),)
 
 
 def _count(opcodes: Counter[str], *names: str) -> int:

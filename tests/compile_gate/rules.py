@@ -28,6 +28,9 @@ def violations(variant: Variant, arch: int, found: Measurement) -> list[str]:
         wrong += _tensor_cores(variant, arch, found)
     if variant.wide_accesses:
         wrong += _narrow(found)
+    if found.hazards:
+        others = len(found.hazards) - 1
+        wrong.append(found.hazards[0] + (f" ({others} more such accesses)" if others else ""))
     return wrong
 
 

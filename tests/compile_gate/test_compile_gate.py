@@ -19,6 +19,7 @@ import torch
 from .__main__ import main
 from .baseline import Baseline
 from .binary import Measurement
+from .rules import violations
 from .widths import tile_accesses
 
 pytest.importorskip("triton.language")
@@ -170,10 +171,13 @@ MEASURED = Measurement(
     hgmma=4,
     hgmma_a_in_registers=4,
     hmma=0,
+    loop=200,
+    loop_mma=4,
     tma=0,
     loads={},
     stores={},
     serialised=(),
+    hazards=(),
     accesses=(),
     threads=256,
     seconds=1.0,
@@ -197,11 +201,25 @@ def baseline(tmp_path):
         ({"hgmma": 2}, None),
         ({"hgmma": 0}, "no tensor-core instruction, 4 before"),
         ({"hgmma": 0, "hmma": 8}, None),
+        ({"loop": 220}, None),
+        (
+            {"loop": 221, "loop_mma": 2},
+            "221 instructions per iteration (2 on tensor cores), 200 before (4)",
+        ),
     ],
 )
 def test_regressions(baseline, changes, problem):
     found = baseline.regressions("a", 90, dataclasses.replace(MEASURED, **changes))
     assert [text.partition(";")[0] for text in found] == ([problem] if problem else [])
+
+
+def test_hazards_are_violations():
+    from .rule_breakers import Variant
+
+    variant = Variant("a", None, {})
+    found = dataclasses.replace(MEASURED, hazards=("MOV R40, RZ writes", "another"))
+    assert violations(variant, 90, MEASURED) == []
+    assert violations(variant, 90, found) == ["MOV R40, RZ writes (1 more such accesses)"]
 
 
 def test_what_is_not_in_the_baseline_is_a_regression(baseline):
