@@ -20,7 +20,8 @@ def masked_product(x, w, y, N, K, TOKENS: tl.constexpr, ROWS: tl.constexpr, STEP
     tokens = tl.arange(0, TOKENS)
     columns = tl.arange(0, STEP)
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
-    for start in range(0, K, STEP):
+    # With one step in each iteration, Triton 3.6 and 3.8 overwrite the operand before it was used.
+    for start in tl.range(0, K, STEP, loop_unroll_factor=2):
         weights = tl.load(w + rows[:, None] * K + (start + columns)[None, :])
         inputs = tl.load(x + tokens[:, None] * K + (start + columns)[None, :])
         weights = tl.where(tl.abs(weights) > 0.1, weights, 0.0).to(tl.bfloat16)
@@ -88,7 +89,7 @@ class Variant:
 
 def product(name, kernel=masked_product, tile=(128, 128), weight="*fp32:16", **options):
     arguments = {"x": "*bf16:16", "w": weight, "y": "*bf16:16", "N": "i32:16", "K": "i32:16"}
-    arguments |= {"TOKENS": tile[0], "ROWS": tile[1], "STEP": 64}
+    arguments |= {"TOKENS": tile[0], "ROWS": tile[1], "STEP": 32}
     rules = {"tensor_cores": True, "operand_a_in_registers": True}
     return Variant(name, kernel, arguments, **(rules | options))
 
