@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PROPERTIES = {
     "device", "dtype", "grad_fn", "is_cpu", "is_cuda", "is_meta", "is_mps", "is_nested",
-    "is_quantized", "is_sparse", "itemsize", "layout", "nbytes", "ndim", "requires_grad", "shape",
+    "is_quantized", "is_sparse", "is_xpu", "itemsize", "layout", "nbytes", "ndim", "requires_grad",
+    "shape",
 }  # fmt: skip
 _METHODS = {
     getattr(torch.Tensor, name)
