@@ -116,8 +116,8 @@ __device__ __forceinline__ double norm_of_plain(const NormEntry& entry, const Sh
   return squares;
 }
 
-template <typename W>
-__global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ NormTable table) {
+template <typename W, typename Table>
+__global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ Table table) {
   const auto place = table.place(blockIdx.x);
   const NormEntry& entry = place.entry;
   const int block = place.block;
@@ -200,8 +200,8 @@ void grad_norm(const Tensors& weights, const Tensors& grads, const Tensors& thre
   double* const sums = static_cast<double*>(partial.mutable_data_ptr());
   double* next = sums;
   for_each_type([&](Storage storage, auto type) {
-    const auto start = [&](const NormTable& table, unsigned grid) {
-      launch(norm_kernel<decltype(type)>, grid, table);
+    const auto start = [&]<typename Table>(const Table& table, unsigned grid) {
+      launch(norm_kernel<decltype(type), Table>, grid, table);
     };
     Batch<NormTable, decltype(start)> batch(start);
     batch.common() = {read_scales(reader, scales).grad_scale};

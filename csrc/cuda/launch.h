@@ -37,9 +37,20 @@ class Launcher {
     config.gridDim = blocks;
     config.blockDim = dim3(kThreads);
     config.stream = stream_;
-    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
-    STD_TORCH_CHECK(error == cudaSuccess, op_,
-                    ": a kernel could not be launched: ", cudaGetErrorString(error));
+    check(cudaLaunchKernelEx(&config, kernel, arguments...), "a kernel could not be launched");
+  }
+
+  const char* op() const { return op_; }
+  int device() const { return tensor_.get_device_index(); }
+  cudaStream_t stream() const { return stream_; }
+
+  void check(cudaError_t error, const char* what) const {
+    STD_TORCH_CHECK(error == cudaSuccess, op_, ": ", what, ": ", cudaGetErrorString(error));
+  }
+
+  void copy(void* to, const void* from, size_t bytes) const {
+    check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream_),
+          "memory could not be copied");
   }
 
   // Uninitialised memory, for as long as the tensor lives.

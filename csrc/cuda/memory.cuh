@@ -120,6 +120,24 @@ __device__ __forceinline__ void store(T* pointer, const Vector<T, N>& value) {
   }
 }
 
+// Adds to a number that other blocks add to, and returns what was there before. Whoever finds the
+// sum there and then calls __threadfence() also finds what this thread has written, and what others
+// had written before they met it at a barrier. __threadfence() on this side would empty the L1
+// cache.
+__device__ __forceinline__ unsigned long long add_after_writes(unsigned long long* number,
+                                                               unsigned long long value) {
+#ifdef __CUDA_ARCH__
+  unsigned long long before;
+  asm volatile("atom.add.release.gpu.global.u64 %0, [%1], %2;"
+               : "=l"(before)
+               : "l"(number), "l"(value)
+               : "memory");
+  return before;
+#else
+  return atomicAdd(number, value);
+#endif
+}
+
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(BFloat16 value) { return __bfloat162float(value); }
 __device__ __forceinline__ float to_float(Float16 value) { return __half2float(value); }

@@ -1,4 +1,5 @@
 // W * M in its own dtype, counts and effective thresholds: one pass over all weights.
+#include <set>
 #include <vector>
 
 #include "../ops.h"
@@ -17,15 +18,15 @@ constexpr int32_t kPackPiece = 4096;
 
 struct PackEntry {
   const void* weight;
-  const float* threshold;
+  float* threshold;
   void* masked;
   float* effective;
-  int64_t* kept;
-  int* counts;
+  Guard guard;
   Tiling tiling;
   Storage masked_storage;
   bool by_element;  // as many thresholds as weights
   bool wide;        // accesses of several numbers fit
+  bool commit;      // a reset is written into `threshold` too
 };
 
 using PackTable = Table<PackEntry>;
@@ -62,13 +63,14 @@ struct WithThreshold {
 template <typename W, typename P, int N>
 __device__ __forceinline__ int pack_by_element(const PackEntry& entry, const Share& share) {
   const W* weights = static_cast<const W*>(entry.weight);
+  const float* thresholds = entry.threshold;
   P* packed = static_cast<P*>(entry.masked);
   int kept = 0;
   stream<N, kPackAhead / 2>(
       share,
       [&](int64_t i) {
         return WithThreshold<W, N>{load<Cache::kOnce, N>(weights + i),
-                                   load<Cache::kOnce, N>(entry.threshold + i)};
+                                   load<Cache::kOnce, N>(thresholds + i)};
       },
       [&](int64_t i, const WithThreshold<W, N>& loaded) {
         Vector<float, N> weight = to_floats(loaded.weight);
@@ -83,8 +85,8 @@ __device__ __forceinline__ int pack_by_element(const PackEntry& entry, const Sha
   return kept;
 }
 
-template <typename W>
-__global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ PackTable table) {
+template <typename W, typename Table>
+__global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ Table table) {
   const auto place = table.place(blockIdx.x);
   const PackEntry& entry = place.entry;
   const int block = place.block;
@@ -100,10 +102,14 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
                         : pack_under_one<W, P, 1>(entry, share);
     }
   });
-  const int of_block = block_sum(kept);
-  if (threadIdx.x != 0) return;
-  entry.counts[block] = of_block;
-  if (block == 0) *entry.kept = 0;  // for the guard, which may add to it
+  if (entry.guard.arrivals == nullptr) return;
+  const int64_t of_all = sum_in_last(entry.guard.arrivals, entry.tiling.blocks(), block_sum(kept));
+  if (of_all < 0) return;
+  Masked layer = {entry.weight, entry.masked, entry.tiling.numel(), entry.masked_storage};
+  layer.thresholds[0] = entry.effective;
+  layer.thresholds[1] = entry.commit ? entry.threshold : nullptr;
+  layer.count = entry.by_element ? layer.numel : entry.tiling.rows;
+  settle<W>(entry.guard, layer, of_all);
 }
 
 PackEntry entry_of(const PackSegment& s) {
@@ -111,7 +117,7 @@ PackEntry entry_of(const PackSegment& s) {
   const bool by_row = s.granularity == Granularity::kRow;
   PackEntry entry = {};
   entry.weight = s.weight.data;
-  entry.threshold = static_cast<const float*>(s.threshold.data);
+  entry.threshold = static_cast<float*>(s.threshold.data);
   entry.masked = s.masked.data;
   entry.effective = static_cast<float*>(s.effective.data);
   entry.tiling = by_row ? Tiling::of_rows(s.shape.rows, s.shape.columns, kPackPiece)
@@ -128,21 +134,14 @@ PackEntry entry_of(const PackSegment& s) {
   return entry;
 }
 
-GuardEntry guard_of(const PackSegment& s, const PackEntry& entry) {
-  GuardEntry guard;
-  guard.counts = entry.counts;
-  guard.blocks = static_cast<int32_t>(entry.tiling.blocks());
-  guard.kept = entry.kept;
-  guard.collapsed = s.weight ? s.collapsed : -1;  // nothing cannot collapse
-  guard.weight = entry.weight;
-  guard.masked = entry.masked;
-  guard.numel = s.weight.numel;
-  guard.reset[0] = entry.effective;
-  guard.reset[1] = s.commit ? static_cast<float*>(s.threshold.data) : nullptr;
-  guard.resets = s.threshold.numel;
-  guard.weight_storage = s.weight.storage;
-  guard.masked_storage = s.masked.storage;
-  return guard;
+// Those of several segments: none of them may write what blocks of another still read.
+std::set<const void*> shared_thresholds(const std::vector<PackSegment>& segments) {
+  std::set<const void*> seen, shared;
+  if (segments.size() == 1) return shared;
+  for (const PackSegment& s : segments) {
+    if (!seen.insert(s.threshold.data).second) shared.insert(s.threshold.data);
+  }
+  return shared;
 }
 
 }  // namespace
@@ -163,28 +162,26 @@ Outputs pack(const Tensors& weights, const Tensors& thresholds, const Integers& 
                                       std::get<1>(outputs));
   if (segments.empty()) return outputs;
   const Launcher launch(reader.op(), weights[0]);
-  const Tensor sums = kept ? *kept : launch.workspace(segments.size(), ScalarType::Long);
-  int64_t* const counts_kept = reader.counts(sums, "kept");
+  int64_t* const counts = kept ? reader.counts(*kept, "kept") : nullptr;
 
+  const auto shared = shared_thresholds(segments);
+  Arrivals arrivals(launch, segments.size());
   std::vector<PackEntry> entries;
-  int64_t room = 0;
-  for (const PackSegment& s : segments) {
-    entries.push_back(entry_of(s));
-    room += room_for_counts(entries.back().tiling.blocks());
-  }
-  const Tensor counts = launch.workspace(room, ScalarType::Int);
-  int* next = static_cast<int*>(counts.mutable_data_ptr());
-  std::vector<GuardEntry> guards;
   for (size_t i = 0; i < segments.size(); ++i) {
-    entries[i].kept = counts_kept + i;
-    entries[i].counts = next;
-    next += room_for_counts(entries[i].tiling.blocks());
-    guards.push_back(guard_of(segments[i], entries[i]));
+    const PackSegment& s = segments[i];
+    PackEntry entry = entry_of(s);
+    entry.commit = s.commit && !shared.contains(s.threshold.data);
+    entry.guard.kept = counts ? counts + i : nullptr;
+    entry.guard.collapsed = s.weight ? s.collapsed : -1;  // nothing cannot collapse
+    if (counts || entry.guard.collapsed >= 0) {
+      entry.guard.arrivals = arrivals.of(s.weight.numel, entry.tiling.blocks());
+    }
+    entries.push_back(entry);
   }
 
   for_each_type([&](Storage storage, auto type) {
-    const auto start = [&](const PackTable& table, unsigned grid) {
-      launch(pack_kernel<decltype(type)>, grid, table);
+    const auto start = [&]<typename Table>(const Table& table, unsigned grid) {
+      launch(pack_kernel<decltype(type), Table>, grid, table);
     };
     Batch<PackTable, decltype(start)> batch(start);
     for (size_t i = 0; i < segments.size(); ++i) {
@@ -192,7 +189,11 @@ Outputs pack(const Tensors& weights, const Tensors& thresholds, const Integers& 
     }
     batch.flush();
   });
-  launch_guard(launch, guards, nullptr);
+  for (size_t i = 0; i < segments.size(); ++i) {
+    if (!segments[i].commit || entries[i].commit) continue;
+    launch.copy(entries[i].threshold, entries[i].effective,
+                segments[i].threshold.numel * sizeof(float));
+  }
   return outputs;
 }
 

@@ -100,8 +100,8 @@ __device__ __forceinline__ void post_by_element(const PostEntry& entry, const Sh
       });
 }
 
-template <typename W>
-__global__ void __launch_bounds__(kThreads) post_kernel(const __grid_constant__ PostTable table) {
+template <typename W, typename Table>
+__global__ void __launch_bounds__(kThreads) post_kernel(const __grid_constant__ Table table) {
   const auto place = table.place(blockIdx.x);
   const PostEntry& entry = place.entry;
   const int block = place.block;
@@ -142,8 +142,8 @@ struct PieceEntry {
 using PieceTable = Table<PieceEntry>;
 
 // One warp for each threshold.
-__global__ void __launch_bounds__(kThreads)
-    add_pieces_kernel(const __grid_constant__ PieceTable table) {
+template <typename Table>
+__global__ void __launch_bounds__(kThreads) add_pieces_kernel(const __grid_constant__ Table table) {
   const auto place = table.place(blockIdx.x);
   const PieceEntry& entry = place.entry;
   const int block = place.block;
@@ -212,8 +212,8 @@ Outputs post(const Tensors& grads, const Tensors& weights, const Tensors& thresh
   }
   const Tensor partial = launch.workspace(pieces, ScalarType::Float);
   float* next = static_cast<float*>(partial.mutable_data_ptr());
-  const auto start_pieces = [&](const PieceTable& table, unsigned grid) {
-    launch(add_pieces_kernel, grid, table);
+  const auto start_pieces = [&]<typename Table>(const Table& table, unsigned grid) {
+    launch(add_pieces_kernel<Table>, grid, table);
   };
   Batch<PieceTable, decltype(start_pieces)> sums(start_pieces);
   for (PostEntry& entry : entries) {
@@ -223,8 +223,8 @@ Outputs post(const Tensors& grads, const Tensors& weights, const Tensors& thresh
   }
 
   for_each_type([&](Storage storage, auto type) {
-    const auto start = [&](const PostTable& table, unsigned grid) {
-      launch(post_kernel<decltype(type)>, grid, table);
+    const auto start = [&]<typename Table>(const Table& table, unsigned grid) {
+      launch(post_kernel<decltype(type), Table>, grid, table);
     };
     Batch<PostTable, decltype(start)> batch(start);
     for (size_t i = 0; i < segments.size(); ++i) {

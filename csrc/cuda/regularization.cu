@@ -42,8 +42,9 @@ __device__ __forceinline__ double regularize(const RegularizationEntry& entry, c
   return sum;
 }
 
+template <typename Table>
 __global__ void __launch_bounds__(kThreads)
-    regularization_kernel(const __grid_constant__ RegularizationTable table) {
+    regularization_kernel(const __grid_constant__ Table table) {
   const auto place = table.place(blockIdx.x);
   const RegularizationEntry& entry = place.entry;
   const int block = place.block;
@@ -95,8 +96,8 @@ void regularization(const Tensors& thresholds, const Tensor& value, const Tensor
   const Tensor partial = launch.workspace(blocks, ScalarType::Double);
   double* const sums = static_cast<double*>(partial.mutable_data_ptr());
   double* next = sums;
-  const auto start = [&](const RegularizationTable& table, unsigned grid) {
-    launch(regularization_kernel, grid, table);
+  const auto start = [&]<typename Table>(const Table& table, unsigned grid) {
+    launch(regularization_kernel<Table>, grid, table);
   };
   Batch<RegularizationTable, decltype(start)> batch(start);
   for (RegularizationEntry& entry : entries) {

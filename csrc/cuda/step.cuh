@@ -179,10 +179,11 @@ __device__ __forceinline__ float sum_row(const StepEntry& entry, const Share& sh
 }
 
 // Rows of a masked weight. The threshold's gradient is a sum over the row, and the new threshold
-// masks it: so the row is read twice, the second time from the caches.
+// masks it: so the row is read twice, the second time from the caches. Returns what this thread has
+// kept.
 template <typename Rule, typename W, typename G, int N>
-__device__ __forceinline__ void step_rows(const StepEntry& entry, const Group<Rule>* groups,
-                                          const Scaling& scaling, int block) {
+__device__ __forceinline__ int step_rows(const StepEntry& entry, const Group<Rule>* groups,
+                                         const Scaling& scaling, int block) {
   const Share share = entry.tiling.share(block);
   const Differentiation differentiate{Curve::of(entry.surrogate), entry.structure};
   const bool inside = share.row < entry.tiling.rows;
@@ -215,11 +216,7 @@ __device__ __forceinline__ void step_rows(const StepEntry& entry, const Group<Ru
           kept += mask_at(entry, i, to_floats(weight), threshold);
         });
   }
-  if (entry.masked == nullptr) return;
-  const int of_block = block_sum(kept);
-  if (threadIdx.x != 0) return;
-  entry.counts[block] = of_block;
-  if (block == 0) *entry.kept = 0;  // for the guard, which may add to it
+  return kept;
 }
 
 // Any other parameter.
@@ -242,9 +239,8 @@ __device__ __forceinline__ void step_plain(const StepEntry& entry, const Group<R
       });
 }
 
-template <typename Rule, typename W>
-__global__ void __launch_bounds__(kThreads, 4)
-    step_kernel(const __grid_constant__ StepTable<Rule> table) {
+template <typename Rule, typename W, typename Table>
+__global__ void __launch_bounds__(kThreads, 4) step_kernel(const __grid_constant__ Table table) {
   const Scales& scales = table.common.scales;
   if (scales.found_inf != nullptr && *scales.found_inf == 1.0f) return;
   const auto place = table.place(blockIdx.x);
@@ -252,14 +248,15 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int block = place.block;
   const Group<Rule>* groups = table.common.groups;
   const Scaling scaling = Scaling::of(scales);
+  int kept = 0;
   const auto step = [&](auto type) {
     using G = decltype(type);
     constexpr int N = kWidth<W, G>;
     if (entry.threshold != nullptr) {
       if (entry.wide) {
-        step_rows<Rule, W, G, N>(entry, groups, scaling, block);
+        kept = step_rows<Rule, W, G, N>(entry, groups, scaling, block);
       } else {
-        step_rows<Rule, W, G, 1>(entry, groups, scaling, block);
+        kept = step_rows<Rule, W, G, 1>(entry, groups, scaling, block);
       }
     } else if (entry.wide) {
       step_plain<Rule, W, G, N>(entry, groups, scaling, block);
@@ -272,6 +269,18 @@ __global__ void __launch_bounds__(kThreads, 4)
   } else {
     step(W{});
   }
+  if (entry.guard.arrivals == nullptr) return;
+  const int64_t of_all = sum_in_last(entry.guard.arrivals, entry.tiling.blocks(), block_sum(kept));
+  if (of_all < 0) return;
+  if (threadIdx.x == 0) {
+    if (entry.of_weight.steps != nullptr) *entry.of_weight.steps += 1.0f;
+    if (entry.of_threshold.steps != nullptr) *entry.of_threshold.steps += 1.0f;
+  }
+  if (entry.masked == nullptr) return;
+  Masked layer = {entry.weight, entry.masked, entry.tiling.numel(), entry.masked_storage};
+  layer.thresholds[0] = entry.threshold;
+  layer.count = entry.tiling.rows;
+  settle<W>(entry.guard, layer, of_all);
 }
 
 }  // namespace dst::cuda

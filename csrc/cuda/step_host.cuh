@@ -31,26 +31,6 @@ inline StepEntry step_entry(const StepSegment& s, bool updates_threshold) {
   return entry;
 }
 
-inline GuardEntry step_guard(const StepSegment& s, const StepEntry& entry, bool updates_weight,
-                             bool updates_threshold) {
-  GuardEntry guard;
-  if (updates_weight) guard.steps[0] = s.weight_state.step;
-  if (updates_threshold) guard.steps[1] = s.threshold_state.step;
-  if (entry.masked == nullptr) return guard;
-  guard.counts = entry.counts;
-  guard.blocks = static_cast<int32_t>(entry.tiling.blocks());
-  guard.kept = entry.kept;
-  guard.collapsed = s.collapsed;
-  guard.weight = entry.weight;
-  guard.masked = entry.masked;
-  guard.numel = s.weight.numel;
-  guard.reset[0] = entry.threshold;
-  guard.resets = s.threshold.numel;
-  guard.weight_storage = s.weight.storage;
-  guard.masked_storage = s.masked.storage;
-  return guard;
-}
-
 // Rows of hypers that the entries of one table use, under numbers of the table's own.
 template <typename Rule>
 class Groups {
@@ -84,32 +64,24 @@ template <typename Rule>
 void run_step(const Reader& reader, const Tensor& weight, const std::vector<StepSegment>& segments,
               const std::vector<Hyper>& hypers, const Scales& scales, int64_t* kept) {
   const Launcher launch(reader.op(), weight);
+  Arrivals arrivals(launch, segments.size());
   std::vector<StepEntry> entries;
-  int64_t room = 0;
   for (size_t i = 0; i < segments.size(); ++i) {
-    check_grad(reader, segments[i], i);
-    entries.push_back(step_entry(segments[i], updates_threshold(segments[i], hypers)));
-    if (segments[i].masked) room += room_for_counts(entries.back().tiling.blocks());
-  }
-  const Tensor counts = launch.workspace(room, ScalarType::Int);
-  int* next = static_cast<int*>(counts.mutable_data_ptr());
-  std::vector<GuardEntry> guards;
-  for (size_t i = 0; i < segments.size(); ++i) {
-    StepEntry& entry = entries[i];
-    if (segments[i].masked) {
-      entry.kept = kept + i;
-      entry.counts = next;
-      next += room_for_counts(entry.tiling.blocks());
+    const StepSegment& s = segments[i];
+    check_grad(reader, s, i);
+    StepEntry entry = step_entry(s, updates_threshold(s, hypers));
+    entry.guard.kept = kept + i;
+    entry.guard.collapsed = s.collapsed;
+    if (s.masked || entry.of_weight.steps || entry.of_threshold.steps) {
+      entry.guard.arrivals = arrivals.of(s.weight.numel, entry.tiling.blocks());
     }
-    const GuardEntry guard = step_guard(segments[i], entry, updates_weight(segments[i], hypers),
-                                        updates_threshold(segments[i], hypers));
-    if (guard.kept || guard.steps[0] || guard.steps[1]) guards.push_back(guard);
+    entries.push_back(entry);
   }
 
   for_each_type([&](Storage storage, auto type) {
     Groups<Rule> groups(hypers);
-    const auto start = [&](const StepTable<Rule>& table, unsigned grid) {
-      launch(step_kernel<Rule, decltype(type)>, grid, table);
+    const auto start = [&]<typename Table>(const Table& table, unsigned grid) {
+      launch(step_kernel<Rule, decltype(type), Table>, grid, table);
     };
     Batch<StepTable<Rule>, decltype(start)> batch(start);
     batch.common().scales = scales;
@@ -131,7 +103,6 @@ void run_step(const Reader& reader, const Tensor& weight, const std::vector<Step
     }
     batch.flush();
   });
-  if (!guards.empty()) launch_guard(launch, guards, scales.found_inf);
 }
 
 }  // namespace dst::cuda

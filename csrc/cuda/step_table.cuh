@@ -14,7 +14,7 @@ namespace dst::cuda {
 // What an optimizer keeps beside a parameter.
 struct Buffers {
   void* states[2];
-  const float* steps;
+  float* steps;  // advanced when all have read them; null: the optimizer counts none
 
   static Buffers of(const State& state) {
     return {{state.first.data, state.second.data}, state.step};
@@ -27,8 +27,7 @@ struct StepEntry {
   float* threshold;  // null: a plain parameter
   const void* threshold_grad;
   void* masked;  // null: not wanted
-  int64_t* kept;
-  int* counts;  // kept weights, one number for each block
+  Guard guard;
   Buffers of_weight, of_threshold;
   Tiling tiling;
   int16_t weight_group, threshold_group;  // in the table; -1: not updated
@@ -40,7 +39,8 @@ struct StepEntry {
   bool fresh_threshold : 1;
 };
 
-constexpr int kGroups = 32;
+// Of one table: enough for most models, and few enough for a small table.
+constexpr int kGroups = 8;
 
 template <typename Rule>
 struct StepCommon {

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <climits>
 #include <cstdint>
 
@@ -16,14 +17,20 @@ constexpr int kParameterBytes = 32764;
 // The parameters of a ResNet-50 or of a GPT with 124 M: these should be one launch.
 constexpr int kUsualSegments = 160;
 
+// A launch copies all parameters of its kernel, used or not: a layer by itself, or a small model,
+// takes a kernel that has few.
+constexpr int kSmallParameterBytes = 2048;
+constexpr int kFewSegments = 8;
+
 struct Nothing {};
 
 // Passed by value as a `const __grid_constant__` parameter, which a kernel reads in place.
-template <typename Entry_, typename Common_ = Nothing>
+template <typename Entry_, typename Common_ = Nothing, int bytes = kParameterBytes>
 struct Table {
   using Entry = Entry_;
   using Common = Common_;
-  static constexpr int kCapacity = (kParameterBytes - 16 - static_cast<int>(sizeof(Common))) /
+  using Small = Table<Entry, Common, kSmallParameterBytes>;
+  static constexpr int kCapacity = (bytes - 16 - static_cast<int>(sizeof(Common))) /
                                    static_cast<int>(sizeof(Entry) + sizeof(int));
 
   Common common;
@@ -51,10 +58,13 @@ struct Table {
   }
 };
 
-// Fills tables and hands each to `start(table, blocks)` when it is full, and at the end.
+// Fills tables and hands each to `start(table, blocks)` when it is full, and at the end: a `Table`,
+// or a `Table::Small` where that has room.
 template <typename Table, typename Start>
 class Batch {
+  using Small = typename Table::Small;
   static_assert(sizeof(Table) <= kParameterBytes && Table::kCapacity >= kUsualSegments);
+  static_assert(sizeof(Small) <= kSmallParameterBytes && Small::kCapacity >= kFewSegments);
 
  public:
   explicit Batch(const Start& start) : start_(start) { table_.count = 0; }
@@ -71,7 +81,18 @@ class Batch {
   }
 
   void flush() {
-    if (table_.count != 0) start_(table_, static_cast<unsigned>(blocks_));
+    const auto blocks = static_cast<unsigned>(blocks_);
+    const int count = table_.count;
+    if (count > Small::kCapacity) {
+      start_(table_, blocks);
+    } else if (count != 0) {
+      Small small;
+      small.common = table_.common;
+      small.count = count;
+      std::copy_n(table_.first_block, count, small.first_block);
+      std::copy_n(table_.entries, count, small.entries);
+      start_(small, blocks);
+    }
     table_.count = 0;
     blocks_ = 0;
   }

@@ -42,7 +42,9 @@ struct Tiling {
     return {1, numel, static_cast<int32_t>(pieces < 1 ? 1 : pieces), piece};
   }
 
-  int64_t blocks() const {
+  __device__ __forceinline__ int64_t numel() const { return rows * columns; }
+
+  __host__ __device__ int64_t blocks() const {
     const int64_t blocks = pieces == 0 ? (rows + kWarps - 1) / kWarps : rows * pieces;
     return blocks < 1 ? 1 : blocks;
   }

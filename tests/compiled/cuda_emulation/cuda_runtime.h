@@ -141,10 +141,52 @@ inline unsigned long long atomicAdd(unsigned long long* target, unsigned long lo
   return old;
 }
 
+inline void __threadfence() {}  // blocks run one after the other
+
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0 };
+enum cudaMemcpyKind { cudaMemcpyDeviceToDevice };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+
+namespace emulation {
+
+// What has been asked of the GPU so far, and the state of the stream that it was asked on.
+inline int64_t launches = 0, clears = 0, copies = 0;
+inline unsigned long long stream = 0;
+inline bool capturing = false;
+
+}  // namespace emulation
+
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = emulation::capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaStreamGetId(cudaStream_t, unsigned long long* id) {
+  *id = emulation::stream;
+  return cudaSuccess;
+}
+
+template <typename T>
+cudaError_t cudaGetSymbolAddress(void** address, T& symbol) {
+  *address = &symbol;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  ++emulation::clears;
+  std::memset(memory, value, bytes);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
+                                   cudaStream_t) {
+  ++emulation::copies;
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -156,6 +198,7 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   static_assert((sizeof(Parameters) + ... + 0) <= 32764, "parameters of a kernel");
+  ++emulation::launches;
   emulation::run_grid(config->gridDim, config->blockDim, [&] { kernel(arguments...); });
   return cudaSuccess;
 }

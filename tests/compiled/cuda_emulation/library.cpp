@@ -10,6 +10,8 @@ STABLE_TORCH_LIBRARY(dst_kernels_emulated, library) {
        }) {
     library.def(schema);
   }
+  library.def("seen() -> int[]");
+  library.def("on_stream(int id, bool capturing) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dst_kernels_emulated, CPU, library) {
@@ -19,6 +21,23 @@ STABLE_TORCH_LIBRARY_IMPL(dst_kernels_emulated, CPU, library) {
   library.impl("sgd_step", TORCH_BOX(&dst::sgd_step));
   library.impl("adamw_step", TORCH_BOX(&dst::adamw_step));
   library.impl("grad_norm", TORCH_BOX(&dst::grad_norm));
+}
+
+namespace {
+
+// Launches, and memory that was cleared and copied without one, since the library was loaded.
+std::vector<int64_t> seen() { return {emulation::launches, emulation::clears, emulation::copies}; }
+
+void on_stream(int64_t id, bool capturing) {
+  emulation::stream = id;
+  emulation::capturing = capturing;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dst_kernels_emulated, CompositeExplicitAutograd, library) {
+  library.impl("seen", TORCH_BOX(&seen));
+  library.impl("on_stream", TORCH_BOX(&on_stream));
 }
 
 extern "C" {
