@@ -13,7 +13,8 @@
 
 namespace dst::cuda {
 
-constexpr int kGuardUnroll = 16;
+constexpr int kGuardAhead = 16;
+constexpr int64_t kGuardShare = 1 << 30;
 
 struct Guard {
   Counter* arrivals;  // null: nobody asks for the last block
@@ -27,30 +28,31 @@ struct Masked {
   void* masked;
   int64_t numel;
   Storage masked_storage;
+  bool wide;             // accesses of several numbers fit
   float* thresholds[2];  // all become zero; null: none
   int64_t count;         // of each
 };
 
 // W under a threshold of zero; returns how many this thread has kept.
-template <typename W>
+template <typename W, int N>
 __device__ __forceinline__ int64_t mask_again(const Masked& layer) {
   const W* weights = static_cast<const W*>(layer.weight);
   int64_t kept = 0;
-  for (int64_t first = threadIdx.x; first < layer.numel; first += kGuardUnroll * kThreads) {
-    W loaded[kGuardUnroll];
+  for (int64_t begin = 0; begin < layer.numel; begin += kGuardShare) {
+    const int64_t left = layer.numel - begin;
+    const int count = static_cast<int>(left < kGuardShare ? left : kGuardShare);
+    stream<N, kGuardAhead>(
+        Share{0, begin, count, static_cast<int>(threadIdx.x), kThreads},
+        [&](int64_t i) { return load<Cache::kOnce, N>(weights + i); },
+        [&](int64_t i, const Vector<W, N>& loaded) {
+          Vector<float, N> weight = to_floats(loaded);
 #pragma unroll
-    for (int i = 0; i < kGuardUnroll; ++i) {
-      if (first + i * kThreads < layer.numel) loaded[i] = weights[first + i * kThreads];
-    }
-#pragma unroll
-    for (int i = 0; i < kGuardUnroll; ++i) {
-      const int64_t place = first + i * kThreads;
-      if (place >= layer.numel) break;
-      const float weight = to_float(loaded[i]);
-      store_as<Cache::kKeep>(layer.masked_storage, layer.masked, place,
-                             Vector<float, 1>{masked(weight, 0.0f)});
-      kept += !pruned(weight, 0.0f);
-    }
+          for (int k = 0; k < N; ++k) {
+            kept += !pruned(weight.numbers[k], 0.0f);
+            weight.numbers[k] = masked(weight.numbers[k], 0.0f);
+          }
+          store_as<Cache::kKeep>(layer.masked_storage, layer.masked, i, weight);
+        });
   }
   return kept;
 }
@@ -63,7 +65,7 @@ __device__ __forceinline__ void settle(const Guard& guard, const Masked& layer, 
       if (thresholds == nullptr) continue;
       for (int64_t i = threadIdx.x; i < layer.count; i += kThreads) thresholds[i] = 0.0f;
     }
-    kept = block_sum(mask_again<W>(layer));
+    kept = block_sum(layer.wide ? mask_again<W, kWidth<float>>(layer) : mask_again<W, 1>(layer));
   }
   if (threadIdx.x == 0 && guard.kept != nullptr) *guard.kept = kept;
 }

@@ -105,7 +105,8 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
   if (entry.guard.arrivals == nullptr) return;
   const int64_t of_all = sum_in_last(entry.guard.arrivals, entry.tiling.blocks(), block_sum(kept));
   if (of_all < 0) return;
-  Masked layer = {entry.weight, entry.masked, entry.tiling.numel(), entry.masked_storage};
+  Masked layer = {entry.weight, entry.masked, entry.tiling.numel(), entry.masked_storage,
+                  entry.wide};
   layer.thresholds[0] = entry.effective;
   layer.thresholds[1] = entry.commit ? entry.threshold : nullptr;
   layer.count = entry.by_element ? layer.numel : entry.tiling.rows;

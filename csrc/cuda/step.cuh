@@ -277,7 +277,8 @@ __global__ void __launch_bounds__(kThreads, 4) step_kernel(const __grid_constant
     if (entry.of_threshold.steps != nullptr) *entry.of_threshold.steps += 1.0f;
   }
   if (entry.masked == nullptr) return;
-  Masked layer = {entry.weight, entry.masked, entry.tiling.numel(), entry.masked_storage};
+  Masked layer = {entry.weight, entry.masked, entry.tiling.numel(), entry.masked_storage,
+                  entry.wide};
   layer.thresholds[0] = entry.threshold;
   layer.count = entry.tiling.rows;
   settle<W>(entry.guard, layer, of_all);
