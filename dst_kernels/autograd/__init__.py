@@ -15,10 +15,11 @@ from .linear import attached_linear, masked_linear
 from .options import GRANULARITIES, MaskOptions, check_options
 from .regularization import sparse_regularization
 from .sparse import sparse_product
-from .weight import FRESH, MADE, Packed, WeightSource, masked_weight, pack
+from .weight import COMMITTED, FRESH, MADE, Packed, WeightSource, masked_weight, pack
 from .weights import mask_weights, pack_weights, with_dense_gradients
 
 __all__ = [
+    "COMMITTED",
     "FRESH",
     "GRANULARITIES",
     "MADE",

@@ -17,7 +17,7 @@ from ..reference.conv_transpose import (
 )
 from ._function import cast_for_autocast
 from .options import MaskOptions
-from .weight import FRESH, Packed, WeightSource, masked_weight
+from .weight import COMMITTED, FRESH, Packed, WeightSource, masked_weight
 
 
 def masked_conv_transpose(
@@ -68,6 +68,8 @@ def masked_conv_transpose_weight(
     stored = threshold.dtype
     if stored.itemsize < 4:  # otherwise autograd would round to 16 bits before it sums
         threshold = threshold.to(torch.float32)
+    if source is COMMITTED:  # what is masked with is a copy of the stored threshold
+        source = FRESH
     of_groups = by_group(weight, threshold, groups)
     masked, effective = masked_weight(*of_groups, options, dtype, source)
     effective = not_by_group(effective, threshold)

@@ -136,7 +136,7 @@ def masked_product(
     options: MaskOptions,
     source: WeightSource = FRESH,
 ) -> tuple[Tensor, Tensor]:
-    """Return (output, effective threshold), with gradients to all four tensors.
+    """Return (output, effective threshold), as `Packed` has it, with gradients to all four tensors.
 
     The caller has checked tensors and options; `geometry` has a `Geometry`, or nothing for a linear
     layer. The packed plan is two nodes, a masked weight and torch's own operation; every other
@@ -157,15 +157,21 @@ def masked_product(
             bias = bias.to(input.dtype)
         return multiply(product, input, made.masked, bias, geometry, options), made.effective
     masked = effective = None
+    commit = False
     if plan.forward == PACKED:
-        packed = (source.recall or pack)(weight, threshold, options, input.dtype)
-        masked, effective = packed
+        if source.recall is not None:
+            masked, effective = source.recall(weight, threshold, options, input.dtype)
+        else:
+            commit = source.commit and ops.can_commit(weight, threshold)
+            masked, effective = pack(weight, threshold, options, input.dtype, commit)
     grad_paths = plan.grad_input, _RAW if source.dense_gradient else plan.grad_weight
     how = (
         product, geometry, grad_paths, source.keep,
         options.reset_ratio, options.surrogate, options.structure_gradient, options.backend,
     )  # fmt: skip
     outputs = _MaskedProduct.apply(input, weight, threshold, bias, masked, effective, how)
+    if commit:
+        return outputs[0], threshold
     return outputs[0], outputs[1] if effective is None else effective
 
 

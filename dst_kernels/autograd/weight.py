@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 class Packed(NamedTuple):
-    """Hold W * M in the compute dtype, and the effective threshold that made it."""
+    """Hold W * M in the compute dtype, and the effective threshold that made it.
+
+    The stored threshold itself, in place of the latter, has its values already.
+    """
 
     masked: Tensor
     effective: Tensor
@@ -34,15 +37,19 @@ class WeightSource(NamedTuple):
         keep: whether W * M may be kept for the backward pass. FSDP2 frees the gathered weight
             until then to save memory; a kept copy would take that memory again.
         fixed: the mask is this one, and `recall` is its.
+        commit: a reset by the guard may be written into the threshold at once. If it was, the
+            threshold is returned in place of the effective one.
     """
 
     recall: Callable[[Tensor, Tensor, MaskOptions, torch.dtype], Packed] | None = None
     dense_gradient: bool = False
     keep: bool = True
     fixed: FixedMask | None = None
+    commit: bool = False
 
 
 FRESH = WeightSource()
+COMMITTED = WeightSource(commit=True)
 
 
 def _cast(weight: Tensor, threshold: Tensor, options: MaskOptions, dtype: torch.dtype) -> Packed:
@@ -52,9 +59,20 @@ def _cast(weight: Tensor, threshold: Tensor, options: MaskOptions, dtype: torch.
 MADE = WeightSource(_cast)  # the weight is W * M already, with gradients of its own
 
 
-def pack(weight: Tensor, threshold: Tensor, options: MaskOptions, dtype: torch.dtype) -> Packed:
-    """Mask and cast in one pass, outside autograd; the caller has checked the arguments."""
+def pack(
+    weight: Tensor,
+    threshold: Tensor,
+    options: MaskOptions,
+    dtype: torch.dtype,
+    commit: bool = False,
+) -> Packed:
+    """Mask and cast in one pass, outside autograd; the caller has checked the arguments.
+
+    `commit`: also write a reset by the guard into `threshold`, as `ops.can_commit` allows.
+    """
     arguments = weight.detach(), threshold.detach(), options.reset_ratio, dtype, options.backend
+    if commit:
+        return Packed(*ops.commit_masked_weight(*arguments))
     return Packed(*ops.call(ops.masked_weight, *arguments))
 
 
@@ -65,7 +83,9 @@ class _MaskedWeight(MaskedFunction):
     def compute(weight, threshold, masked, effective, how):
         if masked is not None:
             return (masked.detach(),)  # a new tensor, since autograd changes what is returned
-        reset_ratio, dtype, *_, backend = how
+        commit, reset_ratio, dtype, *_, backend = how
+        if commit:
+            return ops.commit_masked_weight(weight, threshold, reset_ratio, dtype, backend)
         return ops.call(ops.masked_weight, weight, threshold, reset_ratio, dtype, backend)
 
     @staticmethod
@@ -74,7 +94,7 @@ class _MaskedWeight(MaskedFunction):
         if masked is None:
             effective = output[1]
             ctx.mark_non_differentiable(effective)
-        _, _, ctx.dense_gradient, *ctx.options = how
+        _, _, _, ctx.dense_gradient, *ctx.options = how
         if not ctx.dense_gradient:
             ctx.save_for_backward(weight, effective)
 
@@ -111,10 +131,13 @@ def masked_weight(
         masked, effective = source.recall(weight, threshold, options, dtype)
         if source is MADE or source.fixed is not None:
             return Packed(masked, effective)
+    commit = source.commit and ops.can_commit(weight, threshold)
     # One tuple, as each argument of a node costs the host time.
     how = (
-        options.reset_ratio, dtype, source.dense_gradient,
+        commit, options.reset_ratio, dtype, source.dense_gradient,
         options.surrogate, options.structure_gradient, options.backend,
     )  # fmt: skip
     outputs = _MaskedWeight.apply(weight, threshold, masked, effective, how)
+    if commit:
+        return Packed(outputs[0], threshold)
     return Packed(outputs[0], outputs[1] if effective is None else effective)

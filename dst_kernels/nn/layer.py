@@ -79,9 +79,12 @@ class MaskedLayer(MaskedModule):
         weight, threshold = self._operands()
         if not weight.requires_grad:  # frozen: the mask stays as it is
             threshold = threshold.detach()
-        source = source_of(self)
+        commits = self._commits()
+        source = source_of(self, commits)
         result, effective = operation(weight, threshold, self.masking, source)
-        if self._commits():
+        if commits:
+            if effective is threshold:  # it has been written already
+                return result
             before = None if source.recall is None else stamp(self)
             if not source.keep or torch.compiler.is_compiling():
                 self._commit(threshold, effective)

@@ -7,6 +7,8 @@ from .batching import is_batched, one_by_one
 from .schemas import (
     NAMESPACE,
     call,
+    can_commit,
+    commit_masked_weight,
     effective_threshold,
     is_exporting,
     is_watched,
@@ -26,6 +28,8 @@ from .schemas import (
 __all__ = [
     "NAMESPACE",
     "call",
+    "can_commit",
+    "commit_masked_weight",
     "effective_threshold",
     "is_batched",
     "is_exporting",

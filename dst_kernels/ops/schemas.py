@@ -127,6 +127,28 @@ def call(op: torch._ops.OpOverload, *args):
     return op(*args)
 
 
+def can_commit(weight: Tensor, threshold: Tensor) -> bool:
+    """Return whether `commit_masked_weight` takes them.
+
+    A registered op writes to none of its arguments, so nothing may watch.
+    """
+    return (
+        type(weight) in (Tensor, Parameter)
+        and type(threshold) in (Tensor, Parameter)
+        and not (is_watched() or threshold.is_inference())
+    )
+
+
+def commit_masked_weight(
+    weight: Tensor, threshold: Tensor, reset_ratio: float | None, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Return what `masked_weight` does, and write a reset by the guard into `threshold` too."""
+    arguments = weight, threshold, reset_ratio, dtype, True, backend
+    made = _run[id(masked_weight)](*arguments, unchecked=False)
+    torch.autograd.graph.increment_version(threshold)
+    return made
+
+
 def is_exporting() -> bool:
     """Return `torch.compiler.is_exporting()`, which older compilers take for True when they run."""
     return torch.compiler._is_exporting_flag

@@ -65,13 +65,19 @@ def effective_threshold(weight: Tensor, threshold: Tensor, reset_ratio: float | 
 
 
 def masked_weight(
-    weight: Tensor, threshold: Tensor, reset_ratio: float | None, dtype: torch.dtype
+    weight: Tensor,
+    threshold: Tensor,
+    reset_ratio: float | None,
+    dtype: torch.dtype,
+    commit: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return (W * M in `dtype`, with the weight's memory format; effective threshold).
 
-    A NaN in W or t gives NaN.
+    A NaN in W or t gives NaN. `commit`: the effective threshold is also written into `threshold`.
     """
     effective = effective_threshold(weight, threshold, reset_ratio)
+    if commit:
+        threshold.copy_(effective)
     return _times_mask(weight, effective, dtype), effective
 
 

@@ -32,13 +32,17 @@ def effective_threshold(weight: Tensor, threshold: Tensor, reset_ratio: float | 
 
 
 def masked_weight(
-    weight: Tensor, threshold: Tensor, reset_ratio: float | None, dtype: torch.dtype
+    weight: Tensor,
+    threshold: Tensor,
+    reset_ratio: float | None,
+    dtype: torch.dtype,
+    commit: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Do as `reference.masked_weight`."""
     if not _are_usual(weight, threshold):
-        many = masked_weights([weight], [threshold], [reset_ratio], [False], dtype)
+        many = masked_weights([weight], [threshold], [reset_ratio], [commit], dtype)
         return many[0][0], many[1][0]
-    settings = _collapsed(weight.numel(), reset_ratio), 0
+    settings = _collapsed(weight.numel(), reset_ratio), int(commit)
     other = _OWN if dtype is torch.float32 else {"dtype": dtype}
     (masked,), (effective,) = _pack((weight,), (threshold,), settings, **other)
     return masked, effective

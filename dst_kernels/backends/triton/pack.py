@@ -1,8 +1,8 @@
 """Make effective threshold, mask, cast and counts in one streaming pass over the weight: `pack`.
 
-There are two launches. The first masks with the stored thresholds and counts what it prunes in each
-row. The second adds up the counts, so that the device decides about the collapse guard. Only if the
-layer has collapsed does it go on, and writes zero thresholds and the unmasked weight.
+There are two launches. The first masks with the stored thresholds and counts what each program
+prunes. The second adds up the counts, so that the device decides about the collapse guard. Only if
+the layer has collapsed does it go on, and writes zero thresholds and the unmasked weight.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from .tiles import StreamTile, pack_tile
 
 COUNTS = tl.constexpr(1024)
 """The number of counts that are added up at a time."""
+PACK_COUNTS = tl.constexpr(4096)
+"""The same for a pack, which has more of them."""
 
 
 @triton.jit
@@ -46,7 +48,8 @@ def pack_kernel(
 ):  # fmt: skip
     """Mask ROWS rows, block program_id(0), and `chunk` columns from program_id(1) * chunk on.
 
-    Counts go to pruned_counts [chunks, R]. Without `packed` no weight is written.
+    The program's count goes to pruned_counts [chunks, row blocks]. Without `packed` no weight is
+    written.
     """
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_r = r < R
@@ -64,26 +67,30 @@ def pack_kernel(
             dtype = packed.start.dtype.element_ty
             tl.store(elements(packed, r, c), masked(w, t).to(dtype), mask=inside)
         _store_threshold(effective, t, r, c, in_r, in_c, start == 0, THRESHOLD)
-    tl.store(pruned_counts + tl.program_id(1).to(tl.int64) * R + r, pruned, mask=in_r)
+    where = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(pruned_counts + where, tl.sum(pruned, axis=0))
 
 
 @triton.jit
-def has_collapsed(pruned_counts, number_of_counts, least_pruned):
+def has_collapsed(pruned_counts, number_of_counts, least_pruned, AT_ONCE: tl.constexpr = COUNTS):
     """Return whether the layer's counts add up to at least `least_pruned`; exact, as integers."""
-    total = tl.zeros((COUNTS,), tl.int64)
-    for start in range(0, number_of_counts, COUNTS):
-        i = start + tl.arange(0, COUNTS)
+    total = tl.zeros((AT_ONCE,), tl.int64)
+    for start in range(0, number_of_counts, AT_ONCE):
+        i = start + tl.arange(0, AT_ONCE)
         total += tl.load(pruned_counts + i, mask=i < number_of_counts, other=0)
     return tl.sum(total, axis=0) >= least_pruned
 
 
 @triton.jit
 def apply_guard_kernel(
-    weight, packed, effective, pruned_counts, number_of_counts, least_pruned, R, C,
+    weight, stored, packed, effective, pruned_counts, number_of_counts, least_pruned, R, C,
     THRESHOLD: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Set the thresholds to 0 and keep the whole weight, if the layer has collapsed."""
-    if has_collapsed(pruned_counts, number_of_counts, least_pruned):
+    """Set the thresholds to 0 and keep the whole weight, if the layer has collapsed.
+
+    The thresholds are the effective ones and, unless None, the `stored` ones.
+    """
+    if has_collapsed(pruned_counts, number_of_counts, least_pruned, PACK_COUNTS):
         for block in range(tl.program_id(0), tl.cdiv(R, ROWS), tl.num_programs(0)):
             r = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
             in_r = r < R
@@ -102,6 +109,8 @@ def apply_guard_kernel(
                     dtype = packed.start.dtype.element_ty
                     tl.store(elements(packed, r, c), masked(w, t).to(dtype), mask=inside)
                 _store_threshold(effective, t, r, c, in_r, in_c, start == 0, THRESHOLD)
+                if stored is not None:
+                    _store_threshold(stored, t, r, c, in_r, in_c, start == 0, THRESHOLD)
 
 
 # Enough programs to fill any GPU; each adds up all counts, so more would only read more.
@@ -169,16 +178,24 @@ def pack_plan(
         **OPTIONS,
     }
     return PackPlan(
-        tile, axis, R, C, chunk, chunks * R,
+        tile, axis, R, C, chunk, chunks * row_blocks,
         None if reset_ratio is None else least_pruned(R * C, reset_ratio),
         strides, (row_blocks, chunks), (min(row_blocks, _GUARD_PROGRAMS),), constants,
     )  # fmt: skip
 
 
 def pack(
-    weight: Tensor, threshold: Tensor, packed: Tensor | None, effective: Tensor, plan: PackPlan
+    weight: Tensor,
+    threshold: Tensor,
+    packed: Tensor | None,
+    effective: Tensor,
+    commit: bool,
+    plan: PackPlan,
 ) -> None:
-    """Fill `packed` (unless None) with W * M and `effective` with the effective threshold."""
+    """Fill `packed` (unless None) with W * M and `effective` with the effective threshold.
+
+    `commit`: a reset by the guard is also written into `threshold`.
+    """
     _, _, R, C, chunk, number_of_counts, least, strides, grid, guard_grid, constants = plan
     counts = weight.new_empty(number_of_counts, dtype=torch.int32)
     w, t = Strided(weight, *strides[0]), Strided(threshold, *strides[1])
@@ -188,5 +205,5 @@ def pack(
         pack_kernel[grid](w, t, p, e, counts, R, C, chunk, **constants)
         if least is not None:
             apply_guard_kernel[guard_grid](
-                w, p, e, counts, number_of_counts, least, R, C, **constants
+                w, t if commit else None, p, e, counts, number_of_counts, least, R, C, **constants
             )

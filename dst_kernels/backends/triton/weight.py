@@ -18,21 +18,29 @@ def effective_threshold(weight: Tensor, threshold: Tensor, reset_ratio: float | 
     """Do as `reference.effective_threshold`."""
     if reset_ratio is None or weight.numel() == 0:
         return threshold.clone()
-    return _pack(weight, threshold, reset_ratio, None)[1]
+    return _pack(weight, threshold, reset_ratio, None, False)[1]
 
 
 def masked_weight(
-    weight: Tensor, threshold: Tensor, reset_ratio: float | None, dtype: torch.dtype
+    weight: Tensor,
+    threshold: Tensor,
+    reset_ratio: float | None,
+    dtype: torch.dtype,
+    commit: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Do as `reference.masked_weight`."""
     if weight.numel() == 0:
         return torch.empty_like(weight, dtype=dtype), threshold.clone()
-    packed, effective = _pack(weight, threshold, reset_ratio, dtype)
+    packed, effective = _pack(weight, threshold, reset_ratio, dtype, commit)
     return cast(Tensor, packed), effective
 
 
 def _pack(
-    weight: Tensor, threshold: Tensor, reset_ratio: float | None, dtype: torch.dtype | None
+    weight: Tensor,
+    threshold: Tensor,
+    reset_ratio: float | None,
+    dtype: torch.dtype | None,
+    commit: bool,
 ) -> tuple[Tensor | None, Tensor]:
     packed = None if dtype is None else torch.empty_like(weight, dtype=dtype)
     effective = torch.empty_like(threshold)
@@ -45,11 +53,13 @@ def _pack(
     if plan is None:
         # A row is not one piece of memory: call this again with dense copies.
         dense = threshold.contiguous() if threshold.shape == weight.shape else threshold
-        results = _pack(weight.contiguous(), dense, reset_ratio, dtype)
+        results = _pack(weight.contiguous(), dense, reset_ratio, dtype, commit)
+        if commit and dense is not threshold:
+            threshold.copy_(dense)
         if packed is not None:
             packed.copy_(cast(Tensor, results[0]))
         return packed, effective.copy_(results[1])
-    tensors = weight, threshold, packed, effective
+    tensors = weight, threshold, packed, effective, commit
     if packed is not None and tuning_is_on():
 
         def run(tile: StreamTile) -> None:

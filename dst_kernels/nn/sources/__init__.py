@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...autograd import FRESH, MaskedWeightInMemory, WeightSource
+from ...autograd import COMMITTED, FRESH, MaskedWeightInMemory, WeightSource
 from .deferred import Deferral, deferral_of
 from .grouped import attached_weight
 from .reused import copies_of, open_scopes
@@ -34,8 +34,11 @@ def known_of(layer: MaskedLayer, attached: Tensor) -> MaskedWeightInMemory | Non
     return None if deferral is None else deferral.in_memory(layer, attached)
 
 
-def source_of(layer: MaskedLayer) -> WeightSource:
-    """Return how the layer itself makes the masked weight of this call."""
+def source_of(layer: MaskedLayer, commits: bool) -> WeightSource:
+    """Return how the layer itself makes the masked weight of this call.
+
+    `commits`: whether the call writes resets by the guard into the threshold.
+    """
     dense_gradient = layer._deferral is not None and deferral_of(layer) is not None
     if layer._sharded_thresholds:
         return WeightSource(None, dense_gradient, keep=False)
@@ -44,5 +47,5 @@ def source_of(layer: MaskedLayer) -> WeightSource:
         copies = copies_of(layer)
         recall = None if copies is None else copies.recall
     if recall is None and not dense_gradient:
-        return FRESH
+        return COMMITTED if commits else FRESH
     return WeightSource(recall, dense_gradient)
