@@ -32,6 +32,7 @@ FLAGS = (
 )
 THREADS = 128  # of every block
 REGISTERS = 65536  # of a multiprocessor
+SMALL = 2048  # bytes of parameters of the kernels for a few segments
 
 # At least so many accesses of 16 and of 8 bytes: loads, loads, stores, stores. They follow from
 # the loops of the source: the number of arrays, times how far each loop is unrolled, for each dtype
@@ -54,7 +55,6 @@ WIDE = {
     "step_kernel adamw bfloat16": (14, 0, 18, 0),
     "step_kernel adamw float16": (14, 0, 18, 0),
     # Small or rarely at work.
-    "guard_kernel": (4, 0, 0, 0),
     "add_pieces_kernel": (0, 0, 0, 0),
     "total_kernel": (0, 4, 0, 0),
 }
@@ -94,13 +94,14 @@ def cuobjdump() -> str:
 
 
 def name_of(mangled: str) -> str:
-    """Such as "step_kernel adamw float32"."""
+    """Such as "step_kernel adamw float32", and whether its table is small: "small"."""
     names = {key.split()[0] for key in WIDE}
     name = next(name for name in names if f"{len(name)}{name}" in mangled)
     rule = re.search(r"\d(Sgd|AdamW)Rule", mangled)
     dtype = "bfloat16" if "__nv_bfloat16" in mangled else "float16" if "__half" in mangled else ""
-    templated = f"{name}I" in mangled
-    words = [name, rule and rule[1].lower(), templated and (dtype or "float32")]
+    typed = re.search(rf"{name}I(f|6__half|13__nv|NS0_\d+(Sgd|AdamW)Rule)", mangled)
+    small = f"Li{SMALL}E" in mangled and "small"
+    words = [name, rule and rule[1].lower(), typed and (dtype or "float32"), small]
     return " ".join(word for word in words if word)
 
 
@@ -149,7 +150,9 @@ def test_kernels_compile_to_what_was_meant(source, tmp_path):
     kernels = kernels_of(dump.stdout)
     assert {architecture for _, architecture in kernels} == ARCHITECTURES
     for (name, architecture), kernel in kernels.items():
-        check(f"{name} on {architecture}", kernel, WIDE[name])
+        check(f"{name} on {architecture}", kernel, WIDE[name.removesuffix(" small")])
+    small = {name for name, _ in kernels if name.endswith(" small")}
+    assert {f"{name} small" for name, _ in kernels if name not in small | {"total_kernel"}} == small
 
 
 def check(name: str, kernel: Kernel, wide: tuple[int, ...]) -> None:

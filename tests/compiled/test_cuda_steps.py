@@ -187,7 +187,7 @@ def test_the_guard_fires_at_its_count_and_not_one_above(library, rule, shape):
 
 @every_rule
 def test_more_segments_and_groups_than_a_table_holds(library, rule):
-    """A step's table is full after some 200 segments of a dtype, or 32 groups; a norm's, 355."""
+    """A step's table is full after some 200 segments of a dtype, or 8 groups; a norm's, 355."""
     hypers = [(lr / 100, *HYPERS[rule][lr % 4][1:]) for lr in range(1, 61)]
 
     def segment(i, groups):

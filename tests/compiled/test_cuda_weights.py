@@ -27,6 +27,7 @@ from dst_kernels.reference.regularization import sparse_regularization_and_slope
 library = cuda_cases.library
 
 NO_GUARD = (-1, 0)
+F32 = torch.float32
 SURROGATES = range(len(reference.SURROGATES))
 of_any_alignment = pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "unaligned"])
 
@@ -106,6 +107,93 @@ def test_the_guard_fires_at_its_count_and_not_one_above(library, shape, granular
         same(effective[i], under)
         same(stored[i], under if commit else threshold)
         assert kept[i] == kept_count(weight, under)
+
+
+def test_layers_that_share_a_threshold(library):
+    """A reset of one, whose weights are small, is not seen by the other in the same call."""
+    weights = [0.1 * torch.rand(40, 1000), torch.randn(40, 1000)]
+    stored = torch.full((40,), 0.5)
+    placed = Memory(library).place(stored)
+    masked, effective = library.ops.pack(
+        Memory(library).place_all(weights), [placed] * 2, settings_of([(400, 1)] * 2)
+    )
+    expected = reference.masked_weights(weights, [stored] * 2, [0.01] * 2, [True] * 2, F32)
+    found = *masked, *effective, placed
+    for ours, theirs in zip(found, (*expected[0], *expected[1], stored), strict=True):
+        same(ours, theirs)
+
+
+def lanes(library, runs):
+    """Functions that enqueue each of `runs` on a stream of its own, every second as a graph."""
+
+    def lane(i, run):
+        if library.device.type == "cpu":
+            return lambda: (library.ops.on_stream(i, i % 2 == 1), run())
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            run()
+        stream.synchronize()
+        if i % 2:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                run()
+            run = graph.replay
+
+        def enqueue():
+            with torch.cuda.stream(stream):
+                run()
+
+        return enqueue
+
+    return [lane(*each) for each in enumerate(runs)]
+
+
+def test_the_guard_again_and_again_on_several_streams(library):
+    """Layers that collapse and layers that do not, in turn, while other streams do the same."""
+    on_gpu = library.device.type == "cuda"
+    shapes = [(4096, 1024), (8, 50000), (300,)] if on_gpu else [(40, 64), (2, 4100), (30,)]
+    wrong = []
+
+    def run_of(index):
+        torch.manual_seed(index)
+        weights = [torch.randn(shape, device=library.device) for shape in shapes]
+        stored = [torch.full((shape[0],), 1.0, device=library.device) for shape in shapes]
+        under = [torch.empty_like(threshold) for threshold in stored]
+        kept = torch.empty(len(shapes), dtype=torch.int64, device=library.device)
+        every = [(w.abs() > 1).sum().item() for w in weights]
+        cases = []
+        for parity in range(2):
+            stays = [(i + parity) % 2 for i in range(len(shapes))]
+            settings = [(count - one, 1) for count, one in zip(every, stays, strict=True)]
+            limits = [one * threshold for one, threshold in zip(stays, stored, strict=True)]
+            pairs = [*zip(weights, limits, strict=True)]
+            expected = [reference.masked_weight(*pair, None, torch.bfloat16)[0] for pair in pairs]
+            counts = torch.stack([reference.threshold_mask(*pair).sum() for pair in pairs])
+            cases.append((settings_of(settings), expected, limits, counts))
+        differs = torch.zeros((), dtype=torch.int64, device=library.device)
+        wrong.append(differs)
+        outputs = [torch.empty_like(w, dtype=torch.bfloat16) for w in weights]
+        effective = [torch.empty_like(t) for t in stored]
+
+        def run():
+            for settings, expected, limits, counts in cases:
+                torch._foreach_copy_(under, stored)
+                library.ops.pack(weights, under, settings, outputs, effective, kept)
+                found = *outputs, *effective, *under, kept
+                for ours, theirs in zip(found, (*expected, *limits, *limits, counts), strict=True):
+                    differs.add_((ours != theirs).any())
+
+        return run
+
+    enqueue = lanes(library, [run_of(i) for i in range(4)])
+    for _ in range(500 if on_gpu else 3):
+        for each in enqueue:
+            each()
+    if on_gpu:
+        torch.cuda.synchronize()
+    else:
+        library.ops.on_stream(0, False)
+    assert [int(each) for each in wrong] == [0] * 4
 
 
 def test_more_segments_than_a_table_holds_of_all_dtypes(library):
