@@ -27,7 +27,7 @@ constexpr int kBlockBits = 64 - kCountBits;
 
 namespace {  // each of the files that nvcc gets has its own
 
-constexpr int kCounters = 1 << 15;
+constexpr int kCounters = 1 << 14;
 __device__ Counter counters[kCounters];
 
 // What a device's counters are given away for.
