@@ -79,7 +79,12 @@ def _passes(
                 yield Variant(
                     f"apply_guard {name}",
                     apply_guard_kernel,
-                    {**arguments, "number_of_counts": "i32", "least_pruned": "i64"},
+                    {
+                        **arguments,
+                        "stored": threshold if write else None,  # of a forward in training
+                        "number_of_counts": "i32",
+                        "least_pruned": "i64",
+                    },
                     tile.warps,
                     tile.stages,
                 )
