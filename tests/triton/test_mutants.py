@@ -139,6 +139,18 @@ MUTANTS = {
         "> least_pruned",
         "weight_ops::test_the_guard_counts_exactly[(8, 3, 5)]",
     ),
+    "a program counts its largest row only": (
+        "pack.py",
+        r"tl\.sum\(pruned, axis=0\)",
+        "tl.max(pruned, axis=0)",
+        "weight_ops::test_the_guard_counts_exactly[(130, 65)]",
+    ),
+    "a reset stays in the forward that found it": (
+        "pack.py",
+        r"if stored is not None",
+        "if False",
+        "weight_ops::test_a_forward_in_training_writes_a_reset_where_it_finds_it[row-False]",
+    ),
     "pack leaves a hole": (
         "pack.py",
         r"(masked\(w, t\)\.to\(dtype\), mask=inside)",

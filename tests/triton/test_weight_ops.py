@@ -19,6 +19,7 @@ from triton_cases import (
 )
 
 from dst_kernels import reference
+from dst_kernels.autograd import COMMITTED, MaskOptions, masked_weight
 from dst_kernels.backends.triton import pack
 from dst_kernels.backends.triton.tiles import StreamTile
 
@@ -115,6 +116,45 @@ def test_the_guard_counts_over_blocks_and_programs(shape, tile, device, monkeypa
     same(run("effective_threshold", weight, threshold, 0.0), threshold)
     expected = (weight, torch.zeros_like(threshold))
     same(run("masked_weight", weight, threshold, 1 / weight.numel(), F32), expected)
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+@every_granularity
+def test_a_forward_in_training_writes_a_reset_where_it_finds_it(
+    granularity, permuted, device, monkeypatch
+):
+    """In two launches, and only where the layer has collapsed: one count may make it so."""
+    launched = []
+
+    class Counted:
+        def __init__(self, name):
+            self.name, self.kernel = name, getattr(pack, name)
+
+        def __getitem__(self, grid):
+            launched.append(self.name)
+            return self.kernel[grid]
+
+    for name in ("pack_kernel", "apply_guard_kernel"):
+        monkeypatch.setattr(pack, name, Counted(name))
+    weight = normal(6, 40, 3, device=device)
+    weight = weight.transpose(1, 2) if permuted else weight  # a row is not one piece of memory
+    before = thresholds(weight.shape, granularity, device=device)
+    kept = reference.threshold_mask(weight, before).sum().item()
+    for count in (kept - 1, kept):
+        threshold = before.clone()
+        version = threshold._version
+        options = MaskOptions(reset_ratio=count / weight.numel(), backend="triton")
+        launched.clear()
+        packed, effective = masked_weight(weight, threshold, options, F32, COMMITTED)
+        assert effective is threshold and threshold._version > version
+        assert launched == ["pack_kernel", "apply_guard_kernel"]
+        expected = before if count < kept else torch.zeros_like(before)
+        same((threshold,), expected)
+        same((packed,), reference.masked_weight(weight, expected, None, F32)[0])
+    launched.clear()
+    untouched = before.clone()
+    masked_weight(weight, untouched, options, F32)
+    same((untouched,), before)
 
 
 @every_shape
