@@ -1,5 +1,5 @@
 // W * M in its own dtype, counts and effective thresholds: one pass over all weights.
-#include <set>
+#include <algorithm>
 #include <vector>
 
 #include "../ops.h"
@@ -135,14 +135,15 @@ PackEntry entry_of(const PackSegment& s) {
   return entry;
 }
 
-// Those of several segments: none of them may write what blocks of another still read.
-std::set<const void*> shared_thresholds(const std::vector<PackSegment>& segments) {
-  std::set<const void*> seen, shared;
-  if (segments.size() == 1) return shared;
+// Whether segments have thresholds in common, which none of them may write while blocks of another
+// still read them.
+bool share_thresholds(const std::vector<PackSegment>& segments) {
+  std::vector<const void*> all;
   for (const PackSegment& s : segments) {
-    if (!seen.insert(s.threshold.data).second) shared.insert(s.threshold.data);
+    if (s.threshold) all.push_back(s.threshold.data);
   }
-  return shared;
+  std::sort(all.begin(), all.end());
+  return std::adjacent_find(all.begin(), all.end()) != all.end();
 }
 
 }  // namespace
@@ -165,13 +166,13 @@ Outputs pack(const Tensors& weights, const Tensors& thresholds, const Integers& 
   const Launcher launch(reader.op(), weights[0]);
   int64_t* const counts = kept ? reader.counts(*kept, "kept") : nullptr;
 
-  const auto shared = shared_thresholds(segments);
+  const bool shared = share_thresholds(segments);
   Arrivals arrivals(launch, segments.size());
   std::vector<PackEntry> entries;
   for (size_t i = 0; i < segments.size(); ++i) {
     const PackSegment& s = segments[i];
     PackEntry entry = entry_of(s);
-    entry.commit = s.commit && !shared.contains(s.threshold.data);
+    entry.commit = s.commit && !shared;
     entry.guard.kept = counts ? counts + i : nullptr;
     entry.guard.collapsed = s.weight ? s.collapsed : -1;  // nothing cannot collapse
     if (counts || entry.guard.collapsed >= 0) {
@@ -190,8 +191,8 @@ Outputs pack(const Tensors& weights, const Tensors& thresholds, const Integers& 
     }
     batch.flush();
   });
-  for (size_t i = 0; i < segments.size(); ++i) {
-    if (!segments[i].commit || entries[i].commit) continue;
+  for (size_t i = 0; shared && i < segments.size(); ++i) {
+    if (!segments[i].commit) continue;
     launch.copy(entries[i].threshold, entries[i].effective,
                 segments[i].threshold.numel * sizeof(float));
   }

@@ -38,9 +38,9 @@ SMALL = 2048  # bytes of parameters of the kernels for a few segments
 # the loops of the source: the number of arrays, times how far each loop is unrolled, for each dtype
 # of the gradients or of W * M that a kernel has a loop for.
 WIDE = {
-    "pack_kernel float32": (24, 0, 12, 12),
-    "pack_kernel bfloat16": (10, 10, 16, 4),
-    "pack_kernel float16": (10, 10, 16, 4),
+    "pack_kernel float32": (28, 0, 16, 20),
+    "pack_kernel bfloat16": (10, 14, 20, 12),
+    "pack_kernel float16": (10, 14, 20, 12),
     "post_kernel float32": (22, 8, 18, 0),
     "post_kernel bfloat16": (14, 12, 8, 8),
     "post_kernel float16": (14, 12, 8, 8),
@@ -48,12 +48,12 @@ WIDE = {
     "norm_kernel float32": (32, 16, 0, 0),
     "norm_kernel bfloat16": (8, 0, 0, 0),
     "norm_kernel float16": (8, 0, 0, 0),
-    "step_kernel sgd float32": (56, 16, 42, 36),
-    "step_kernel sgd bfloat16": (12, 0, 16, 0),
-    "step_kernel sgd float16": (12, 0, 16, 0),
-    "step_kernel adamw float32": (68, 16, 54, 36),
-    "step_kernel adamw bfloat16": (14, 0, 18, 0),
-    "step_kernel adamw float16": (14, 0, 18, 0),
+    "step_kernel sgd float32": (60, 16, 46, 44),
+    "step_kernel sgd bfloat16": (12, 4, 20, 8),
+    "step_kernel sgd float16": (12, 4, 20, 8),
+    "step_kernel adamw float32": (72, 16, 58, 44),
+    "step_kernel adamw bfloat16": (14, 4, 22, 8),
+    "step_kernel adamw float16": (14, 4, 22, 8),
     # Small or rarely at work.
     "add_pieces_kernel": (0, 0, 0, 0),
     "total_kernel": (0, 4, 0, 0),
