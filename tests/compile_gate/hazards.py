@@ -23,7 +23,7 @@ from .sass import Instruction
 _WRITE = """
     CS2R F2F F2FP F2I FADD FFMA FLO FMNMX FMUL FRND FSEL FSET HADD2 HFMA2 HMNMX2 HMUL2 HSET2
     I2F I2FP IABS IADD3 IMAD LDC LDG LDL LDS LDSM LEA LOP3 MOV MUFU P2R POPC PRMT S2R SEL SGXT
-    SHF SHFL VIADD VIADDMNMX VIMNMX VOTE
+    SHF SHFL VIADD VIADDMNMX VIMNMX VIMNMX3 VOTE
 """
 # Those with no register for a result: memory, predicates or uniform registers change, or nothing.
 _WRITE_NONE = """

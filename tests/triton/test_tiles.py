@@ -56,8 +56,6 @@ PRODUCTS = [
     (product(16, 16, 16, group=3), (20, 70, 5)),  # bands of three tiles, the last of two
     (product(64, 16, 16, split=5, group=2), (1, 40, 81)),
     (product(16, 16, 16, unroll=2), (20, 20, 70)),
-    (product(16, 16, 16, descriptor=True), (20, 40, 72)),
-    (product(16, 32, 16, split=2, descriptor=True), (20, 40, 66)),  # rows of 132 bytes have none
 ]
 GRADIENTS = [
     (gradient(16, 16, 16), (20, 37, 33)),

@@ -34,7 +34,6 @@ class CompiledTile(NamedTuple):
     group: int
     unroll: int = 1
     pieces: int = 1
-    descriptor: bool = False
 
 
 _NOTHING = contextlib.nullcontext()

@@ -45,7 +45,10 @@ def masked_linear(
         output = x.new_zeros(shape)
         output = output if bias is None else output.add_(bias)
         return output, effective_threshold(weight, threshold, reset_ratio)
-    effective = threshold.clone(memory_format=torch.contiguous_format)
+    if threshold.shape == weight.shape:
+        effective = threshold.clone(memory_format=torch.contiguous_format)
+    else:
+        effective = torch.empty_like(threshold, memory_format=torch.contiguous_format)
     bias = None if bias is None else bias.contiguous()
     traits = traits or traits_of(x)
     output = _product(x, *_operands(weight, threshold), traits, bias, reset_ratio, effective)

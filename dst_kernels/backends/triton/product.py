@@ -18,7 +18,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import OPTIONS, CompiledTile, cdiv, index_dtype, least_pruned, on_device_of
 from .masking import ALONG_R, ELEMENT, LAYER, load_threshold, nan_of, operand
@@ -60,7 +59,6 @@ def _accumulate(
     """Return A in^T over columns begin to end, and how many weights it pruned, if they COUNT.
 
     Without a `threshold`, t = 0. Offsets inside a tile are int32 where they fit, to save registers.
-    In a TILE with a `descriptor` x is that of its memory, which reads as zero beyond the edges.
     Weights are counted by a second product, of the mask of pruned ones with a tile of ones: a sum
     across threads in the loop would make the tensor cores wait.
     """
@@ -75,15 +73,14 @@ def _accumulate(
     w_start += tl.cast(begin, tl.int64) * weight.column
     w_step = tl.cast(weight.column, tl.int64) * BLOCK_C
     w_tile = rows.to(INDEX)[:, None] * weight.row + columns.to(INDEX)[None, :] * weight.column
-    x_dtype: tl.constexpr = x.dtype if TILE.descriptor else x.start.dtype.element_ty
-    if not TILE.descriptor:
-        x_start = x.start + tile_m.to(tl.int64) * BLOCK_M * x.row
-        x_start += tl.cast(begin, tl.int64) * x.column
-        x_step = tl.cast(x.column, tl.int64) * BLOCK_C
-        tokens = tl.arange(0, BLOCK_M).to(INDEX)
-        x_tile = tokens[None, :] * x.row + columns.to(INDEX)[:, None] * x.column
+    x_dtype: tl.constexpr = x.start.dtype.element_ty
+    x_start = x.start + tile_m.to(tl.int64) * BLOCK_M * x.row
+    x_start += tl.cast(begin, tl.int64) * x.column
+    x_step = tl.cast(x.column, tl.int64) * BLOCK_C
+    tokens = tl.arange(0, BLOCK_M).to(INDEX)
+    x_tile = tokens[None, :] * x.row + columns.to(INDEX)[:, None] * x.column
     accumulator = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
-    pruned = tl.zeros((BLOCK_R, 16), tl.float32)
+    pruned = tl.zeros((BLOCK_R, 16), tl.int32)
     ones = tl.full((BLOCK_C, 16), 1.0, x_dtype)
     of_rows = tl.zeros((BLOCK_R, 1), tl.float32)
     if threshold is not None and THRESHOLD == ALONG_R:
@@ -93,11 +90,7 @@ def _accumulate(
         in_c = c < end
         inside = in_r[:, None] & in_c[None, :]
         w = tl.load(w_start + w_tile, mask=inside, other=0.0).to(tl.float32)
-        if TILE.descriptor:
-            xt = x.load([tile_m * BLOCK_M, start]).T
-        else:
-            xt = tl.load(x_start + x_tile, mask=in_m[None, :] & in_c[:, None], other=0.0)
-            x_start += x_step
+        xt = tl.load(x_start + x_tile, mask=in_m[None, :] & in_c[:, None], other=0.0)
         if threshold is None or THRESHOLD == ALONG_R:
             t = of_rows
         else:
@@ -106,19 +99,21 @@ def _accumulate(
         accumulator = tl.dot(left, xt, accumulator, input_precision=TILE.precision)
         if COUNT:
             small = tl.where(tl.abs(w) <= t, 1.0, 0.0).to(x_dtype)
-            pruned = tl.dot(small, ones, pruned, input_precision="tf32")
+            # A sum of its own: the next step may not write `small` while this product reads it.
+            pruned += tl.dot(small, ones, input_precision="tf32").to(tl.int32)
         w_start += w_step
+        x_start += x_step
     if threshold is not None and THRESHOLD != ELEMENT:
         accumulator += nan_of(threshold, of_rows, begin, end, THRESHOLD)
     if not COUNT:
         return accumulator, 0
-    # Exact: whole numbers up to 2^24 in each row, the same in all 16 columns. Zeros loaded beyond
-    # the last column count too, unless their threshold is negative.
+    # The same in all 16 columns. Zeros loaded beyond the last column count too, unless their
+    # threshold is negative.
     of_padding = tl.zeros((BLOCK_R,), tl.int32) + tl.cdiv(end - begin, BLOCK_C) * BLOCK_C
     of_padding -= end - begin
     if THRESHOLD == ALONG_R:
         of_padding = tl.where(tl.reshape(of_rows, (BLOCK_R,)) >= 0, of_padding, 0)
-    counted = tl.max(pruned, axis=1).to(tl.int32) - of_padding
+    counted = tl.max(pruned, axis=1) - of_padding
     return accumulator, tl.sum(tl.where(in_r, counted, 0), axis=0)
 
 
@@ -157,7 +152,7 @@ def _add_slabs(slabs, bias, out, tile_r, tile_m, M, R, parts, TILE: tl.constexpr
     """Write a tile of out, the sum of the slabs in order."""
     r, _, in_r, in_m = _indices(tile_r, tile_m, M, R, TILE)
     inside = in_m[:, None] & in_r[None, :]
-    total = tl.zeros((TILE.block_m, TILE.block_r), tl.float32)
+    total = tl.full((TILE.block_m, TILE.block_r), 0.0, tl.float32)
     start = tile_m.to(tl.int64) * TILE.block_m * R + tile_r * TILE.block_r
     tokens = tl.arange(0, TILE.block_m).to(TILE.index)
     tile = tokens[:, None] * R + tl.arange(0, TILE.block_r)[None, :]
@@ -171,12 +166,13 @@ def _add_slabs(slabs, bias, out, tile_r, tile_m, M, R, parts, TILE: tl.constexpr
 
 @triton.jit(do_not_specialize=("M", "steps"))
 def product_kernel(
-    x, weight, threshold, bias, out, pruned_counts, M, sizes, steps, stride_x, stride_w, stride_t,
-    THRESHOLD: tl.constexpr, TILE: tl.constexpr,
+    x, weight, threshold, bias, out, pruned_counts, effective, number_of_thresholds,
+    M, sizes, steps, stride_x, stride_w, stride_t, THRESHOLD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile of out [M, R] over `steps` tiles of columns from program_id(1) * steps on.
 
     `sizes` are (R, C). With several parts, `out` is float32 slabs [parts, M, R] and gets no bias.
+    `effective` [number_of_thresholds], if it is given, becomes a copy of thresholds along R.
     """
     R, C = sizes
     part = steps * TILE.block_c
@@ -186,9 +182,13 @@ def product_kernel(
     split = tl.program_id(1)
     begin = split * part
     end = tl.minimum(begin + part, C)
-    weight, threshold = Strided(weight, *stride_w), Strided(threshold, *stride_t)
-    if not TILE.descriptor:
-        x = Strided(x, *stride_x)
+    x, weight, threshold = (
+        Strided(x, *stride_x), Strided(weight, *stride_w), Strided(threshold, *stride_t)
+    )  # fmt: skip
+    if effective is not None:
+        one = in_r & (r < number_of_thresholds) & (tile_m == 0) & (split == 0)
+        limit = tl.load(threshold.start + r * threshold.row, mask=one, other=0.0)
+        tl.store(effective + r, limit, mask=one)
     if pruned_counts is None:
         accumulator, _ = _accumulate(
             x, weight, threshold, tile_r, tile_m, in_r, in_m, begin, end, THRESHOLD, False, TILE
@@ -236,12 +236,6 @@ def finish_kernel(
                 _add_slabs(slabs, bias, out, tile_r, tile_m, M, R, parts, TILE)
 
 
-def has_descriptor(x: Tensor) -> bool:
-    """Return whether a matrix's memory can be described to the GPU's copy engine."""
-    row = x.stride(0) * x.element_size()
-    return x.stride(1) == 1 and row % 16 == 0 and x.data_ptr() % 16 == 0
-
-
 def masked_product(
     x: Tensor,
     weight: Matrix,
@@ -255,8 +249,8 @@ def masked_product(
 ) -> Tensor:
     """Return x [M, C] times the masked weight [R, C], transposed: [M, R] in x's dtype.
 
-    With a `reset_ratio` the thresholds are the stored ones, and `effective`, a dense copy of them,
-    is set to 0 if the layer has collapsed.
+    `effective` is dense memory for the thresholds that masked: with a `reset_ratio`, 0 if the layer
+    has collapsed, else a copy of `threshold`, where that does not vary element by element.
     """
     M, R, C = x.shape[0], weight.rows, weight.columns
     # A single threshold is read as one for each row: a scalar in the loop serialises wgmma.
@@ -267,10 +261,12 @@ def masked_product(
     slabs = x.new_empty((parts, M, R), dtype=torch.float32) if parts > 1 else None
     tiles_r = cdiv(R, tile.block_r)
     tiles = tiles_r * cdiv(M, tile.block_m)
+    copied = None if threshold.axis == ELEMENT.value else effective
+    number = 0 if effective is None else effective.numel()
     counts = guard = None
     if reset_ratio is not None and effective is not None:
         counts = x.new_empty(parts * tiles_r, dtype=torch.int32)
-        guard = Guard(counts, least_pruned(R * C, reset_ratio), effective, effective.numel())
+        guard = Guard(counts, least_pruned(R * C, reset_ratio), effective, number)
     index = index_dtype(
         tile.block_r * weight.row_stride, tile.block_c * weight.column_stride,
         tile.block_m * x.stride(0), tile.block_c * x.stride(1), tile.block_m * R,
@@ -279,17 +275,12 @@ def masked_product(
         precision, index, tile.block_m, tile.block_r, tile.block_c, tile.group, unroll=tile.unroll,
     )  # fmt: skip
     options = {"num_warps": tile.warps, **OPTIONS}
-    tokens: Tensor | TensorDescriptor = x
-    described = compiled
-    if tile.descriptor and has_descriptor(x):
-        tokens = TensorDescriptor(x, x.shape, x.stride(), [tile.block_m, tile.block_c])
-        described = compiled._replace(descriptor=True)
     with on_device_of(x):
         product_kernel[(tiles, parts)](
-            tokens, weight.tensor, threshold.tensor, bias if parts == 1 else None,
-            out if slabs is None else slabs, counts, M, (R, C), steps,
+            x, weight.tensor, threshold.tensor, bias if parts == 1 else None,
+            out if slabs is None else slabs, counts, copied, number, M, (R, C), steps,
             x.stride(), weight.strided[1:], threshold.strided[1:], THRESHOLD=axis,
-            TILE=described, num_stages=tile.stages, **options,
+            TILE=compiled, num_stages=tile.stages, **options,
         )  # fmt: skip
         if guard is not None or parts > 1:
             finish_kernel[(min(tiles, MULTIPROCESSORS),)](

@@ -41,7 +41,7 @@ class ProductTile:
 
     `unroll` steps of the sum are one iteration (with one alone, ptxas may run the tensor cores one
     instruction at a time). `split` programs share the sum of one tile; `group` outer tiles run
-    together to share L2. With a `descriptor` the GPU's copy engine loads tiles of activations.
+    together to share L2.
     """
 
     block_m: int
@@ -52,11 +52,10 @@ class ProductTile:
     unroll: int = 1
     split: int = 1
     group: int = 8
-    descriptor: bool = False
 
     def __str__(self) -> str:
         blocks = f"{self.block_m}x{self.block_r}x{self.block_c}"
-        return f"{blocks} w{self.warps} s{self.stages} u{self.unroll}{' d' * self.descriptor}"
+        return f"{blocks} w{self.warps} s{self.stages} u{self.unroll}"
 
 
 @dataclass(frozen=True)
@@ -145,29 +144,23 @@ _HOPPER = {m: ProductTile(m, 128, 32, 8, 3, unroll=2) for m in (16, 32, 64, 128)
 _AMPERE = {m: ProductTile(m, 128, 32, 8, 3) for m in (16, 64)}
 # For many tokens, 16-bit products on Hopper, and thresholds that are not element-wise; not split.
 # Each masked weight is multiplied with twice as many tokens.
-_MANY_TOKENS = ProductTile(256, 128, 32, 8, 3)
+_MANY_TOKENS = ProductTile(256, 128, 32, 8, 3, unroll=2)
 # Exact float32 runs on the ordinary cores.
 _FLOAT32 = {m: ProductTile(m, 64, 16, 4, 2) for m in (16, 32)}
 
 # More tiles that tuning may try for 16-bit products on Hopper. With a threshold for each row all
 # compile without spills, for float32 and 16-bit weights. Those in _MORE may be split; those in
 # _MORE_WHOLE may not: split, they spill or wait for each wgmma. With a threshold for each weight
-# the largest spill, or do not fit in shared memory, and tuning skips them. A step of 64 without
-# unrolling is left out: with 16-bit weights ptxas then runs wgmma one instruction at a time. One of
-# 32 needs so little that two blocks share a multiprocessor.
+# the largest spill, or do not fit in shared memory, and tuning skips them. One step
+# in an iteration is left out: with Triton 3.6 registers are then written while wgmma reads them.
 _MORE = (
     ProductTile(16, 128, 32, 8, 4, unroll=2),
-    ProductTile(128, 128, 32, 8, 3),
     ProductTile(16, 64, 64, 4, 4, unroll=2),
     ProductTile(128, 128, 32, 8, 4, unroll=2),
 )
 _MORE_WHOLE = (
     _MANY_TOKENS,
     ProductTile(64, 64, 32, 4, 4, unroll=2),
-    ProductTile(256, 128, 32, 8, 4),
-    ProductTile(128, 128, 32, 8, 3, descriptor=True),
-    ProductTile(128, 128, 64, 8, 3, descriptor=True),
-    ProductTile(256, 128, 32, 8, 4, descriptor=True),
 )
 
 _SMALL, _MIDDLE, _LARGE = (

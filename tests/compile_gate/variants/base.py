@@ -77,9 +77,7 @@ PARTIAL_SUMS = Strided(pointer("fp32"), "i32:16", "i32:16")
 
 def product_tile(tile: ProductTile, precision: str) -> CompiledTile:
     blocks = tile.block_m, tile.block_r, tile.block_c, tile.group
-    return CompiledTile(
-        precision, tl.int32, *blocks, unroll=tile.unroll, descriptor=tile.descriptor
-    )
+    return CompiledTile(precision, tl.int32, *blocks, unroll=tile.unroll)
 
 
 def grad_weight_tile(tile: GradWeightTile, precision: str) -> CompiledTile:

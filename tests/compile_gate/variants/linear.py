@@ -110,7 +110,6 @@ def _products(cases: Iterable[_ProductCase]) -> Iterator[Variant]:
             if purpose == "unguarded" and not (largest or tile is MANY_TOKENS_TILE):
                 continue
             transposed = purpose == "grad_input"
-            descriptor = f"tensordesc<{x}[{tile.block_m}, {tile.block_c}]>"
             for granularity, (axis, threshold) in granularities(transposed).items():
                 if granularity == "layer":
                     continue  # its threshold is read as one for each row
@@ -125,12 +124,16 @@ def _products(cases: Iterable[_ProductCase]) -> Iterator[Variant]:
                         f"{granularity} {tile}",
                         product_kernel,
                         {
-                            "x": descriptor if tile.descriptor else pointer(x),
+                            "x": pointer(x),
                             "weight": pointer(weight),
                             "threshold": pointer("fp32"),
                             "bias": None if transposed or split else pointer("fp32"),
                             "out": pointer("fp32" if split else x),
                             "pruned_counts": pointer("i32") if purpose == "forward" else None,
+                            "effective": None
+                            if transposed or granularity == "element"
+                            else pointer("fp32"),
+                            "number_of_thresholds": "i32",
                             "M": "i32",
                             "sizes": ("i32:16", "i32:16"),
                             "steps": "i32",
