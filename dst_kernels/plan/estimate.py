@@ -187,7 +187,7 @@ _TF32_FLOPS = 390e12
 _FLOAT32_FLOPS = 50e12
 _LAUNCH = 2e-6
 _PACK_LAUNCHES = 1
-# The product, and what applies the guard. Copies of thresholds before and after are left out.
+# The product, and what applies the guard; the small copy of thresholds after them is left out.
 _FUSED_FORWARD_LAUNCHES = 2
 
 
