@@ -3,10 +3,8 @@
 Triton compiles an integer argument anew where it is 1, not a multiple of 16, or too large for 32
 bits. The interpreter does not, so what breaks there breaks first on a GPU.
 
-What the launchers round up to whole blocks is never 1, and is not made 1 here. It matters: ptxas
-12.9.86, which comes with Triton 3.8, ends with a segmentation fault (at -O1 and above) where
-`part`, the number of columns and the strides of `x` and of element-wise thresholds are all 1. That
-of CUDA 13.0 compiles the same code.
+What launchers round up to whole blocks is never 1, and is not made 1 here, nor is what they keep
+from being specialised.
 """
 
 from __future__ import annotations
@@ -22,7 +20,10 @@ from .binary import build, prepare
 from .variants import Variant, shipped
 
 PURPOSE = ("pruned_counts", "guard", "slabs", "packed")  # which may be left out
-WHOLE_BLOCKS = ("part", "chunk")
+WHOLE_BLOCKS = ("chunk",)
+# By `do_not_specialize`, or as they are `odd`.
+NOT_SPECIALISED = ("M", "steps", "parts", "number_of_counts", "number")
+NOT_SPECIALISED += ("in_h", "in_w", "out_h", "out_w")
 
 
 def odd_variants() -> list[Variant]:
@@ -75,6 +76,8 @@ def _with_integers(argument: object, replacement: object, name: str) -> object:
         return argument
     if argument.startswith("*"):
         return argument.partition(":")[0]
+    if name in NOT_SPECIALISED and replacement == 1:
+        return "i32"
     if name in WHOLE_BLOCKS:
         return f"{replacement}:16" if replacement == "i64" else "i32:16"
     return argument if replacement == "i32" and argument == "i64" else replacement

@@ -13,7 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv_product import Filters, Image, Lattice, geometry_of, locate, matrix_of_tap, reach
+from .conv_product import (
+    Filters,
+    Image,
+    Lattice,
+    geometry_of,
+    locate,
+    matrix_of_tap,
+    reach,
+    without_odd,
+)
 from .grad_weight import compiled_tile, write_gradients
 from .launch import OPTIONS, cdiv, on_device_of
 from .masking import ALONG_R, ELEMENT, SURROGATE_CODES, Rule
@@ -66,6 +75,7 @@ def conv_grad_weight_kernel(
     grad_threshold is the result where thresholds are element-wise, else partial sums
     [taps, tiles of C, groups * R].
     """
+    geometry = without_odd(geometry)
     M, R, C = geometry.M, geometry.R, geometry.C
     tiles_c = tl.cdiv(C, TILE.block_c)
     tile_r, tile_c = tile_of_program(tl.cdiv(R, TILE.block_r), tiles_c, TILE.group)
@@ -91,11 +101,13 @@ def conv_grad_weight_kernel(
         tl.store(grad_threshold.start + shares + r, row_sum, mask=in_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("steps",))
 def conv_slabs_kernel(
-    grad, x, slabs, part, geometry, stride_g, stride_x, stride_s, TILE: tl.constexpr
+    grad, x, slabs, steps, geometry, stride_g, stride_x, stride_s, TILE: tl.constexpr
 ):  # fmt: skip
-    """Compute a tile of a slab of G: `part` positions, from part * (program_id(1) // taps) on."""
+    """Compute a tile of a slab of G: `steps` tiles of positions, from step
+    steps * (program_id(1) // taps) on."""
+    geometry = without_odd(geometry)
     M, R, C = geometry.M, geometry.R, geometry.C
     tile_r, tile_c = tile_of_program(tl.cdiv(R, TILE.block_r), tl.cdiv(C, TILE.block_c), TILE.group)
     taps = geometry.taps_h * geometry.taps_w
@@ -104,6 +116,7 @@ def conv_slabs_kernel(
     kh = tap // geometry.taps_w
     kw = tap - kh * geometry.taps_w
     group = tl.program_id(2).to(tl.int64)
+    part = steps * TILE.block_m
     r = tile_r * TILE.block_r + tl.arange(0, TILE.block_r)
     c = tile_c * TILE.block_c + tl.arange(0, TILE.block_c)
     in_r, in_c = r < R, c < C
@@ -184,15 +197,15 @@ def conv_slabs(
     rows = outputs // groups
     positions = grad.shape[0] * grad.shape[2] * grad.shape[3]
     # Without positions there is one slab of zeros.
-    part = cdiv(max(cdiv(positions, tile.split), 1), tile.block_m) * tile.block_m
-    parts = max(cdiv(positions, part), 1)
+    steps = cdiv(max(cdiv(positions, tile.split), 1), tile.block_m)
+    parts = max(cdiv(positions, steps * tile.block_m), 1)
     slabs = torch.empty_strided(
         (parts, *like.shape), (like.numel(), *like.stride()), dtype=torch.float32, device=x.device
     )
     tiles = cdiv(rows, tile.block_r) * cdiv(columns, tile.block_c)
     with on_device_of(x):
         conv_slabs_kernel[(tiles, parts * taps_h * taps_w, groups)](
-            grad, x, slabs, part, geometry_of(rows, columns, x, like, grad, lattices),
+            grad, x, slabs, steps, geometry_of(rows, columns, x, like, grad, lattices),
             grad.stride(), x.stride(), (*like.stride(), slabs.stride(0)),
             TILE=compiled_tile(tile, precision, *_extents(grad, x, tile)),
             num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, CompiledTile, cdiv, index_dtype, on_device_of
+from .launch import OPTIONS, CompiledTile, cdiv, index_dtype, odd, on_device_of
 from .masking import ALONG_C, ALONG_R, ELEMENT, load_threshold, nan_of, operand
 from .matrix import Strided
 from .product import tile_of_program
@@ -41,17 +41,20 @@ class Lattice(NamedTuple):
 
 
 class KernelGeometry(NamedTuple):
-    """Hold a convolution as kernels take it: its sizes, and its lattices along both dimensions."""
+    """Hold a convolution as kernels take it: its sizes, and its lattices along both dimensions.
+
+    M and the images' sizes vary from call to call, and are `odd`: kernels start by `without_odd`.
+    """
 
     M: int
-    R: int
-    C: int
-    taps_h: int
-    taps_w: int
     in_h: int
     in_w: int
     out_h: int
     out_w: int
+    R: int
+    C: int
+    taps_h: int
+    taps_w: int
     scale_h: int
     scale_w: int
     origin_h: int
@@ -79,6 +82,15 @@ class Filters(NamedTuple):
     h: int
     w: int
     group: int
+
+
+@triton.jit
+def without_odd(geometry):
+    """Return the geometry with its sizes themselves in place of `odd` ones."""
+    return KernelGeometry(
+        geometry.M >> 1, geometry.in_h >> 1, geometry.in_w >> 1,
+        geometry.out_h >> 1, geometry.out_w >> 1, *geometry[5:],
+    )  # fmt: skip
 
 
 @triton.jit
@@ -115,6 +127,7 @@ def conv_product_kernel(
     BLOCK_R: tl.constexpr = TILE.block_r
     BLOCK_C: tl.constexpr = TILE.block_c
     INDEX: tl.constexpr = TILE.index
+    geometry = without_odd(geometry)
     M, R, C = geometry.M, geometry.R, geometry.C
     x, out = Image(x, *stride_x), Image(out, *stride_o)
     weight, threshold = Filters(weight, *stride_w), Filters(threshold, *stride_t)
@@ -237,8 +250,9 @@ def geometry_of(
     R: int, C: int, x: Tensor, weight: Tensor, out: Tensor, lattices: tuple[Lattice, Lattice]
 ) -> KernelGeometry:
     M = out.shape[0] * out.shape[2] * out.shape[3]
+    sizes = map(odd, (M, *x.shape[2:], *out.shape[2:]))
     along_both = (value for pair in zip(*lattices, strict=True) for value in pair)
-    return KernelGeometry(M, R, C, *weight.shape[2:], *x.shape[2:], *out.shape[2:], *along_both)
+    return KernelGeometry._make((*sizes, R, C, *weight.shape[2:], *along_both))
 
 
 def reach(image: Tensor, positions: tuple[int, ...], block: int) -> int:

@@ -106,7 +106,7 @@ def write_gradients(
     return row_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M",))
 def grad_weight_kernel(
     grad, x, weight, threshold, grad_weight, grad_threshold, M, R, C,
     RULE: tl.constexpr, TILE: tl.constexpr,
@@ -130,14 +130,15 @@ def grad_weight_kernel(
         tl.store(grad_threshold.start + tile_c.to(tl.int64) * R + r, row_sum, mask=in_r)
 
 
-@triton.jit
-def slabs_kernel(grad, x, slabs, M, R, C, part, TILE: tl.constexpr):
-    """Compute one tile of a slab of G [parts, R, C]: `part` tokens, from program_id(1) * part."""
+@triton.jit(do_not_specialize=("M", "steps"))
+def slabs_kernel(grad, x, slabs, M, R, C, steps, TILE: tl.constexpr):
+    """Compute a tile of a slab of G [parts, R, C]: `steps` tiles of tokens from step
+    program_id(1) * steps on."""
     tile_r, tile_c = tile_of_program(tl.cdiv(R, TILE.block_r), tl.cdiv(C, TILE.block_c), TILE.group)
     r = tile_r.to(tl.int64) * TILE.block_r + tl.arange(0, TILE.block_r)
     c = tile_c * TILE.block_c + tl.arange(0, TILE.block_c)
     in_r, in_c = r < R, c < C
-    split = tl.program_id(1)
+    split, part = tl.program_id(1), steps * TILE.block_m
     begin, end = split * part, tl.minimum((split + 1) * part, M)
     accumulator = _dense_tile(grad, x, tile_r, tile_c, in_r, in_c, begin, end, TILE)
     slab = slabs + split.to(tl.int64) * R * C
@@ -183,13 +184,13 @@ def dense_slabs(grad: Tensor, x: Tensor, tile: GradWeightTile, precision: str) -
     """Return G as float32 partial sums [parts, R, C] over the tokens."""
     (M, R), C = grad.shape, x.shape[1]
     # Without tokens there is one slab of zeros.
-    part = cdiv(max(cdiv(M, tile.split), 1), tile.block_m) * tile.block_m
-    parts = max(cdiv(M, part), 1)
+    steps = cdiv(max(cdiv(M, tile.split), 1), tile.block_m)
+    parts = max(cdiv(M, steps * tile.block_m), 1)
     slabs = torch.empty((parts, R, C), dtype=torch.float32, device=x.device)
     tiles = cdiv(R, tile.block_r) * cdiv(C, tile.block_c)
     with on_device_of(x):
         slabs_kernel[(tiles, parts)](
-            Strided(grad, *grad.stride()), Strided(x, *x.stride()), slabs, M, R, C, part,
+            Strided(grad, *grad.stride()), Strided(x, *x.stride()), slabs, M, R, C, steps,
             TILE=compiled_tile(tile, precision, *_extents(grad, x, tile)),
             num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
         )  # fmt: skip

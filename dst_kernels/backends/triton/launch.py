@@ -52,6 +52,16 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def odd(size: int) -> int:
+    """Return 2 size + 1, for a size in a tuple of a kernel's that varies from call to call.
+
+    Triton compiles anew where an integer is 1 or a multiple of 16, which would stop a training, or
+    the capture of a graph, at the first batch of another size. `do_not_specialize` keeps it from
+    that for arguments, but not for the members of tuples. A kernel takes `>> 1` of this.
+    """
+    return 2 * size + 1
+
+
 @functools.lru_cache(maxsize=4096)
 def least_pruned(size: int, reset_ratio: float) -> int:
     """Return how many of `size` weights must at least be pruned for the guard to reset."""

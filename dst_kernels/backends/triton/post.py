@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, TRITON_DTYPES, cdiv, on_device_of
+from .launch import OPTIONS, TRITON_DTYPES, cdiv, odd, on_device_of
 from .masking import (
     ELEMENT,
     LAYER,
@@ -28,12 +28,15 @@ from .tiles import StreamTile
 
 
 class Slabs(NamedTuple):
-    """Hold `count` matrices as `Strided` does, `distance` apart; kernels add them up."""
+    """Hold matrices as `Strided` does, `distance` apart; kernels add them up.
+
+    `number` is `odd`, or None for a single matrix.
+    """
 
     start: Tensor
     row: int
     column: int
-    count: int  # type: ignore[assignment]  # hides tuple's method, which no kernel calls
+    number: int | None
     distance: int
 
 
@@ -58,9 +61,10 @@ def post_kernel(
         w = tl.load(elements(weight, r, c), mask=inside, other=0.0).to(COMPUTE)
         from_dense = elements(dense, r, c)
         g = tl.load(from_dense, mask=inside, other=0.0).to(COMPUTE)
-        for slab in range(1, dense.count):
-            from_slab = from_dense + tl.cast(slab, tl.int64) * dense.distance
-            g += tl.load(from_slab, mask=inside, other=0.0).to(COMPUTE)
+        if dense.number is not None:
+            for slab in range(1, dense.number >> 1):
+                from_slab = from_dense + tl.cast(slab, tl.int64) * dense.distance
+                g += tl.load(from_slab, mask=inside, other=0.0).to(COMPUTE)
         t = load_threshold(threshold, r, c, in_r, in_c, RULE.axis, COMPUTE)
         gw, gt = weight_gradients(g, w, t, RULE)
         dtype = grad_weight.start.dtype.element_ty
@@ -86,14 +90,16 @@ def post(
     structure_gradient: bool,
     tile: StreamTile,
     *,
-    slabs: int = 1,
+    slabs: int | None = None,
     slab_stride: int = 0,
 ) -> Tensor | None:
     """Fill `grad_weight`, and `grad_threshold` where thresholds are element-wise.
 
-    Otherwise return dt's partial sums [chunks, rows] for `finish_threshold_gradient`.
+    Otherwise return dt's partial sums [chunks, rows] for `finish_threshold_gradient`. G is `dense`,
+    or, where `slabs` says how many there are, their sum.
     """
     R, C = weight.rows, weight.columns
+    number = None if slabs is None else odd(slabs)
     row_blocks = cdiv(R, tile.rows)
     chunk, chunks = tile.chunk(row_blocks, C)
     dtype = compute_dtype(weight.tensor.dtype, threshold.tensor.dtype)
@@ -103,7 +109,7 @@ def post(
         grad_threshold = Matrix(partial, R, C, 0, 0)
     with on_device_of(weight.tensor):
         post_kernel[(row_blocks, chunks)](
-            Slabs(*dense.strided, slabs, slab_stride), weight.strided, threshold.strided,
+            Slabs(*dense.strided, number, slab_stride), weight.strided, threshold.strided,
             grad_weight.strided, grad_threshold.strided, R, C, chunk,
             RULE=Rule(threshold.axis, SURROGATE_CODES[surrogate], structure_gradient),
             COMPUTE=TRITON_DTYPES[dtype], ROWS=tile.rows, BLOCK=tile.block,

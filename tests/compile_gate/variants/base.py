@@ -57,8 +57,8 @@ def is_of_ampere(weight: str, x: str, precision: str) -> bool:
     return weight == "fp32" and (x == "bf16" or precision == "tf32")
 
 
-# Of a product's or a pass's matrices.
-SIZES = dict.fromkeys(("M", "R", "C"), "i32:16")
+# Of a product's matrices: the number of tokens varies, and is not specialised.
+SIZES = {"M": "i32", "R": "i32:16", "C": "i32:16"}
 
 
 def pointer(dtype: str) -> str:

@@ -145,7 +145,7 @@ def _grad_weights(architecture: int) -> Iterator[Variant]:
                 "grad": pointer(x),
                 "x": pointer(x),
                 "slabs": "*fp32",
-                "part": "i32:16",
+                "steps": "i32",
                 "geometry": _GEOMETRY,
                 "stride_g": _image(x)[1:],
                 "stride_x": _image(x)[1:],

@@ -234,7 +234,7 @@ def _slabs(architecture: int) -> Iterator[Variant]:
                 "grad": matrix(x),
                 "x": matrix(x),
                 "slabs": "*fp32",
-                "part": "i32:16",
+                "steps": "i32",
                 "TILE": grad_weight_tile(tile, precision),
             },
             tile.warps,

@@ -93,7 +93,8 @@ def _passes(
                 post_kernel,
                 {
                     **_common(of_post),
-                    "dense": Slabs(*matrix(packed), "i32", "i32:16"),
+                    # Slabs are float32; what comes in the activations' dtype is G itself.
+                    "dense": Slabs(*matrix(packed), "i32" if packed == "fp32" else None, "i32:16"),
                     "weight": matrix(weight),
                     "threshold": threshold,
                     "grad_weight": matrix(weight),
