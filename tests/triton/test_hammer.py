@@ -7,6 +7,7 @@ of many, and only where the sum is long enough for the pipeline to be full.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 from triton_cases import check, normal, thresholds
 
 from dst_kernels import ops
-from dst_kernels.backends.triton import linear, tiles
+from dst_kernels.backends.triton import conv, linear, tiles
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -39,7 +40,7 @@ KINDS = pytest.mark.parametrize(
 def _tiles(chosen, tuned, split):
     """Those that are chosen, the first also with a shared sum; those of tuning take longer."""
     slow = pytest.mark.slow
-    params = [*chosen, dataclasses.replace(chosen[0], split=split)]
+    params = [*chosen, *([dataclasses.replace(chosen[0], split=split)] if split > 1 else [])]
     params += [pytest.param(tile, marks=slow) for tile in tuned]
     return pytest.mark.parametrize("tile", params, ids=lambda tile: f"{tile} split {tile.split}")
 
@@ -129,6 +130,61 @@ def test_weight_gradient(tile, of_input, dtype, sizes, device, monkeypatch, roun
     monkeypatch.setattr(linear, "grad_weight_tile", lambda *_, **__: tile)
     shape = sizes(tile.block_m * tile.split, tile.block_r, tile.block_c)
     hammer("masked_linear_grad_weight", *_gradient_case(of_input, dtype, shape, device))
+
+
+@pytest.fixture
+def conv_case(device):
+    """The arguments of a convolution over images in channels last, for these tiles' sizes."""
+
+    def make(positions: int, outputs: int, channels: int, of_input, dtype):
+        side = 28 if GPU else math.isqrt(positions) + 1  # without a GPU just over one tile
+        images, outputs, channels = (16, 512, 512) if GPU else (1, outputs + 5, channels + 3)
+        weight = normal(outputs, channels, 3, 3, dtype=dtype, device=device)
+        x = normal(images, channels, side, side, dtype=of_input, device=device)
+        # Along the weight, as for the linear layer.
+        grad = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1)
+        grad = (grad / weight[0].numel() ** 0.5).to(of_input)
+        threshold = thresholds(weight.shape, "row", device=device)
+        geometry = ((1, 1), (1, 1), (1, 1), 1)
+        last = torch.channels_last
+        return x.to(memory_format=last), grad.to(memory_format=last), weight, threshold, geometry
+
+    return make
+
+
+def _of_convolutions(choose):
+    """The tiles for 16-bit activations."""
+    return _tiles(choose(tiles.Traits(BF16, False, True)), (), 1)
+
+
+@KINDS
+@_of_convolutions(tiles.conv_product_tiles)
+def test_convolution_and_input_gradient(
+    tile, of_input, dtype, conv_case, monkeypatch, float32_products
+):
+    if of_input == F32:
+        float32_products(torch.backends.cudnn.conv, "tf32")
+    monkeypatch.setattr(conv, "conv_product_tile", lambda *_: tile)
+    sizes = tile.block_m, tile.block_r, tile.block_c
+    x, grad, weight, threshold, geometry = conv_case(*sizes, of_input, dtype)
+    hammer("masked_conv", x, weight, threshold, None, None, *geometry)
+    hammer("masked_conv_grad_input", grad, x.shape, weight, threshold, *geometry)
+
+
+@KINDS
+@_tiles(tiles.GRAD_WEIGHT_TILES[90][:2], (), 2)
+def test_weight_gradient_of_a_convolution(
+    tile, of_input, dtype, conv_case, monkeypatch, float32_products
+):
+    if of_input == F32:
+        float32_products(torch.backends.cudnn.conv, "tf32")
+        of_tf32 = tiles.TF32_GRAD_WEIGHT_TILES[tile.block_r > 64]
+        tile = dataclasses.replace(of_tf32, split=tile.split)
+    monkeypatch.setattr(conv, "conv_grad_weight_tile", lambda *_: tile)
+    sizes = tile.block_m * tile.split, tile.block_r, tile.block_c
+    x, grad, weight, threshold, geometry = conv_case(*sizes, of_input, dtype)
+    options = *geometry, "long_tailed", True
+    hammer("masked_conv_grad_weight", grad, x, weight, threshold, *options)
 
 
 @pytest.mark.parametrize("launcher", ["masked_product", "fused_grad_weight"])
