@@ -115,7 +115,7 @@ def measure(variant: Variant, arch: int) -> Measurement:
         shared=compiled.metadata.shared,
         hgmma=_count(opcodes, "HGMMA"),
         hgmma_a_in_registers=sum(each.has_a_in_registers for each in instructions),
-        hmma=_count(opcodes, "HMMA"),
+        hmma=_count(opcodes, "HMMA", "UTCHMMA"),
         loop=loop,
         loop_mma=loop_mma,
         tma=_count(opcodes, "UTMALDG", "UTMASTG"),

@@ -11,8 +11,12 @@ from .widths import Access
 if TYPE_CHECKING:
     from .variants import Variant
 
-SHARED_LIMIT = {80: 166_912, 90: 232_448}
-"""Bytes of shared memory that one block may ask for: 163 KiB on A100, 227 KiB on H100 and H200."""
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
+"""Bytes of shared memory that one block may ask for: 163 KiB on A100, 227 KiB on H100, H200 and
+B200, 99 KiB on the Blackwell GPUs that are graphics cards."""
+
+USUAL = (90, 80)
+"""What is compiled without being asked for."""
 
 REGISTER_FILE = 65_536
 """Registers of one multiprocessor, which a block must fit in."""
@@ -50,8 +54,8 @@ def _resources(arch: int, found: Measurement) -> Iterator[str]:
 
 
 def _tensor_cores(variant: Variant, arch: int, found: Measurement) -> Iterator[str]:
-    if arch < 90:
-        if not found.hmma:
+    if arch != 90:  # large Blackwell GPUs have instructions of their own, UTCHMMA
+        if not found.mma:
             yield "no tensor-core instruction (HMMA)"
         return
     if not found.hgmma:
