@@ -224,7 +224,6 @@ def multiply(
             geometry
             or not onednn.outruns_blas(input, masked, bias)
             or not masked.requires_grad
-            or torch.compiler.is_compiling()
             or is_watched()
             or is_transformed()
         ):

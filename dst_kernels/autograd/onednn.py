@@ -29,6 +29,7 @@ def outruns_blas(input: Tensor, masked: Tensor, bias: Tensor | None = None) -> b
         and input.shape[-1] == masked.shape[1]
         and input.numel() >= _FEWEST * masked.shape[1]
         and type(masked) is type(input) is Tensor  # subclasses expect torch's own operations
+        and not torch.compiler.is_compiling()  # which chooses by itself, and could not trace this:
         and torch._C._get_mkldnn_enabled()
         and _on_this_machine()
     )

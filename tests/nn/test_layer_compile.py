@@ -63,6 +63,12 @@ def test_the_product_in_a_graph_is_that_of_torch():
     assert torch._C._nn.linear in targets
 
 
+def test_a_product_that_eager_mode_gives_to_another_library():
+    layer, input = MaskedLinear(512, 512), torch.randn(16, 512)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(input), layer(input))
+
+
 # Every layer, and every granularity with a linear layer, a convolution and a transposed one.
 GRANULARITY = dict(zip(CASES, itertools.cycle(GRANULARITIES)))
 PAIRS = [*GRANULARITY.items(), *itertools.product([CASES[0], CASES[2], CASES[5]], GRANULARITIES)]
