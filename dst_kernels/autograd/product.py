@@ -159,11 +159,12 @@ def masked_product(
     masked = effective = None
     commit = False
     if plan.forward == PACKED:
-        if source.recall is not None:
-            masked, effective = source.recall(weight, threshold, options, input.dtype)
-        else:
+        how_to_pack = weight, threshold, options, input.dtype
+        recalled = None if source.recall is None else source.recall(*how_to_pack)
+        if recalled is None:
             commit = source.commit and ops.can_commit(weight, threshold)
-            masked, effective = pack(weight, threshold, options, input.dtype, commit)
+            recalled = pack(*how_to_pack, commit)
+        masked, effective = recalled
     grad_paths = plan.grad_input, _RAW if source.dense_gradient else plan.grad_weight
     how = (
         product, geometry, grad_paths, source.keep,

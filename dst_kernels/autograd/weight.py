@@ -31,7 +31,8 @@ class WeightSource(NamedTuple):
     """Say where the W * M of one call comes from, and what becomes of its gradient.
 
     Args:
-        recall: is called in place of `pack` and may return an earlier result; None: `pack`.
+        recall: is called in place of `pack` and may return an earlier result; None: `pack`. While
+            a compiler traces, it may return None, where the graph is to mask the weight.
         dense_gradient: the weight's gradient is G itself and the threshold has none, since an
             optimizer makes both from G.
         keep: whether W * M may be kept for the backward pass. FSDP2 frees the gathered weight
@@ -41,7 +42,7 @@ class WeightSource(NamedTuple):
             threshold is returned in place of the effective one.
     """
 
-    recall: Callable[[Tensor, Tensor, MaskOptions, torch.dtype], Packed] | None = None
+    recall: Callable[[Tensor, Tensor, MaskOptions, torch.dtype], Packed | None] | None = None
     dense_gradient: bool = False
     keep: bool = True
     fixed: FixedMask | None = None
@@ -128,16 +129,19 @@ def masked_weight(
         check_masked_weight(weight, threshold, options.reset_ratio, dtype)
     masked = effective = None
     if source.recall is not None:
-        masked, effective = source.recall(weight, threshold, options, dtype)
-        if source is MADE or source.fixed is not None:
-            return Packed(masked, effective)
+        found = source.recall(weight, threshold, options, dtype)
+        if found is not None:
+            if source is MADE or source.fixed is not None:
+                return found
+            masked, effective = found
     commit = source.commit and ops.can_commit(weight, threshold)
     # One tuple, as each argument of a node costs the host time.
     how = (
         commit, options.reset_ratio, dtype, source.dense_gradient,
         options.surrogate, options.structure_gradient, options.backend,
     )  # fmt: skip
-    outputs = _MaskedWeight.apply(weight, threshold, masked, effective, how)
+    saved = None if source.dense_gradient else effective
+    outputs = _MaskedWeight.apply(weight, threshold, masked, saved, how)
     if commit:
         return Packed(outputs[0], threshold)
     return Packed(outputs[0], outputs[1] if effective is None else effective)

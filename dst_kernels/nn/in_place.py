@@ -230,6 +230,6 @@ def shallow_copy(module: _Module) -> _Module:
     new.__dict__.update(module.__dict__)
     for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         new.__dict__[name] = module.__dict__[name].copy()
-    for name in ("_deferral", "_taker"):  # the optimizer knows the original only
+    for name in ("_deferral", "_prepared", "_taker"):  # the optimizer knows the original only
         new.__dict__.pop(name, None)
     return new

@@ -13,7 +13,7 @@ from .. import functional as F
 from .in_place import shallow_copy
 from .module import MaskedModule
 from .reading import Readable
-from .sources import Deferral, attached_weight, copies_of, known_of, source_of
+from .sources import Deferral, attached_weight, can_take, copies_of, known_of, source_of
 from .sources.stamp import stamp
 from .tools import recorded
 from .weight import MaskedWeight
@@ -34,6 +34,7 @@ class MaskedLayer(MaskedModule):
     _keeps_rows = False  # whether they can take kept weights alone, under a fixed mask
     _taker: Deferral | None = None  # of an optimizer that takes gradients of these alone
     _deferral: Deferral | None = None
+    _prepared: tuple[Tensor, Tensor, Tensor] | None = None  # see sources/compiled.py
     _is_replica = False  # DataParallel sets it
 
     def masked_weights(self) -> tuple[MaskedWeight]:
@@ -57,6 +58,13 @@ class MaskedLayer(MaskedModule):
         return F.remaining_ratio(weight, threshold, reset_ratio=self.masking.reset_ratio)
 
     # -- for forward ---------------------------------------------------------------------------
+
+    def _can_take(self, dtype: torch.dtype) -> bool:
+        """Return `can_take`, which the compiler calls while it traces the layer."""
+        return can_take(self, dtype)
+
+    # As torch.compiler.assume_constant_result does, which would import the compiler.
+    vars()["_can_take"]._dynamo_marked_constant = True
 
     def _operands(self) -> tuple[Tensor, Tensor]:
         """Return (weight, threshold) as the layer's operation takes them."""
@@ -85,14 +93,14 @@ class MaskedLayer(MaskedModule):
         if commits:
             if effective is threshold:  # it has been written already
                 return result
-            before = None if source.recall is None else stamp(self)
             if not source.keep or torch.compiler.is_compiling():
                 self._commit(threshold, effective)
-            else:  # the same, without the cost of a context manager
-                try:
-                    threshold.detach().copy_(effective)
-                except RuntimeError:
-                    self._commit(threshold, effective)
+                return result
+            before = None if source.recall is None else stamp(self)
+            try:  # `_commit`, without the cost of a context manager
+                threshold.detach().copy_(effective)
+            except RuntimeError:
+                self._commit(threshold, effective)
             if source.recall is not None and (copies := copies_of(self)) is not None:
                 copies.threshold_was_committed(before)
         elif (

@@ -242,7 +242,7 @@ class MaskedModule(nn.Module):
 
     def __getstate__(self) -> dict:
         """Return the state of a copy, which belongs to no optimizer and has its own parameters."""
-        left = ("_deferral", "_known_mask", "_sharded_thresholds", "_taker")
+        left = ("_deferral", "_known_mask", "_prepared", "_sharded_thresholds", "_taker")
         # Python 3.10 has no `object.__getstate__`.
         state = super().__getstate__() if hasattr(super(), "__getstate__") else self.__dict__
         return {name: value for name, value in state.items() if name not in left}

@@ -108,6 +108,8 @@ class DeferredOptimizer(Optimizer):
             self._deferral.renewed(masked)
             for layer, kept in batch.counted(masked, may_skip).items():
                 masked[layer].made_by_step(kept, rows[layer])
+        if self._deferral.prepared is not None:
+            self._deferral.prepared.renew()
         if any(batch.first for batch in batches):
             self._first_step_done(scales[1])
             self._signature = None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...autograd import COMMITTED, FRESH, MaskedWeightInMemory, WeightSource
+from .compiled import can_take, made_by_step
 from .deferred import Deferral, deferral_of
 from .grouped import attached_weight
 from .reused import copies_of, open_scopes
@@ -25,7 +26,15 @@ from .reused import copies_of, open_scopes
 if TYPE_CHECKING:
     from ..layer import MaskedLayer
 
-__all__ = ["Deferral", "attached_weight", "copies_of", "deferral_of", "known_of", "source_of"]
+__all__ = [
+    "Deferral",
+    "attached_weight",
+    "can_take",
+    "copies_of",
+    "deferral_of",
+    "known_of",
+    "source_of",
+]
 
 
 def known_of(layer: MaskedLayer, attached: Tensor) -> MaskedWeightInMemory | None:
@@ -43,7 +52,13 @@ def source_of(layer: MaskedLayer, commits: bool) -> WeightSource:
     if layer._sharded_thresholds:
         return WeightSource(None, dense_gradient, keep=False)
     recall = None
-    if not torch.compiler.is_compiling() and open_scopes:
+    if torch.compiler.is_compiling():
+        packs = layer.masking.path in ("auto", "packed", "sparse")
+        if dense_gradient and packs and layer.training and torch.is_grad_enabled():
+            recall = lambda weight, threshold, _, dtype: made_by_step(  # noqa: E731
+                layer, weight, threshold, dtype
+            )
+    elif open_scopes:
         copies = copies_of(layer)
         recall = None if copies is None else copies.recall
     if recall is None and not dense_gradient:

@@ -21,6 +21,7 @@ from .stamp import memory_of, stamp, stamp_after_writes
 
 if TYPE_CHECKING:
     from ..layer import MaskedLayer
+    from .compiled import Prepared
 
 
 def deferral_of(layer: MaskedLayer) -> Deferral | None:
@@ -74,8 +75,13 @@ class Deferral:
         self._tied = {layer: each for each in tied.values() if len(each) > 1 for layer in each}
         self._made: dict[int, _Made] = {}  # by id of the weight
         self._uncommitted: set[MaskedLayer] = set()
+        self.prepared: Prepared | None = None  # for compiled forwards, once there are any
         for layer in self._layers:
             layer._deferral = self
+
+    def layers(self) -> list[MaskedLayer]:
+        """Return the layers whose gradients the optimizer makes."""
+        return [*self._layers]
 
     def serves(self, layer: MaskedLayer) -> bool:
         """Return whether the layer still has its weight and threshold, and tied layers are alike.
@@ -109,6 +115,8 @@ class Deferral:
             weight, _ = self._layers.pop(layer)
             self._made.pop(id(weight), None)
             self._uncommitted.discard(layer)
+            if self.prepared is not None:
+                self.prepared.release(layer)
             if layer._deferral is not self:
                 continue
             layer._deferral = None
@@ -159,6 +167,18 @@ class Deferral:
             if made is not None and made.stamp is not None and made.stamp == stamp(layer):
                 found[layer] = made.weight
         return found
+
+    def holds(self, layer: MaskedLayer, masked: Tensor) -> bool:
+        """Return whether all of the layer's fresh W * M is in the tensor `masked`."""
+        made = self._made.get(id(layer._parameters.get("weight")))
+        return (
+            made is not None
+            and made.weight.tensor is masked
+            and made.weight.rows is None
+            and made.stamp is not None
+            and made.stamp == stamp(layer)
+            and self.serves(layer)
+        )
 
     def store(self, layer: MaskedLayer, masked: Tensor, effective: Tensor) -> Tensor:
         """Keep W * M; return the tensor that holds it: the previous one if that has its layout.

@@ -215,7 +215,7 @@ class Group:
         done: list[_Bucket] = []
         filling: dict[tuple, _Bucket] = {}
         for layer in self._layers:
-            if not _can_be_grouped(layer):
+            if not can_be_grouped(layer):
                 continue
             weight, threshold = layer._parameters["weight"], layer._parameters["threshold"]
             deferral = deferral_of(layer)
@@ -238,7 +238,8 @@ class Group:
         return done
 
 
-def _can_be_grouped(layer: MaskedLayer) -> bool:
+def can_be_grouped(layer: MaskedLayer) -> bool:
+    """Return whether torch can multiply by a W * M of the layer that was made before."""
     weight, threshold = map(layer._parameters.get, ("weight", "threshold"))
     return (
         type(weight) is nn.Parameter is type(threshold)
