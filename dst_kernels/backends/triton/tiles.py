@@ -168,13 +168,11 @@ _SMALL, _MIDDLE, _LARGE = (
     GradWeightTile(128, 128, 64, 8, 3, pieces=4),
     GradWeightTile(128, 256, 64, 8, 3, pieces=4),
 )
-# More for the weight's gradient; not split. The last one and _LARGE spill with element-wise
-# thresholds.
+# More for the weight's gradient; not split. (64x128 and four stages of 128x256 spill, or wait for
+# each wgmma, with Triton 3.6.)
 _MORE_GRAD_WEIGHT = (
-    GradWeightTile(64, 128, 64, 4, 4, pieces=2),
     GradWeightTile(128, 128, 64, 8, 4, pieces=4),
     GradWeightTile(128, 128, 128, 8, 2, pieces=4),
-    GradWeightTile(128, 256, 64, 8, 4, pieces=4),
 )
 _SMALL_TF32 = GradWeightTile(64, 64, 32, 4, 3)
 _MIDDLE_TF32 = GradWeightTile(128, 128, 32, 8, 3, pieces=4)
@@ -260,7 +258,7 @@ def grad_weight_candidates(
     if len(tiles) == 1:
         return whole
     if _takes_more(traits):
-        whole += _MORE_GRAD_WEIGHT[:-1] if element_wise else _MORE_GRAD_WEIGHT
+        whole += _MORE_GRAD_WEIGHT
     splits = {max(default.split // 2, 2), max(default.split, 2), 2 * default.split}
     return whole + [dataclasses.replace(tiles[1], split=split) for split in sorted(splits)]
 
