@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dst_kernels import nn
+from dst_kernels.optim import DSTSGD
 from dst_kernels.training.latency import take_turns
 
 from .plan import write_table
@@ -82,37 +83,53 @@ def write_crossovers(path: Path, environment: Environment, log: Callable[[str], 
         for dtype in (torch.float32, torch.bfloat16):
             name = str(dtype).removeprefix("torch.")
             sizes = {"kind": case.kind, "M": case.M, "N": case.N, "K": case.K, "dtype": name}
-            found.append({**sizes, "share": crossover(case, dtype)})
+            shares = {"share": crossover(case, dtype, False)}
+            shares["share_if_made"] = crossover(case, dtype, True)
+            found.append({**sizes, **shares})
             log(str(found[-1]))
     head = asdict(environment) | {"gpu": CPU, "measured_on": environment.gpu}
     return write_table(path, head, {"kept": found})
 
 
-def crossover(case: _Case, dtype: torch.dtype) -> float:
-    """Return the largest share up to which the sparse path is worth it, by bisection; 0: none."""
+def crossover(case: _Case, dtype: torch.dtype, made: bool) -> float:
+    """Return the largest share up to which the sparse path is worth it, by bisection; 0: none.
+
+    `made`: the step of an optimizer makes the rows, and is part of the time.
+    """
     low, high = -1, len(_SHARES)
     while high - low > 1:
         middle = (low + high) // 2
-        if _is_worth(case, dtype, _SHARES[middle]):
+        if _is_worth(case, dtype, _SHARES[middle], made):
             low = middle
         else:
             high = middle
     return _SHARES[low] if low >= 0 else 0.0
 
 
-def _is_worth(case: _Case, dtype: torch.dtype, share: float) -> bool:
-    """Return whether a training pass is faster on the sparse path than on the packed one."""
+def _is_worth(case: _Case, dtype: torch.dtype, share: float, made: bool) -> bool:
+    """Return whether training is faster on the sparse path than on the packed one."""
+    calls = {path: _training(case, dtype, share, path, made) for path in ("packed", "sparse")}
+    turns = take_turns(calls, _SECONDS)
+    ratios = sorted(s / p for s, p in zip(turns["sparse"], turns["packed"], strict=True))
+    return ratios[len(ratios) // 2] <= _WORTH
+
+
+def _training(
+    case: _Case, dtype: torch.dtype, share: float, path: str, made: bool
+) -> Callable[[], None]:
+    """Return a forward and a backward, and a step that changes nothing if it makes the rows."""
     layer = case.layer().to(dtype)
+    layer.path = path
     limit = layer.weight.detach().abs().float().flatten(1).quantile(1 - share, dim=1)
     layer.threshold.data = limit
     input = torch.randn(case.input_shape).to(dtype).requires_grad_()
     grad = torch.randn_like(layer(input))
+    optimizer = DSTSGD(layer, lr=0.0, momentum=0.9) if made else None
 
-    def step(path: str) -> None:
-        layer.path = path
+    def run() -> None:
         layer(input).backward(grad)
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
 
-    calls = {path: partial(step, path) for path in ("packed", "sparse")}
-    turns = take_turns(calls, _SECONDS)
-    ratios = sorted(s / p for s, p in zip(turns["sparse"], turns["packed"], strict=True))
-    return ratios[len(ratios) // 2] <= _WORTH
+    return run

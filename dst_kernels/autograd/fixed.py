@@ -142,7 +142,7 @@ class FixedMask:
         return (
             bool(product.kept_grad_weight)
             and weight.dtype is input.dtype
-            and self.where.kept <= most_kept_of(product, input, weight, geometry, options)
+            and self.where.kept <= most_kept_of(product, input, weight, geometry, options, True)
         )
 
 

@@ -212,7 +212,7 @@ def multiply(
     if not never_kept(masked, options) and not (
         auto and known is not None and not known.keeps_at_most(_FEW * masked.numel())
     ):
-        most = most_kept_of(product, input, masked, geometry, options)
+        most = most_kept_of(product, input, masked, geometry, options, known is not None)
         if known is None and most:
             rows = run_op(options.backend, "kept_rows", masked.detach(), most)
         elif known is not None and most and (not auto or known.keeps_at_most(most)):
@@ -236,9 +236,17 @@ def multiply(
 
 
 def most_kept_of(
-    product: type[Product], input: Tensor, masked: Tensor, geometry: tuple, options: MaskOptions
+    product: type[Product],
+    input: Tensor,
+    masked: Tensor,
+    geometry: tuple,
+    options: MaskOptions,
+    made: bool,
 ) -> int:
-    """Return how many weights may be kept for a product by kept rows; 0: torch multiplies."""
+    """Return how many weights may be kept for a product by kept rows; 0: torch multiplies.
+
+    `made`: the rows need not be taken from W * M.
+    """
     if (
         not product.kept_forward
         or not masked.is_contiguous()
@@ -253,4 +261,4 @@ def most_kept_of(
         return 0
     if "cpu" not in serving(options.backend, masked.device):  # the table is of its kernels
         return 0
-    return most_kept(*product.sizes(input, masked, *geometry), masked.dtype)
+    return most_kept(*product.sizes(input, masked, *geometry), masked.dtype, made)

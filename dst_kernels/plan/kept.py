@@ -10,13 +10,13 @@ from .table import measured_share
 
 
 @functools.lru_cache(maxsize=4096)
-def most_kept(M: int, N: int, K: int, kind: str, dtype: torch.dtype) -> int:
+def most_kept(M: int, N: int, K: int, kind: str, dtype: torch.dtype, made: bool = False) -> int:
     """Return the largest number of kept weights for which kept rows win on a CPU; 0: for none.
 
     The weight is [N, K], with a filter of a convolution flattened, and M the number of inputs or
     of output positions. `kind`: "linear", or as `autograd/conv.py` names it. It is that of the
     nearest case of `tables/cpu.json`, which `python -m bench plan-cpu` writes: no time is taken at
-    run time, so that a run repeats.
+    run time, so that a run repeats. `made`: the rows are there already.
     """
-    share = measured_share(kind, M, N, K, dtype)
+    share = measured_share(kind, M, N, K, dtype, made)
     return int(share * N * K)

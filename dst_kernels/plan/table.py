@@ -50,10 +50,13 @@ def measured_conv_costs(
     return _nearest(gpu, "convs", {"M": M, "N": N, "C": C}, alike)
 
 
-def measured_share(kind: str, M: int, N: int, K: int, dtype: torch.dtype) -> float:
+def measured_share(
+    kind: str, M: int, N: int, K: int, dtype: torch.dtype, made: bool = False
+) -> float:
     """Return up to which share of kept weights a CPU is faster by kept rows; 0: never, or unknown.
 
-    It is that of the nearest case of this kind and dtype.
+    It is that of the nearest case of this kind and dtype. `made`: an optimizer's step makes the
+    rows, so that the forward need not take them from W * M.
     """
     sizes, share, least = {"M": M, "N": N, "K": K}, 0.0, math.inf
     for case in _tables().get("cpu", {}).get("kept", ()):
@@ -61,6 +64,8 @@ def measured_share(kind: str, M: int, N: int, K: int, dtype: torch.dtype) -> flo
             distance = _distance(sizes, case)
             if distance < least:
                 share, least = case["share"], distance
+                if made:
+                    share = case.get("share_if_made", share)
     return share
 
 

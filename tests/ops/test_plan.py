@@ -236,13 +236,16 @@ def test_an_empty_batch_finds_a_plan(table):
 
 def test_the_nearest_measured_share_says_how_many_weights_may_be_kept(monkeypatch):
     cases = [
-        {"kind": "linear", "dtype": "float32", "M": 64, "N": 300, "K": 784, "share": 0.3},
+        {"kind": "linear", "dtype": "float32", "M": 64, "N": 300, "K": 784, "share": 0.3,
+         "share_if_made": 0.4},
         {"kind": "linear", "dtype": "float32", "M": 1, "N": 300, "K": 784, "share": 0.0},
         {"kind": "linear", "dtype": "bfloat16", "M": 64, "N": 300, "K": 784, "share": 0.1},
-    ]
+    ]  # fmt: skip
     monkeypatch.setattr(plan_table, "_tables", lambda: {"cpu": {"kept": cases}})
     found = most_kept.__wrapped__
     assert found(100, 200, 1000, "linear", F32) == 60_000
+    assert found(100, 200, 1000, "linear", F32, True) == 80_000
+    assert found(100, 200, 1000, "linear", torch.bfloat16, True) == 20_000
     assert found(100, 200, 1000, "linear", torch.bfloat16) == 20_000
     assert found(2, 200, 1000, "linear", F32) == 0
     assert found(100, 200, 1000, "conv", F32) == 0
