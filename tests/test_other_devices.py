@@ -13,7 +13,7 @@ import dst_kernels
 from dst_kernels import optim, reference
 from dst_kernels.backends import choice, implementation, serving, unavailable
 from dst_kernels.nn import MaskedConv2d, MaskedLayer, MaskedLinear, MaskedRNN, cudnn_buffer
-from dst_kernels.nn.sources.grouped import _can_be_grouped
+from dst_kernels.nn.sources.grouped import can_be_grouped
 from dst_kernels.training import device as of_training
 from dst_kernels.training import state
 from dst_kernels.training.errors import UsageError
@@ -166,7 +166,7 @@ def _elsewhere() -> None:
         torch.testing.assert_close(made, expected, rtol=rounding, atol=rounding, msg=name)
 
     model = _network().to(elsewhere.NAME)
-    assert all(_can_be_grouped(layer) for layer in model if isinstance(layer, MaskedLayer))
+    assert all(can_be_grouped(layer) for layer in model if isinstance(layer, MaskedLayer))
     for backend in ("triton", "cuda", "cpu"):
         layer = MaskedLinear(3, 4, device=elsewhere.NAME)
         layer.backend = backend
