@@ -105,16 +105,17 @@ def _accumulate(
         x_start += x_step
     if threshold is not None and THRESHOLD != ELEMENT:
         accumulator += nan_of(threshold, of_rows, begin, end, THRESHOLD)
-    if not COUNT:
-        return accumulator, 0
-    # The same in all 16 columns. Zeros loaded beyond the last column count too, unless their
-    # threshold is negative.
-    of_padding = tl.zeros((BLOCK_R,), tl.int32) + tl.cdiv(end - begin, BLOCK_C) * BLOCK_C
-    of_padding -= end - begin
-    if THRESHOLD == ALONG_R:
-        of_padding = tl.where(tl.reshape(of_rows, (BLOCK_R,)) >= 0, of_padding, 0)
-    counted = tl.max(pruned, axis=1) - of_padding
-    return accumulator, tl.sum(tl.where(in_r, counted, 0), axis=0)
+    count = 0
+    if COUNT:
+        # The same in all 16 columns. Zeros loaded beyond the last column count too, unless their
+        # threshold is negative.
+        of_padding = tl.zeros((BLOCK_R,), tl.int32) + tl.cdiv(end - begin, BLOCK_C) * BLOCK_C
+        of_padding -= end - begin
+        if THRESHOLD == ALONG_R:
+            of_padding = tl.where(tl.reshape(of_rows, (BLOCK_R,)) >= 0, of_padding, 0)
+        counted = tl.max(pruned, axis=1) - of_padding
+        count = tl.sum(tl.where(in_r, counted, 0), axis=0)
+    return accumulator, count
 
 
 @triton.jit
