@@ -186,10 +186,6 @@ def product_kernel(
     x, weight, threshold = (
         Strided(x, *stride_x), Strided(weight, *stride_w), Strided(threshold, *stride_t)
     )  # fmt: skip
-    if effective is not None:
-        one = in_r & (r < number_of_thresholds) & (tile_m == 0) & (split == 0)
-        limit = tl.load(threshold.start + r * threshold.row, mask=one, other=0.0)
-        tl.store(effective + r, limit, mask=one)
     if pruned_counts is None:
         accumulator, _ = _accumulate(
             x, weight, threshold, tile_r, tile_m, in_r, in_m, begin, end, THRESHOLD, False, TILE
@@ -206,6 +202,10 @@ def product_kernel(
         )
     slab = out + split.to(tl.int64) * M * R
     _store(slab, accumulator, bias, r, m, in_r, in_m, R)
+    if effective is not None:
+        one = in_r & (r < number_of_thresholds) & (tile_m == 0) & (split == 0)
+        limit = tl.load(threshold.start + r * threshold.row, mask=one, other=0.0)
+        tl.store(effective + r, limit, mask=one)
 
 
 @triton.jit(do_not_specialize=("number_of_counts", "M", "parts"))
