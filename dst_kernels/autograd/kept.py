@@ -1,4 +1,4 @@
-"""Multiply by a masked weight through its kept elements alone, forward and for dX.
+"""Multiply by W * M in training on CPUs: by its kept elements alone, by oneDNN, or as torch does.
 
 W * M is the same node as on the packed path, and its gradient is the dense G: whether a product
 reads all of W * M or its kept elements, and by which library, is a choice of each call.

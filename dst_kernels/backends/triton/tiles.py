@@ -151,8 +151,8 @@ _FLOAT32 = {m: ProductTile(m, 64, 16, 4, 2) for m in (16, 32)}
 # More tiles that tuning may try for 16-bit products on Hopper. With a threshold for each row all
 # compile without spills, for float32 and 16-bit weights. Those in _MORE may be split; those in
 # _MORE_WHOLE may not: split, they spill or wait for each wgmma. With a threshold for each weight
-# the largest spill, or do not fit in shared memory, and tuning skips them. One step
-# in an iteration is left out: with Triton 3.6 registers are then written while wgmma reads them.
+# the largest spill, or do not fit in shared memory, and tuning skips them. One step in an iteration
+# is left out: with Triton 3.6 registers are then written while wgmma reads them.
 _MORE = (
     ProductTile(16, 128, 32, 8, 4, unroll=2),
     ProductTile(16, 64, 64, 4, 4, unroll=2),
