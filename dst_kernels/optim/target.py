@@ -188,7 +188,7 @@ class TargetRatio:
         self.alpha.mul_(quotient.clamp(0.1, 10).pow(_GAIN).clamp(0.5, 1.5)).clamp_(_LEAST, _MOST)
 
     def _settle(self) -> None:
-        """Move all thresholds so that exactly the target remains, but for ties and rounding.
+        """Move all thresholds so that exactly the target remains, but for ties.
 
         A matrix of which the guard would then keep everything, or of which nothing would be left,
         moves less: it keeps just enough, and the others make up for it.
@@ -206,7 +206,7 @@ class TargetRatio:
             margins = (margins / deviations[:, None]).nan_to_num_(nan=torch.inf)
             size = margins.shape[1]
             least = int((part.module.masking.reset_ratio or 0) * size) + 1
-            largest = margins.kthvalue(max(size - least, 1), dim=1).values
+            largest = _above(margins, max(size - least, 1))
             moves.append((margins, largest, deviations))
         pool = torch.cat(
             [m.masked_fill(m > largest[:, None], torch.inf).flatten() for m, largest, _ in moves]
@@ -214,9 +214,19 @@ class TargetRatio:
         gone = pool.numel() - round(self.target * pool.numel())
         if gone == 0:
             return
-        offset = pool.kthvalue(gone).values
+        offset = _above(pool, gone)
         for part, (_, largest, deviations) in zip(parts, moves, strict=True):
             _each(part, torch.minimum(offset, largest) * deviations, Tensor.add_)
+
+
+def _above(values: Tensor, k: int) -> Tensor:
+    """Return the middle between the k-th smallest value of each row [..., n] and the next larger.
+
+    At the k-th value itself rounding would decide whether its weight stays.
+    """
+    kth = values.kthvalue(k, dim=-1).values
+    larger = values.masked_fill(values <= kth[..., None], torch.inf).amin(-1)
+    return torch.where(larger.isinf(), kth, kth + (larger - kth) / 2)
 
 
 def _hold(part: MaskedWeight, kept: Tensor) -> None:

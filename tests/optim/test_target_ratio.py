@@ -179,6 +179,17 @@ def test_every_optimizer_gets_there_and_a_stop_on_the_way_changes_nothing(name):
         assert torch.equal(value, other.state_dict()[key]), key
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_the_end_keeps_exactly_what_is_asked_for(seed):
+    """No weight lies so close to its threshold that rounding decides."""
+    model = small(seed=seed)
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.threshold.uniform_(0, 0.1)
+    TargetRatio(model, 0.3, 1).step()
+    assert dst_kernels.sparsity_report(model).kept == round(0.3 * 1800)
+
+
 def test_parts_of_a_model_have_targets_of_their_own():
     def made():
         model = small()
