@@ -33,82 +33,55 @@ DST_FUNCTION int mask_block(const Real* weight, Threshold threshold, Real* resul
   return count - dropped;
 }
 
-// Sums over a run, element by element into up to kBlock lanes, which are added as a tree at the
-// end: a fixed order that needs no reassociation by the compiler.
+// Sums over a run, element by element into 64 lanes, which are added as a tree at the end: a fixed
+// order that needs no reassociation by the compiler, and sums that stay in registers.
 template <typename Real>
 class Lanes {
  public:
-  // The sums that a block's elements are to be added to, and where the results go.
-  struct Sums {
-    const Real* before;
-    Real* after;
-  };
-
-  // For a run of `columns` elements.
-  explicit DST_FUNCTION Lanes(int64_t columns) {
-    while (used_ < columns && used_ < kBlock) used_ *= 2;
-  }
-
-  // For the next `count` elements: kBlock, or what is left of the run.
-  DST_FUNCTION Sums next(int count) {
-    if (!empty_) return {values_, values_};
-    empty_ = false;
-    for (int i = count; i < used_; ++i) values_[i] = Real(0);
-    return {kZeros, values_};
-  }
-
-  DST_FUNCTION Real sum() {
-    if (empty_) return Real(0);
-    Vector sums;
-    switch (used_) {
-      case 32:
-        tree<32>(values_, sums);
-        break;
-      case 64:
-        tree<64>(values_, sums);
-        break;
-      case 128:
-        tree<128>(values_, sums);
-        break;
-      case 256:
-        tree<256>(values_, sums);
-        break;
-      case 512:
-        tree<512>(values_, sums);
-        break;
-      default:
-        tree<kLeast>(values_, sums);
+  // Adds term(i) of the next `count` elements: kBlock, or what is left of the run. `term` is called
+  // once for each, in any order, and must be inlined (DST_LAMBDA).
+  template <typename Term>
+  DST_FUNCTION void add(int count, const Term& term) {
+    int i = 0;
+    for (; i + kVectors * kWidth <= count; i += kVectors * kWidth) {
+      for (int v = 0; v < kVectors; ++v) {
+        Real terms[kWidth];
+        DST_VECTORIZE for (int j = 0; j < kWidth; ++j) terms[j] = term(i + v * kWidth + j);
+        add(terms, v);
+      }
     }
-    for (int half = kLeast / 2; half > 2; half /= 2) {
+    for (int v = 0; v < kVectors; ++v, i += kWidth) {
+      if (i >= count) return;
+      Real terms[kWidth] = {};
+      const int rest = count - i;
+      if (rest >= kWidth) {
+        DST_VECTORIZE for (int j = 0; j < kWidth; ++j) terms[j] = term(i + j);
+      } else {
+        for (int j = 0; j < rest; ++j) terms[j] = term(i + j);
+      }
+      add(terms, v);
+    }
+  }
+
+  DST_FUNCTION Real sum() const {
+    Vector sums = (sums_[0] + sums_[1]) + (sums_[2] + sums_[3]);
+    for (int half = kWidth / 2; half > 2; half /= 2) {
       for (int i = 0; i < half; ++i) sums[i] += sums[half + i];
     }
     return (sums[0] + sums[2]) + (sums[1] + sums[3]);
   }
 
  private:
-  static constexpr int kLeast = 16;
-  static_assert(kBlock == 512, "sum() has a case for every power of two");
-  alignas(64) static constexpr Real kZeros[kBlock] = {};
+  static constexpr int kWidth = 16, kVectors = 4;
+  typedef Real Vector __attribute__((vector_size(kWidth * sizeof(Real))));
 
-  // In registers, where a loop over halves would write all of its steps to memory.
-  typedef Real Vector __attribute__((vector_size(kLeast * sizeof(Real))));
-
-  // The kLeast sums that are left of `count` lanes when each half has been added to the one before.
-  template <int count, int step = kLeast>
-  static DST_FUNCTION void tree(const Real* lanes, Vector& sums) {
-    if constexpr (step == count) {
-      std::memcpy(&sums, lanes, sizeof(sums));
-    } else {
-      Vector others;
-      tree<count, 2 * step>(lanes, sums);
-      tree<count, 2 * step>(lanes + step, others);
-      sums += others;
-    }
+  DST_FUNCTION void add(const Real* terms, int v) {
+    Vector vector;
+    std::memcpy(&vector, terms, sizeof(vector));
+    sums_[v] += vector;
   }
 
-  int used_ = kLeast;
-  bool empty_ = true;
-  alignas(64) Real values_[kBlock];
+  Vector sums_[kVectors] = {};
 };
 
 // f.operator()<surrogate, structure>(), for kernels that are compiled for each. `f` must be inlined

@@ -14,8 +14,8 @@ template <typename Real>
 DST_FUNCTION void square_run(const Step& step, const StepSegment& s, Real threshold, int64_t begin,
                              int64_t end, double& squares, double& minus_sum) {
   Real weights[kBlock], grads[kBlock];
-  Lanes<Real> lanes(end - begin);
-  Lanes<double> square_lanes(end - begin);
+  Lanes<Real> lanes;
+  Lanes<double> square_lanes;
   for (int64_t at = begin; at < end; at += kBlock) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - at));
     const Real* weight = load(s.weight, at, count, weights);
@@ -24,11 +24,10 @@ DST_FUNCTION void square_run(const Step& step, const StepSegment& s, Real thresh
     } else {
       plain_gradients(s, step, 1, weight, at, count, grads);
     }
-    const auto sums = square_lanes.next(count);
-    DST_VECTORIZE for (int i = 0; i < count; ++i) {
+    square_lanes.add(count, [&](int i) DST_LAMBDA {
       const double gradient = grads[i];
-      sums.after[i] = sums.before[i] + gradient * gradient;
-    }
+      return gradient * gradient;
+    });
   }
   squares += square_lanes.sum();
   minus_sum += lanes.sum();

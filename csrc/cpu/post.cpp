@@ -15,18 +15,17 @@ namespace {
 template <typename Real, Surrogate surrogate, bool structure>
 DST_FUNCTION Real post_run(const PostSegment& s, Real threshold, int64_t begin, int64_t end) {
   Real grads[kBlock], weights[kBlock], results[kBlock];
-  Lanes<Real> lanes(end - begin);
+  Lanes<Real> lanes;
   for (int64_t at = begin; at < end; at += kBlock) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - at));
     const Real* grad = load(s.grad, at, count, grads);
     const Real* weight = load(s.weight, at, count, weights);
     Real* result = target(s.grad_weight, at, results);
-    const auto sums = lanes.next(count);
-    DST_VECTORIZE for (int i = 0; i < count; ++i) {
+    lanes.add(count, [&](int i) DST_LAMBDA {
       const auto both = gradients<Real, surrogate, structure>(grad[i], weight[i], threshold);
       result[i] = both.weight;
-      sums.after[i] = sums.before[i] + both.minus_threshold;
-    }
+      return both.minus_threshold;
+    });
     store(s.grad_weight, at, count, result);
   }
   return lanes.sum();

@@ -49,13 +49,12 @@ DST_FUNCTION void masked_gradients(const StepSegment& s, const Step& step, doubl
                                    Real* result, Lanes<Real>& lanes) {
   const Real factor = static_cast<Real>(clip);
   const Real* grad = load_gradient(s, step.grad_scale, at, count, result);
-  const auto sums = lanes.next(count);
   dispatch(s.surrogate, s.structure, [&]<Surrogate surrogate, bool structure>() DST_LAMBDA {
-    DST_VECTORIZE for (int i = 0; i < count; ++i) {
+    lanes.add(count, [&](int i) DST_LAMBDA {
       const auto both = gradients<Real, surrogate, structure>(grad[i], weight[i], threshold);
       result[i] = factor * both.weight;
-      sums.after[i] = sums.before[i] + both.minus_threshold;
-    }
+      return both.minus_threshold;
+    });
   });
 }
 

@@ -26,7 +26,7 @@ template <template <typename> class Rule, typename Real>
 DST_FUNCTION Real update_run(const Step& step, const StepSegment& s, const Rule<Real>* rule,
                              Real threshold, int64_t begin, int64_t end) {
   Real weights[kBlock], grads[kBlock];
-  Lanes<Real> lanes(end - begin);
+  Lanes<Real> lanes;
   for (int64_t at = begin; at < end; at += kBlock) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - at));
     const Real* weight = load(s.weight, at, count, weights);
