@@ -208,7 +208,7 @@ struct Plan {
 void run(const Images& images, const std::vector<Filters>& parts, const Plan& plan, int64_t first,
          int64_t last, void* output, int64_t size) {
   const int side = plan.side;
-  const int64_t planes = images.planes() * side, channels = images.channels;
+  const int64_t planes = images.planes() * side;
   const int64_t bytes = images.dtype == ScalarType::Float ? sizeof(float) : sizeof(BFloat16);
   // Of images side by side, how many are laid out at a time.
   const int64_t groups = (last - first) / side;
@@ -225,15 +225,7 @@ void run(const Images& images, const std::vector<Filters>& parts, const Plan& pl
     if (plan.direct) {
       from = static_cast<const float*>(images.data) + first * planes;
     } else {
-      const int64_t all = images.phases() * images.plane() * side;
-      torch::stable::parallel_for(
-          0, together * channels, std::max<int64_t>(kTerms / kWidest / (all + 1), 1),
-          [&](int64_t at, int64_t end) {
-            for (; at < end; ++at) {
-              const int64_t image = first + (begin + at / channels) * side;
-              lay_out_channel(images, side, image, at % channels, laid_out.get() + at * all);
-            }
-          });
+      lay_out(images, side, first + begin * side, together, laid_out.get());
     }
     for (size_t i = 0; i < parts.size(); ++i) {
       const Filters& part = parts[i];
@@ -274,6 +266,47 @@ void check_rows(const char* op, const SparseRows& weight, const Tensor& columns,
   STD_TORCH_CHECK(columns.dim() == 2 && columns.size(0) == weight.rows && columns.size(1) == of_row,
                   op, ": for ", channels, " channels, columns must be [", weight.rows, ", ", of_row,
                   "]");
+}
+
+Scratch<int32_t> offsets_of(const SparseRows& weight, const Images& images, int64_t groups) {
+  const Axis &height = images.height, &width = images.width;
+  const int64_t channels = images.channels / groups;
+  std::vector<int32_t> table;
+  table.reserve(channels * height.kernel * width.kernel);
+  for (int64_t channel = 0; channel < channels; ++channel) {
+    for (int64_t i = 0; i < height.kernel; ++i) {
+      for (int64_t j = 0; j < width.kernel; ++j) {
+        const int64_t phase = (channel * height.phases + i % height.phases) * width.phases;
+        table.push_back(static_cast<int32_t>((phase + j % width.phases) * images.plane() +
+                                             height.shift(i) * width.line + width.shift(j)));
+      }
+    }
+  }
+  const int64_t group = images.planes() / groups, rows = weight.rows / groups;
+  Scratch<int32_t> made(Use::kOffsets, weight.stored());
+  int32_t* offsets = made.get();
+  const auto fill = [&](const auto* columns) {
+    for (int64_t row = 0; row < weight.rows; ++row) {
+      const int32_t base = static_cast<int32_t>(row / rows * group);
+      const int64_t at = weight.begin(row), count = weight.count(row);
+      for (int64_t j = at; j < at + count; ++j) offsets[j] = base + table[columns[j]];
+    }
+  };
+  weight.small ? fill(static_cast<const uint16_t*>(weight.columns))
+               : fill(static_cast<const int32_t*>(weight.columns));
+  return made;
+}
+
+void lay_out(const Images& images, int side, int64_t first, int64_t groups, float* to) {
+  const int64_t channels = images.channels, size = images.phases() * images.plane() * side;
+  torch::stable::parallel_for(0, groups * channels,
+                              std::max<int64_t>(kTerms / kWidest / (size + 1), 1),
+                              [&](int64_t at, int64_t end) {
+                                for (; at < end; ++at) {
+                                  lay_out_channel(images, side, first + at / channels * side,
+                                                  at % channels, to + at * size);
+                                }
+                              });
 }
 
 void convolve(const Images& images, const std::vector<Filters>& parts, void* output, int64_t size) {

@@ -63,6 +63,13 @@ struct Filters {
 void check_rows(const char* op, const SparseRows& weight, const Tensor& columns, int64_t channels,
                 const Integers& geometry);
 
+// Where the operands of each weight begin in the planes.
+Scratch<int32_t> offsets_of(const SparseRows& weight, const Images& images, int64_t groups);
+
+// The planes of images from `first` on, `side` images (1 or kLanes) side by side: so each position
+// has that many numbers. Of `groups` such groups, one after the other.
+void lay_out(const Images& images, int side, int64_t first, int64_t groups, float* to);
+
 // Stores row r of an image at `output` + r * size; all images one after the other.
 void convolve(const Images& images, const std::vector<Filters>& parts, void* output, int64_t size);
 

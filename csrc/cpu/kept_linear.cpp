@@ -1,7 +1,7 @@
 // Gradients of a linear layer whose weight is stored as kept rows.
 #include <vector>
 
-#include "sparse.h"
+#include "grad_weight.h"
 #include "transposed.h"
 
 namespace dst {
@@ -55,24 +55,6 @@ DST_CLONES void grad_input_block(const SparseRows& w, const float* values, const
        : unpack_columns<BFloat16>(sums, result, 0, result.columns);
 }
 
-// Eight vectors added up, each into its number.
-DST_FUNCTION Vector add_lanes(const Vector* r) {
-  Vector s[4], t[2];
-  for (int i = 0; i < 4; ++i) {
-    const Vector a = r[2 * i], b = r[2 * i + 1];
-    s[i] = Vector{a[0], b[0], a[1], b[1], a[4], b[4], a[5], b[5]} +
-           Vector{a[2], b[2], a[3], b[3], a[6], b[6], a[7], b[7]};
-  }
-  for (int i = 0; i < 2; ++i) {
-    const Vector a = s[2 * i], b = s[2 * i + 1];
-    t[i] = Vector{a[0], a[1], b[0], b[1], a[4], a[5], b[4], b[5]} +
-           Vector{a[2], a[3], b[2], b[3], a[6], a[7], b[6], b[7]};
-  }
-  const Vector a = t[0], b = t[1];
-  return Vector{a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]} +
-         Vector{a[4], a[5], a[6], a[7], b[4], b[5], b[6], b[7]};
-}
-
 // dW = dY^T X where weights are kept: a row's block of dY, in registers, times eight blocks of X.
 template <int width, typename Column>
 DST_FUNCTION void weigh(const float* grads, const Column* columns, int64_t count, const float* x,
@@ -91,12 +73,7 @@ DST_FUNCTION void weigh(const float* grads, const Column* columns, int64_t count
 #pragma GCC unroll 8
       for (int v = 1; v < vectors; ++v) terms[i] += grad[v] * load(operand + v * kLanes);
     }
-    Vector sum = add_lanes(terms);
-    if (rest >= kLanes) {
-      store(add ? load(sums + j) + sum : sum, sums + j);
-    } else {
-      for (int64_t i = 0; i < rest; ++i) sums[j + i] = add ? sums[j + i] + sum[i] : sum[i];
-    }
+    put_sums(add_lanes(terms), rest, add, sums + j);
   }
 }
 
@@ -156,20 +133,6 @@ DST_CLONES void grad_weight_block(const SparseRows& w, const Matrix& grad, const
   }
 }
 
-// Sums of the rows in bfloat16.
-DST_CLONES void round_rows(const SparseRows& w, const float* sums, int64_t row, int64_t end,
-                           BFloat16* values) {
-  for (; row < end; ++row) {
-    const int64_t at = w.begin(row), count = w.count(row);
-    for (int64_t j = 0; j < count; j += kLanes) {
-      Vector block = {};
-      for (int64_t i = 0; i < std::min<int64_t>(kLanes, count - j); ++i)
-        block[i] = sums[at + j + i];
-      store(block, static_cast<int>(std::min<int64_t>(kLanes, count - j)), values + at + j);
-    }
-  }
-}
-
 }  // namespace
 
 Tensor kept_linear_grad_input(const Tensor& grad, const Tensor& values, const Tensor& columns,
@@ -217,12 +180,8 @@ void kept_linear_grad_weight(const Tensor& grad, const Tensor& input, const Tens
   STD_TORCH_CHECK(input.size(-1) == features && input.numel() == inputs * features, op,
                   ": input must be [..., ", features, "], with as many rows as grad");
   const bool wide = weight.dtype == ScalarType::Float;
-  float* sums = static_cast<float*>(values.data_ptr());
-  Scratch<float> in_float;
-  if (!wide) {
-    in_float = Scratch<float>(Use::kSums, weight.stored());
-    sums = in_float.get();
-  }
+  const WeightSums made(weight, values);
+  float* sums = made.get();
   const Matrix from{grad.data_ptr(), inputs, weight.rows}, x{input.data_ptr(), inputs, features};
   // The order of a sum depends on the width, which therefore depends on the sizes alone.
   const int widest = features <= 2048 ? kWidest : kWidest / 2;
@@ -251,14 +210,8 @@ void kept_linear_grad_weight(const Tensor& grad, const Tensor& input, const Tens
       }
     });
   }
-  weight.share(1, 1, [&](int64_t row, int64_t end, int64_t) {
-    if (inputs == 0) {
-      for (int64_t r = row; r < end; ++r) {
-        std::fill_n(sums + weight.begin(r), weight.count(r), 0.0f);
-      }
-    }
-    if (!wide) round_rows(weight, sums, row, end, static_cast<BFloat16*>(values.data_ptr()));
-  });
+  if (inputs == 0) made.clear();
+  made.finish();
 }
 
 }  // namespace dst

@@ -83,6 +83,9 @@ STABLE_TORCH_LIBRARY(dst_kernels_compiled, library) {
   library.def(
       "kept_conv_grad_input(Tensor grad, Tensor values, Tensor columns, Tensor places, "
       "int[] geometry, int[] shape) -> Tensor");
+  library.def(
+      "kept_conv_grad_weight(Tensor grad, Tensor input, Tensor columns, Tensor places, "
+      "Tensor(a!) values, int[] geometry) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dst_kernels_compiled, CPU, library) {
@@ -103,4 +106,5 @@ STABLE_TORCH_LIBRARY_IMPL(dst_kernels_compiled, CPU, library) {
   library.impl("sparse_conv", TORCH_BOX(&dst::sparse_conv));
   library.impl("kept_conv", TORCH_BOX(&dst::kept_conv));
   library.impl("kept_conv_grad_input", TORCH_BOX(&dst::kept_conv_grad_input));
+  library.impl("kept_conv_grad_weight", TORCH_BOX(&dst::kept_conv_grad_weight));
 }

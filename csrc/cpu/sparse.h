@@ -275,5 +275,7 @@ Tensor kept_conv(const Tensor& input, const Tensor& values, const Tensor& column
 // shape: channels, height and width of the input.
 Tensor kept_conv_grad_input(const Tensor& grad, const Tensor& values, const Tensor& columns,
                             const Tensor& places, const Integers& geometry, const Integers& shape);
+void kept_conv_grad_weight(const Tensor& grad, const Tensor& input, const Tensor& columns,
+                           const Tensor& places, const Tensor& values, const Integers& geometry);
 
 }  // namespace dst

@@ -4,36 +4,6 @@
 namespace dst {
 namespace {
 
-// Where the operands of each weight begin in the planes.
-Scratch<int32_t> offsets_of(const SparseRows& w, const Images& images, int64_t groups) {
-  const Axis &height = images.height, &width = images.width;
-  const int64_t channels = images.channels / groups;
-  std::vector<int32_t> table;
-  table.reserve(channels * height.kernel * width.kernel);
-  for (int64_t channel = 0; channel < channels; ++channel) {
-    for (int64_t i = 0; i < height.kernel; ++i) {
-      for (int64_t j = 0; j < width.kernel; ++j) {
-        const int64_t phase = (channel * height.phases + i % height.phases) * width.phases;
-        table.push_back(static_cast<int32_t>((phase + j % width.phases) * images.plane() +
-                                             height.shift(i) * width.line + width.shift(j)));
-      }
-    }
-  }
-  const int64_t group = images.planes() / groups, rows = w.rows / groups;
-  Scratch<int32_t> made(Use::kOffsets, w.stored());
-  int32_t* offsets = made.get();
-  const auto fill = [&](const auto* columns) {
-    for (int64_t row = 0; row < w.rows; ++row) {
-      const int32_t base = static_cast<int32_t>(row / rows * group);
-      const int64_t at = w.begin(row), count = w.count(row);
-      for (int64_t j = at; j < at + count; ++j) offsets[j] = base + table[columns[j]];
-    }
-  };
-  w.small ? fill(static_cast<const uint16_t*>(w.columns))
-          : fill(static_cast<const int32_t*>(w.columns));
-  return made;
-}
-
 Tensor conv(const char* op, SparseRows& weight, const Tensor& input, const Integers& geometry) {
   STD_TORCH_CHECK(input.dim() == 4 && geometry.size() == 9, op,
                   ": input must have 4 dimensions, and geometry 9 integers");

@@ -38,6 +38,7 @@ class _Conv(Product):
     dense_gradient = staticmethod(conv_dense_weight_gradient)
     grad_bias = staticmethod(conv_grad_bias)
     kept_forward, kept_grad_input = "kept_conv", "kept_conv_grad_input"
+    kept_grad_weight = "kept_conv_grad_weight"
     fused_forward = ops.masked_conv
     fused_grad_input = ops.masked_conv_grad_input
     fused_grad_weight = ops.masked_conv_grad_weight

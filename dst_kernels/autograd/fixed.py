@@ -19,7 +19,7 @@ from ..ops import is_batched, is_watched
 from ..ops.dtensor import is_dtensor
 from ..reference.kept import KeptPlaces, KeptRows
 from ._function import is_transformed
-from .kept import MOST, forward_by, most_kept_of, never_kept, run_op
+from .kept import MOST, forward_by, grad_input_by, most_kept_of, never_kept, of_kept, run_op
 from .options import MaskOptions
 from .weight import Packed, WeightSource
 
@@ -93,11 +93,9 @@ class FixedMask:
 
     @property
     def indices(self) -> Tensor:
-        """Return those of a sparse COO tensor of the kept weights: int64 [2, kept]."""
+        """Return those of a sparse COO tensor of the kept weights: int64 [dimensions, kept]."""
         if self._indices is None:
-            columns = self.where.columns.shape[1]
-            flat = self.where.flat()
-            self._indices = torch.stack((flat // columns, flat % columns))
+            self._indices = torch.stack(torch.unravel_index(self.where.flat(), self.mask.shape))
         return self._indices
 
     def has(self, indices: Tensor) -> bool:
@@ -232,7 +230,7 @@ class _ProductWithValues(Function):
         ctx.how = where, shape, product, geometry, backend, None if bias is None else bias.dtype
         ctx.save_for_backward(input, values)
         rows = KeptRows(values, where.columns, where.places)
-        return forward_by(rows, backend, product, input, bias, geometry)
+        return forward_by(rows, backend, product, input, shape, bias, geometry)
 
     @staticmethod
     def backward(ctx, grad) -> Any:
@@ -252,11 +250,12 @@ class _ProductWithValues(Function):
                 grad_input = product.grad_input(grad, input, masked, *geometry)
         else:
             if of_values:
-                op = product.kept_grad_weight
-                grad_values = run_op(backend, op, grad, input, where, *geometry)
+                op, how = product.kept_grad_weight, of_kept(shape, geometry)
+                grad_values = run_op(backend, op, grad, input, where, *how)
             if of_input:
                 rows = KeptRows(values, where.columns, where.places)
-                grad_input = run_op(backend, product.kept_grad_input, grad, rows, *geometry)
+                operands = grad, input, shape, geometry
+                grad_input = grad_input_by(rows, backend, product, *operands)
         if of_bias:
             grad_bias = product.grad_bias(grad, bias_dtype)
         return grad_input, grad_values, grad_bias, None, None, None, None, None

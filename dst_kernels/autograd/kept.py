@@ -6,6 +6,7 @@ reads all of W * M or its kept elements, and by which library, is a choice of ea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,7 +45,7 @@ class _Product(Function):
         ctx.save_for_backward(input, masked)
         if rows is None:
             return onednn.linear(input, masked, bias)
-        return forward_by(rows, backend, product, input, bias, geometry)
+        return forward_by(rows, backend, product, input, masked.shape, bias, geometry)
 
     @staticmethod
     def backward(ctx, grad) -> Any:
@@ -68,8 +69,9 @@ class _Product(Function):
         elif of_input and ctx.rows is None:
             grad_input = onednn.linear(grad, masked.t())
         elif of_input:
-            like = (input,) if geometry else ()
-            grad_input = run_op(backend, product.kept_grad_input, grad, *like, ctx.rows, *geometry)
+            grad_input = grad_input_by(
+                ctx.rows, backend, product, grad, input, masked.shape, geometry
+            )
         if of_bias:
             grad_bias = product.grad_bias(grad, bias_dtype)
         return grad_input, grad_masked, grad_bias, None, None, None, None, None
@@ -84,18 +86,39 @@ def run_op(backend: str, op: str, tensor: Tensor, *args: Any) -> Any:
         return run(tensor, *args)
 
 
+def of_kept(shape: Sequence[int], geometry: tuple) -> tuple:
+    """Return what ops of kept elements take for the geometry, with a weight of this shape."""
+    return (shape[2:], *geometry) if geometry else ()
+
+
 def forward_by(
     rows: KeptRows,
     backend: str,
     product: type[Product],
     input: Tensor,
+    shape: Sequence[int],
     bias: Tensor | None,
     geometry: tuple,
 ) -> Tensor:
-    """Return the product by kept rows, for the forward of a node."""
-    output = run_op(backend, product.kept_forward, input, rows, bias, *geometry)
+    """Return the product by kept rows of a weight of this shape, for the forward of a node."""
+    how = of_kept(shape, geometry)
+    output = run_op(backend, product.kept_forward, input, rows, bias, *how)
     # Autograd must not see a view here, so that callers may overwrite the result (`relu_`).
     return output.clone() if output._is_view() else output
+
+
+def grad_input_by(
+    rows: KeptRows,
+    backend: str,
+    product: type[Product],
+    grad: Tensor,
+    like: Tensor,
+    shape: Sequence[int],
+    geometry: tuple,
+) -> Tensor:
+    """Return dX, shaped like the input `like`, by kept rows of a weight of this shape."""
+    how = (like, rows, *of_kept(shape, geometry)) if geometry else (rows,)
+    return run_op(backend, product.kept_grad_input, grad, *how)
 
 
 class MaskedWeightInMemory:
@@ -159,9 +182,10 @@ class MaskedWeightInMemory:
         if may_skip:
             return None if self.rows is None else self.rows[1:]
         tensor = self.tensor
-        if not (self._by_rows and tensor.is_cpu and tensor.numel() <= MOST):
+        size = tensor.numel()
+        if not (self._by_rows and tensor.is_cpu and size <= MOST):
             return None
-        if tensor[:1].numel() > _LONGEST:
+        if size > _LONGEST * len(tensor):
             return None
         if self._spare is None:
             self._spare = new_kept_rows(tensor)[1:]

@@ -38,7 +38,8 @@ class Product:
     grad_input: ClassVar[Callable]  # (grad, like, masked, *geometry) -> dX
     dense_gradient: ClassVar[Callable]  # (grad, input, weight, *geometry) -> G
     grad_bias: ClassVar[Callable]  # (grad, dtype) -> db
-    # By kept elements: names of the reference's functions; none where there are none.
+    # By kept elements: names of the reference's functions; none where there are none. What a
+    # geometry is to others is to these the kernel's size, and the geometry.
     kept_forward: ClassVar[str] = ""
     kept_grad_input: ClassVar[str] = ""
     kept_grad_weight: ClassVar[str] = ""  # (grad, input, places, *geometry) -> dW of kept elements

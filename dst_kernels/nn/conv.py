@@ -18,6 +18,8 @@ class MaskedConv(MaskedLayer, nn.modules.conv._ConvNd):
     and the errors raised are those of `MaskedLinear`.
     """
 
+    _keeps_rows = True
+
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if weight is not self._parameters.get("weight", weight):
             return super()._conv_forward(input, weight, bias)  # from a user's own forward

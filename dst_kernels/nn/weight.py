@@ -106,7 +106,7 @@ class MaskedWeight:
         """Compute with `mask` from now on, whatever the threshold, which no longer trains.
 
         The layer uses the weight where the mask is True and 0 elsewhere, on the packed path or, on
-        CPUs, the sparse one, where linear layers also make gradients of the kept weights alone. The
+        CPUs, the sparse one, where layers also make gradients of the kept weights alone. The
         mask is copied into a buffer, `fixed_mask` for `threshold` (and so on), which is part of the
         state dict. Call it again to replace mask and `dense_gradient`: the buffer stays the same
         tensor. An optimizer of `dst_kernels.optim` then updates the weight as any other parameter,

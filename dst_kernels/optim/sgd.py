@@ -37,11 +37,11 @@ class DSTSGD(DeferredOptimizer):
     backward; the step uses these as any optimizer does. Layers that FSDP2 shards, and compiled
     ones, mask their weight in the forward.
 
-    Under a fixed mask a weight trains like any other parameter. Where its layer is linear and
-    computes with kept weights alone (path "sparse"), the step touches no others, nor their state:
-    `.grad` is a sparse COO tensor of the kept weights, as long as nothing but the layer reads the
-    weight, it has no hooks, and the model is not in DistributedDataParallel (where this torch has
-    no norms of sparse tensors, it is dense, too).
+    Under a fixed mask a weight trains like any other parameter. Where its layer, linear or a
+    convolution, computes with kept weights alone (path "sparse"), the step touches no others, nor
+    their state: `.grad` is a sparse COO tensor of the kept weights, as long as nothing but the
+    layer reads the weight, it has no hooks, and the model is not in DistributedDataParallel (where
+    this torch has no norms of sparse tensors, it is dense, too).
 
     `release()`, or deleting this optimizer, makes all layers usable by other optimizers.
 

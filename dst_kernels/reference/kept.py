@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .conv import Geometry, conv_grad_input
+from .conv import Geometry, conv_dense_weight_gradient, conv_grad_input
 from .linear import dense_weight_gradient, flatten_batch
 from .sparse import dense_weight, sparse_conv, sparse_linear
 
@@ -133,21 +133,38 @@ def kept_linear_grad_weight(grad: Tensor, input: Tensor, where: KeptPlaces) -> T
     return kept_values(dense_weight_gradient(grad, input), where)
 
 
-def kept_conv(input: Tensor, rows: KeptRows, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """Convolve [N, in, *spatial] over 1 or 2 dimensions; a row is [in/groups, *kernel].
+def kept_conv(
+    input: Tensor,
+    rows: KeptRows,
+    bias: Tensor | None,
+    kernel_size: Sequence[int],
+    geometry: Geometry,
+) -> Tensor:
+    """Convolve [N, in, *spatial] over 1 or 2 dimensions; a row is [in/groups, *kernel_size].
 
     Return [N, out, *spatial'], contiguous, or channels last if the input is.
     """
-    kernel_size = rows.values.shape[2:]
     return sparse_conv(input, *_one_after_the_other(rows), bias, kernel_size, geometry)
 
 
-def kept_conv_grad_input(grad: Tensor, like: Tensor, rows: KeptRows, geometry: Geometry) -> Tensor:
+def kept_conv_grad_input(
+    grad: Tensor, like: Tensor, rows: KeptRows, kernel_size: Sequence[int], geometry: Geometry
+) -> Tensor:
     """Return dX, contiguous, of the shape of the input `like`."""
-    weight = dense_rows(rows)
+    row_shape = like.shape[1] // geometry.groups, *kernel_size
+    weight = dense_weight(*_one_after_the_other(rows), row_shape)
     wide = torch.promote_types(grad.dtype, torch.float32)
     result = conv_grad_input(grad.to(wide), like.to(wide), weight.to(wide), geometry)
     return result.to(grad.dtype).contiguous()
+
+
+def kept_conv_grad_weight(
+    grad: Tensor, input: Tensor, where: KeptPlaces, kernel_size: Sequence[int], geometry: Geometry
+) -> Tensor:
+    """Return dW from grad [N, out, *spatial'] and input [N, in, *spatial], where it is kept."""
+    shape = grad.shape[1], input.shape[1] // geometry.groups, *kernel_size
+    weight = grad.new_empty(shape)  # its shape alone is used
+    return kept_values(conv_dense_weight_gradient(grad, input, weight, geometry), where)
 
 
 def _one_after_the_other(rows: KeptRows) -> tuple[Tensor, Tensor, Tensor]:

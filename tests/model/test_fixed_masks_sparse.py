@@ -9,20 +9,40 @@ from torch import nn
 
 import dst_kernels
 from dst_kernels.methods import SET
-from dst_kernels.nn import MaskedLinear
+from dst_kernels.nn import MaskedConv2d, MaskedLayer, MaskedLinear
 
 CLOSE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
-def network(path, dtype=torch.float64, density=0.2, fixed=True):
+NETWORKS = {
+    "linear": lambda: [nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 20), nn.Tanh()],
+    "convolutions": lambda: [
+        nn.Unflatten(1, (2, 4, 5)),
+        nn.Conv2d(2, 6, 3, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(6, 8, (2, 3), (2, 1), (0, 1), groups=2),  # [8, 2, 5]
+        nn.Flatten(2),
+        nn.Conv1d(8, 4, 3, 2, dilation=2),  # [4, 3]
+        nn.Flatten(),
+        nn.Linear(12, 20),
+    ],
+}
+every_network = pytest.mark.parametrize("kind", NETWORKS)
+
+
+def network(path, dtype=torch.float64, density=0.2, fixed=True, kind="linear"):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 20), nn.Tanh())
-    model = dst_kernels.sparsify_(model.append(nn.Linear(20, 3)).to(dtype))
-    for layer in model[::2]:
+    model = nn.Sequential(*NETWORKS[kind](), nn.Linear(20, 3))
+    model = dst_kernels.sparsify_(model.to(dtype))
+    for layer in masked(model):
         layer.path = path
         if fixed:
             layer.masked_weights()[0].set_fixed_mask(torch.rand_like(layer.weight) < density)
     return model
+
+
+def masked(model):
+    return [layer for layer in model if isinstance(layer, MaskedLayer)]
 
 
 def batches(count, dtype):
@@ -38,15 +58,16 @@ def weights(model):
     return [each.detach() for each in model.parameters()]
 
 
+@every_network
 @pytest.mark.parametrize("dtype", CLOSE)
-def test_training_equals_that_on_the_packed_path(dtype):
-    models = [network(path, dtype) for path in ("packed", "sparse")]
+def test_training_equals_that_on_the_packed_path(dtype, kind):
+    models = [network(path, dtype, kind=kind) for path in ("packed", "sparse")]
     for model in models:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         for step, (x, y) in enumerate(batches(50, dtype)):
             if step == 25:
                 torch.manual_seed(step)
-                part = model[2].masked_weights()[0]
+                part = masked(model)[1].masked_weights()[0]
                 part.set_fixed_mask(torch.rand_like(part.weight) < 0.1)
             (model(x) - y).square().mean().backward()
             if step % 2:
@@ -55,20 +76,22 @@ def test_training_equals_that_on_the_packed_path(dtype):
     close(weights(models[1]), weights(models[0]), dtype)
 
 
+@every_network
 @pytest.mark.parametrize("path", ["packed", "sparse"])
-def test_only_kept_weights_are_read_and_have_gradients(path):
-    model = network(path)
+def test_only_kept_weights_are_read_and_have_gradients(path, kind):
+    model = network(path, kind=kind)
     with torch.no_grad():
-        for layer in model[::2]:
+        for layer in masked(model):
             layer.weight.masked_fill_(~layer.mask(), float("nan"))
     model(batches(1, torch.float64)[0][0]).sum().backward()
-    for layer in model[::2]:
+    for layer in masked(model):
         assert layer.weight.grad[~layer.mask()].eq(0).all()
         assert layer.weight.grad[layer.mask()].isfinite().all()
 
 
-def test_a_method_that_moves_masks():
-    models = [network(path, fixed=False) for path in ("packed", "sparse")]
+@every_network
+def test_a_method_that_moves_masks(kind):
+    models = [network(path, fixed=False, kind=kind) for path in ("packed", "sparse")]
     for model in models:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         method = SET(model, optimizer, density=0.2, every=5)
@@ -78,15 +101,16 @@ def test_a_method_that_moves_masks():
             method.step()
             optimizer.zero_grad()
     close(weights(models[1]), weights(models[0]), torch.float64)
-    for packed, sparse in zip(*[model[::2] for model in models], strict=True):
+    for packed, sparse in zip(*map(masked, models), strict=True):
         assert torch.equal(sparse.mask(), packed.mask())
 
 
-def test_gradients_of_gradients_and_many_at_a_time():
+@every_network
+def test_gradients_of_gradients_and_many_at_a_time(kind):
     x = torch.randn(9, 40, dtype=torch.float64, requires_grad=True)
     found = []
     for path in ("packed", "sparse"):
-        model = network(path)
+        model = network(path, kind=kind)
         first = [x, *(each for each in model.parameters() if each.requires_grad)]
         loss = model(x).pow(3).sum()
         grads = torch.autograd.grad(loss, first, create_graph=True)
@@ -99,10 +123,12 @@ def test_gradients_of_gradients_and_many_at_a_time():
     close(found[1], found[0], torch.float64)
 
 
-def test_a_mask_that_changes_before_backward_is_refused():
-    model = network("sparse")
+@every_network
+def test_a_mask_that_changes_before_backward_is_refused(kind):
+    model = network("sparse", kind=kind)
     loss = model(batches(1, torch.float64)[0][0]).sum()
-    model[0].masked_weights()[0].set_fixed_mask(model[0].mask())
+    layer = masked(model)[0]
+    layer.masked_weights()[0].set_fixed_mask(layer.mask())
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -125,14 +151,22 @@ def test_copies_and_state_dicts_know_nothing_of_it():
 
 
 @pytest.mark.parametrize("density, nodes", [(0.05, True), (0.9, False)])
-def test_the_planner_decides_on_auto(density, nodes):
-    layer = MaskedLinear(200, 100)
+@pytest.mark.parametrize(
+    ("build", "shape", "operation"),
+    [
+        (lambda: MaskedLinear(200, 100), (64, 200), nn.functional.linear),
+        (lambda: MaskedConv2d(64, 64, 3), (16, 64, 16, 16), nn.functional.conv2d),
+    ],
+    ids=["linear", "convolution"],
+)
+def test_the_planner_decides_on_auto(build, shape, operation, density, nodes):
+    layer = build()
     part = layer.masked_weights()[0]
     part.set_fixed_mask(torch.rand_like(layer.weight) < density)
-    x = torch.randn(64, 200)
+    x = torch.randn(shape)
     assert ("WithValues" in type(layer(x).grad_fn).__name__) is nodes
     with torch.no_grad():
-        dense = nn.functional.linear(x, part.baked(), layer.bias)
+        dense = operation(x, part.baked(), layer.bias)
         torch.testing.assert_close(layer(x), dense)
     part.set_fixed_mask(layer.mask(), dense_gradient=True)
     layer(x).sum().backward()

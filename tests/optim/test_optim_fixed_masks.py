@@ -19,17 +19,20 @@ OPTIMIZERS = {
     "sgd": lambda model: DSTSGD(model, lr=0.05),
     "momentum": lambda model: DSTSGD(model, lr=0.05, momentum=0.9, weight_decay=0.1, dampening=0.5),
     "nesterov": lambda model: DSTSGD(
-        model, lr=0.05, momentum=0.9, nesterov=True, maximize=True, alpha=1e-3
+        model, lr=0.01, momentum=0.9, nesterov=True, maximize=True, alpha=1e-3
     ),
     "adamw": lambda model: DSTAdamW(model, lr=0.01, weight_decay=0.1),
 }
 every_optimizer = pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
 
-def network(path="sparse", dtype=torch.float64):
+def network(path="sparse", dtype=torch.float64, convolution=False):
     """The first two layers have fixed masks, the third one learns its mask."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 20), nn.Tanh())
+    if convolution:
+        model[0], model[2] = nn.Conv2d(4, 6, (3, 2)), nn.Conv2d(6, 20, (3, 1), groups=2)
+        model[3] = nn.Flatten()
     model = dst_kernels.sparsify_(model.append(nn.Linear(20, 3)).to(dtype))
     for layer in model[:4:2]:
         layer.path = path
@@ -48,7 +51,8 @@ def train(model, optimizer, steps, micro_batches=1, change_at=None, after=lambda
             part.set_fixed_mask(torch.rand_like(part.weight) < 0.3)
         for micro in range(micro_batches):
             at = (step + micro) % len(x)
-            (model(x[at]) - y[at]).square().mean().backward()
+            input = x[at] if model[0].weight.dim() == 2 else x[at].view(9, 4, 5, 2)
+            (model(input) - y[at]).square().mean().backward()
         after()
         optimizer.step()
         optimizer.zero_grad()
@@ -60,8 +64,9 @@ def close(actual, expected):
 
 @every_optimizer
 @pytest.mark.parametrize("micro_batches", [1, 3])
-def test_kept_weights_train_as_on_the_packed_path(build, micro_batches):
-    models = [network(path) for path in ("packed", "sparse")]
+@pytest.mark.parametrize("convolution", [False, True])
+def test_kept_weights_train_as_on_the_packed_path(build, micro_batches, convolution):
+    models = [network(path, convolution=convolution) for path in ("packed", "sparse")]
     before = copy.deepcopy(models[1])
     optimizers = [build(model) for model in models]
     norms = [[], []]
@@ -82,17 +87,19 @@ def test_kept_weights_train_as_on_the_packed_path(build, micro_batches):
 
 
 @every_optimizer
-def test_training_resumes_bit_for_bit(build):
-    whole = network(dtype=torch.float32)
+@pytest.mark.parametrize("convolution", [False, True])
+def test_training_resumes_bit_for_bit(build, convolution):
+    kind = {"dtype": torch.float32, "convolution": convolution}
+    whole = network(**kind)
     train(whole, build(whole), range(20), change_at=6)
-    model = network(dtype=torch.float32)
+    model = network(**kind)
     optimizer = build(model)
     train(model, optimizer, range(10), change_at=6)
     file = io.BytesIO()
     torch.save([model.state_dict(), optimizer.state_dict()], file)
     file.seek(0)
     states = torch.load(file)
-    model = network(dtype=torch.float32)
+    model = network(**kind)
     model.load_state_dict(states[0])
     optimizer = build(model)
     optimizer.load_state_dict(states[1])

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 OLDEST_TORCH = (2, 11)
-_NEWEST_OP = "kept_linear_grad_weight"  # that a library built from these sources has
+_NEWEST_OP = "kept_conv_grad_weight"  # that a library built from these sources has
 _FOLDER = Path(__file__).parent
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 _NEEDED = {

@@ -4,6 +4,7 @@ from .regularization import regularization
 from .sparse import (
     kept_conv,
     kept_conv_grad_input,
+    kept_conv_grad_weight,
     kept_dense,
     kept_linear,
     kept_linear_grad_input,
@@ -30,6 +31,7 @@ __all__ = [
     "grad_norm_",
     "kept_conv",
     "kept_conv_grad_input",
+    "kept_conv_grad_weight",
     "kept_dense",
     "kept_linear",
     "kept_linear_grad_input",

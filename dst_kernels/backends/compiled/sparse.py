@@ -17,6 +17,7 @@ _kept_rows, _kept_linear = _ops.kept_rows.default, _ops.kept_linear.default
 _kept_linear_grad_input = _ops.kept_linear_grad_input.default
 _kept_conv, _kept_conv_grad_input = _ops.kept_conv.default, _ops.kept_conv_grad_input.default
 _kept_linear_grad_weight = _ops.kept_linear_grad_weight.default
+_kept_conv_grad_weight = _ops.kept_conv_grad_weight.default
 _kept_columns, _kept_values = _ops.kept_columns.default, _ops.kept_values.default
 _kept_dense = _ops.kept_dense.default
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -73,22 +74,44 @@ def kept_linear_grad_input(grad: Tensor, rows: KeptRows) -> Tensor:
     return _kept_linear_grad_input(grad.contiguous(), *rows)
 
 
-def kept_conv(input: Tensor, rows: KeptRows, bias: Tensor | None, geometry: Geometry) -> Tensor:
+def kept_conv(
+    input: Tensor,
+    rows: KeptRows,
+    bias: Tensor | None,
+    kernel_size: Sequence[int],
+    geometry: Geometry,
+) -> Tensor:
     """Do as the reference does; it also computes what the library does not take."""
     if not _takes(input):
-        return reference.kept_conv(input, rows, bias, geometry)
-    images, numbers = _as_images(input, rows.values.shape[2:], geometry)
+        return reference.kept_conv(input, rows, bias, kernel_size, geometry)
+    images, numbers = _as_images(input, kernel_size, geometry)
     return _like(input, _kept_conv(images, *rows, bias, numbers))
 
 
-def kept_conv_grad_input(grad: Tensor, like: Tensor, rows: KeptRows, geometry: Geometry) -> Tensor:
+def kept_conv_grad_input(
+    grad: Tensor, like: Tensor, rows: KeptRows, kernel_size: Sequence[int], geometry: Geometry
+) -> Tensor:
     """Do as the reference does; it also computes what the library does not take."""
     if not (_takes(grad) and like[:1].numel() < _MOST):
-        return reference.kept_conv_grad_input(grad, like, rows, geometry)
-    images, numbers = _as_images(grad, rows.values.shape[2:], geometry)
+        return reference.kept_conv_grad_input(grad, like, rows, kernel_size, geometry)
+    images, numbers = _as_images(grad, kernel_size, geometry)
     channels, *size = like.shape[1:]
     shape = (channels, 1, *size) if len(size) == 1 else (channels, *size)
     return _kept_conv_grad_input(images, *rows, numbers, shape).view(like.shape)
+
+
+def kept_conv_grad_weight(
+    grad: Tensor, input: Tensor, where: KeptPlaces, kernel_size: Sequence[int], geometry: Geometry
+) -> Tensor:
+    """Do as the reference does; it also computes what the library does not take."""
+    if not (_takes(grad) and _takes(input)):
+        return reference.kept_conv_grad_weight(grad, input, where, kernel_size, geometry)
+    values = grad.new_empty(where.kept)
+    columns, places, _ = where
+    images, numbers = _as_images(input, kernel_size, geometry)
+    grads, _ = _as_images(grad, kernel_size, geometry)
+    _kept_conv_grad_weight(grads, images, columns, places, values, numbers)
+    return values
 
 
 def _takes(images: Tensor) -> bool:
