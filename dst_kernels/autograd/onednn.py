@@ -1,18 +1,23 @@
 """Multiply large float32 matrices on CPUs by oneDNN where it is faster than torch's BLAS.
 
-torch has both, and takes its BLAS for float32. Where that is MKL, it has no AVX-512 on AMD's CPUs,
-and oneDNN, which has, takes half the time.
+torch has both, and takes its BLAS for float32. Where that is MKL, it has no AVX-512 on AMD's CPUs.
+oneDNN has: on Zen 5 it takes half the time, on Zen 4, whose units are half as wide, a tenth less,
+and less still of large weights.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 _LEAST = 1 << 17  # elements of a weight; calls of oneDNN take some 15 us more
+_LEAST_ON_ZEN_4 = 1 << 20
+_ZEN_5 = 26  # the processor's family
 _FEWEST = 8  # inputs
 _LARGE = 1 << 23  # elements of G: 32 MiB, from where the C library maps memory anew each time
 _PIECE = 1 << 20  # elements of G that are made at a time, to be copied from the cache
@@ -31,20 +36,25 @@ def outruns_blas(input: Tensor, masked: Tensor, bias: Tensor | None = None) -> b
         and type(masked) is type(input) is Tensor  # subclasses expect torch's own operations
         and not torch.compiler.is_compiling()  # which chooses by itself, and could not trace this:
         and torch._C._get_mkldnn_enabled()
-        and _on_this_machine()
+        and masked.numel() >= _least_on_this_machine()
     )
 
 
 @functools.cache
-def _on_this_machine() -> bool:
-    cpus = Path("/proc/cpuinfo")
-    return (
+def _least_on_this_machine() -> float:
+    """Return the fewest elements of a weight that oneDNN multiplies faster."""
+    file = Path("/proc/cpuinfo")
+    cpus = file.read_text() if file.is_file() else ""
+    family = re.search(r"^cpu family\s*: (\d+)$", cpus, re.MULTILINE)
+    if not (
         torch.backends.cpu.get_cpu_capability() == "AVX512"
         and torch.backends.mkl.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and cpus.is_file()
-        and "AuthenticAMD" in cpus.read_text()
-    )
+        and "AuthenticAMD" in cpus
+        and family is not None
+    ):
+        return math.inf
+    return _LEAST if int(family[1]) >= _ZEN_5 else _LEAST_ON_ZEN_4
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
