@@ -1,8 +1,8 @@
 """Multiply large float32 matrices on CPUs by oneDNN where it is faster than torch's BLAS.
 
 torch has both, and takes its BLAS for float32. Where that is MKL, it has no AVX-512 on AMD's CPUs.
-oneDNN has: on Zen 5 it takes half the time, on Zen 4, whose units are half as wide, a tenth less,
-and less still of large weights.
+oneDNN has: on Zen 5 it takes half the time. On Zen 4, whose units are half as wide, it takes as
+long for small weights, and a tenth to two fifths less for large ones.
 """
 
 from __future__ import annotations

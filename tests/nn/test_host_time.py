@@ -21,8 +21,9 @@ pytestmark = [
 ]
 
 LAYERS, SIZE = 10, 8
-# Times torch's own layers; reached are 2.75, 1.75 and 1.40.
-LIMITS = {"layer by layer": 3.1, "grouped": 1.95, "deferred": 1.55}
+# Times torch's own layers; reached are 2.75, 1.75 and 1.40 on Zen 5. On Zen 4 Python takes longer
+# beside torch's C++: 3.35, 1.86 and 1.45.
+LIMITS = {"layer by layer": 3.6, "grouped": 1.95, "deferred": 1.55}
 
 
 def _runs():
